@@ -1,0 +1,152 @@
+"""Committed checkpoints: complete and verified, or not there.
+
+Everything is written under a temporary name. Each rank hashes and syncs the files it answers for; after a barrier
+rank 0 writes the manifest and renames. The rename is the commit.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from bigtrain.engine import Engine
+from bigtrain.errors import RequestError
+from bigtrain.rundir import RunDir
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("torch", "deepspeed", "accelerate", "transformers")
+
+
+@dataclass
+class State:
+    """Where a run stands; together with the engine's shards it decides the next step."""
+
+    step: int = 0  # optimizer steps done, the skipped ones included
+    applied: int = 0  # those that changed the weights; the learning rate follows this one
+    samples: int = 0
+    weight: int = 0  # target tokens or examples
+
+
+def save(engine: Engine, run: RunDir, state: State, keep: int) -> Path:
+    """Write and commit a checkpoint; then delete the oldest beyond `keep`. A collective."""
+    final = run.checkpoints / f"step-{state.step:08d}"
+    building = run.checkpoints / f".{final.name}.tmp"
+    if engine.main:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    engine.barrier()
+    engine.sync_buffers()
+    answered_for = engine.save(building)
+    entries = {str(path.relative_to(building)): _settle(path) for path in answered_for}
+    everything = engine.gather(entries)
+    if engine.main:
+        state_path = building / "state.json"
+        state_path.write_text(json.dumps(asdict(state)))
+        files = {name: entry for part in everything for name, entry in part.items()} | {"state.json": _settle(state_path)}
+        _commit(engine, building, final, files)
+        _prune(run, keep)
+    engine.barrier()
+    return final
+
+
+def _settle(path: Path) -> dict[str, Any]:
+    """Force a file to disk; its size and hash."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "blake3": blake3().update_mmap(path).hexdigest()}
+
+
+def _commit(engine: Engine, building: Path, final: Path, files: dict[str, Any]) -> None:
+    manifest = {
+        "files": files,
+        "world_size": engine.world_size,
+        "engine": engine.plan.kind,
+        "offload": engine.plan.offload,
+        "precision": engine.plan.precision,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    path = building / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1))
+    _settle(path)
+    for folder in {building, *(path for path in building.rglob("*") if path.is_dir())}:
+        _sync_folder(folder)
+    if final.exists():  # written again after a resume from an older one
+        shutil.rmtree(final)
+    building.rename(final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def committed(run: RunDir) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(path for path in run.checkpoints.glob("step-????????") if path.is_dir())
+
+
+def _prune(run: RunDir, keep: int) -> None:
+    for path in committed(run)[:-keep]:
+        shutil.rmtree(path)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a checkpoint: missing, changed, unreadable or unexpected files. Empty: nothing."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        return [f"{MANIFEST}: cannot be read ({type(problem).__name__})"]
+    problems = []
+    for name, entry in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            problems.append(f"{name}: lies outside the checkpoint")
+        elif not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != entry["size"]:
+            problems.append(f"{name}: {file.stat().st_size:,} bytes instead of {entry['size']:,}")
+        elif blake3().update_mmap(file).hexdigest() != entry["blake3"]:
+            problems.append(f"{name}: content does not match its hash")
+    return problems
+
+
+def newest(engine: Engine, run: RunDir) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, the same on every rank, and a line about each newer one that does not."""
+    found: tuple[Path | None, list[str]] = (None, [])
+    if engine.main:
+        broken: list[str] = []
+        for path in reversed(committed(run)):
+            if problems := verify(path):
+                broken.append(f"{path.name} does not verify and is left out: {problems[0]}")
+                continue
+            found = (path, broken)
+            break
+        else:
+            found = (None, broken)
+    result: tuple[Path | None, list[str]] = engine.gather(found)[0]
+    return result
+
+
+def load(engine: Engine, path: Path) -> State:
+    """Restore engine and state. RequestError if the checkpoint is of another engine, or of other shards."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    plan = engine.plan
+    asked = {"engine": plan.kind, "world_size": engine.world_size, "precision": plan.precision, "offload": plan.offload}
+    if plan.kind == "ddp":
+        del asked["world_size"]  # every rank holds everything
+    different = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
+    if different:
+        raise RequestError(
+            f"{path} was written under other conditions: {', '.join(different)}", "the same to go on", "--fresh to start anew"
+        )
+    engine.load(path)
+    return State(**json.loads((path / "state.json").read_text()))

@@ -1,0 +1,185 @@
+"""The `bigtrain` command. Each command imports what it needs inside, so that help and errors answer at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bigtrain.errors import BigtrainError, RecipeError
+
+app = typer.Typer(
+    help="Train large models on any number of GPUs: a recipe in, a trained model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: importing rich would double its time
+    pretty_exceptions_enable=False,
+)
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped recipe's name")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's name below runs/, or its directory")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start NAME-2 instead of going on")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train; goes on by itself if the run has a checkpoint."""
+    from bigtrain.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from bigtrain.run import run_recipe
+
+    summary = run_recipe(loaded, fresh)
+    if os.environ.get("RANK", "0") == "0":
+        _print(summary, as_json, _finished)
+
+
+def _finished(summary: dict[str, Any]) -> None:
+    print(f"finished {summary['name']}: step {summary['step']:,}, {summary['samples']:,} samples")
+    for name, value in summary.items():
+        if isinstance(value, float):
+            print(f"  held-out {name.replace('_', ' ')}: {value:.4f}")
+    if baselines := summary["baselines"]:
+        print(
+            f"  for comparison, on the same text: bytes by frequency (unigram) {baselines['unigram_bits_per_byte']:.2f},"
+            f" gzip -9 {baselines['gzip_bits_per_byte']:.2f} bits per byte"
+        )
+    print(f"  everything is in runs/{summary['name']}; the model in runs/{summary['name']}/export")
+
+
+@app.command()
+def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Evaluate a finished run's model again, on its held-out data or on other data."""
+    from bigtrain.rundir import find_run
+
+    found = find_run(run)
+    from bigtrain.predict import evaluate_run
+
+    _print(evaluate_run(found, overrides or []), as_json, _table)
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Argument(help="the text to go on from")] = "",
+    tokens: Annotated[int, typer.Option(help="tokens to write, at most")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
+    seed: Annotated[int, typer.Option(help="decides the sample")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Let a finished language model (or sequence-to-sequence model) write."""
+    from bigtrain.rundir import find_run
+
+    found = find_run(run)
+    from bigtrain.predict import generate_text
+
+    text = generate_text(found, prompt, tokens, temperature, seed)
+    _print({"prompt": prompt, "text": text}, as_json, lambda result: print(result["prompt"] + result["text"]))
+
+
+@app.command()
+def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]) -> None:
+    """Copy a finished run's model (Hugging Face format) to OUT."""
+    import shutil
+
+    from bigtrain.errors import RequestError
+    from bigtrain.rundir import find_run
+
+    found = find_run(run)
+    if not (found.export / "bigtrain.json").is_file():
+        raise RequestError(f"{found.path} has no export: the run has not finished", "a finished run")
+    if out.exists():
+        raise RequestError(f"{out} exists already", "a folder that does not exist yet")
+    shutil.copytree(found.export, out)
+    print(out)
+
+
+@app.command()
+def verify(run: RunArgument, as_json: Json = False) -> None:
+    """Check every file of every checkpoint of a run against its hash; exit 1 if any is broken."""
+    from bigtrain.checkpoint import committed
+    from bigtrain.checkpoint import verify as check
+    from bigtrain.rundir import find_run
+
+    result = {path.name: check(path) for path in committed(find_run(run))}
+    _print(result, as_json, lambda found: [print(name, "; ".join(p) if p else "ok") for name, p in found.items()])
+    if any(result.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from bigtrain.load import shipped
+
+    result = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped().items()}
+    _print(result, as_json, _table)
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="the new recipe's name: NAME.yaml is written here")],
+    like: Annotated[str, typer.Option("--from", help="the shipped recipe to begin with")] = "tiny-lm",
+) -> None:
+    """Write a shipped recipe out under a name of your own, to edit."""
+    import re
+
+    from bigtrain.errors import RequestError
+    from bigtrain.load import recipe_path
+    from bigtrain.recipe import NAME_PATTERN
+
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise RequestError(f"name {name!r}", "letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    target = Path(f"{name}.yaml")
+    if target.exists():
+        raise RequestError(f"{target} exists already", "a new name")
+    target.write_text(re.sub(r"(?m)^name: .*$", f"name: {name}", recipe_path(like).read_text(), count=1))
+    print(f"{target} written; edit it, then: bigtrain train {target}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from bigtrain.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _print(result: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+def _table(result: dict[str, Any]) -> None:
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
+
+
+def main() -> None:
+    """Run the command line; every error of a user ends with a message and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except BigtrainError as problem:
+        # Every rank finds the same fault in a recipe: one of them says so.
+        if not isinstance(problem, RecipeError) or os.environ.get("RANK", "0") == "0":
+            print(f"bigtrain: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
+    except Exception as problem:
+        if "torch" not in sys.modules:
+            raise
+        import traceback
+
+        from bigtrain.run import exit_code_of
+
+        traceback.print_exc()
+        sys.exit(exit_code_of(problem))

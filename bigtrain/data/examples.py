@@ -1,0 +1,287 @@
+"""The training and the held-out set as random-access examples (dictionaries of arrays), one class per modality."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+
+from bigtrain.data.sources import FIELDS, Record, Source, open_source
+from bigtrain.data.tokens import Ragged, held_out, open_cache
+from bigtrain.errors import RequestError
+from bigtrain.recipe import Recipe
+
+Example = dict[str, Any]
+_IN_MEMORY = 256 << 20  # bytes of decoded images kept
+
+
+class Examples(Protocol):
+    """A set of examples with random access."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both sets, and the facts that shape a model: vocabulary, classes, image shape, number of features."""
+
+    train: Examples
+    eval: Examples
+    sample_cost: int  # tokens (or elements ÷ 64) per sample, for the choice of a micro-batch
+    tokenizer: Any = None
+    vocab_size: int | None = None
+    classes: list[str] = field(default_factory=list)
+    image: tuple[int, int, int] | None = None  # channels, height, width
+    features: int | None = None
+    eval_bytes: int | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # what export must tell users of the model
+    notes: list[str] = field(default_factory=list)  # what the user should know before training
+
+
+def prepare(recipe: Recipe) -> Corpus:
+    """Open, split and (for text) tokenise the data. Raises RequestError for data that cannot be trained on."""
+    source = open_source(recipe.data.train, recipe.task, recipe.data)
+    evaluation = open_source(recipe.data.eval, recipe.task, recipe.data) if recipe.data.eval else None
+    kind = FIELDS[recipe.task][0]
+    if kind in ("text", "source"):
+        return _text(recipe, source, evaluation)
+    train, held = _split(recipe, source, evaluation)
+    return _images(recipe, train, held) if kind == "image" else _table(recipe, train, held)
+
+
+def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple["_Part", "_Part"]:
+    everything: Any = source.records()
+    everything = everything if hasattr(everything, "__getitem__") else list(everything)
+    if evaluation is not None:
+        held_records: Any = evaluation.records()
+        train, held = _Part(everything, range(len(everything))), _Part(held_records, range(len(held_records)))
+    else:
+        # By number, without reading the record: a record may be an image on a slow disk.
+        fraction = recipe.data.eval_fraction
+        out = [held_out({}, index, "", fraction) for index in range(len(everything))]
+        train = _Part(everything, [i for i, o in enumerate(out) if not o])
+        held = _Part(everything, [i for i, o in enumerate(out) if o])
+    for name, part in (("train", train), ("eval", held)):
+        if not len(part):
+            raise RequestError(
+                f"data.{name} is empty ({len(everything)} records in {recipe.data.train})",
+                "at least one record in each part",
+                "data.eval_fraction=0.2",
+            )
+    return train, held
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the records."""
+
+    records: Any
+    indices: Any
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        record: Record = self.records[self.indices[index]]
+        return record
+
+
+# Text -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text packed without padding: windows of `length` tokens and the token after; the last may be shorter.
+
+    A token of context stands before the first, so that every token of the text is predicted exactly once.
+    """
+
+    flat: NDArray[Any]
+    length: int
+    first: int  # the end-of-text token
+
+    def __len__(self) -> int:
+        return -(-len(self.flat) // self.length)
+
+    def __getitem__(self, index: int) -> Example:
+        start = index * self.length
+        ids = self.flat[max(start - 1, 0) : start + self.length].astype(np.int64)
+        return {"tokens": ids if start else np.concatenate([[self.first], ids])}
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences by field, and perhaps a label each."""
+
+    fields: dict[str, Ragged]
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, index: int) -> Example:
+        example: Example = {name: ragged[index] for name, ragged in self.fields.items()}
+        if self.labels is not None:
+            example["label"] = int(self.labels[index])
+        return example
+
+
+def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
+    data = recipe.data
+    cache = open_cache(recipe.task, data, recipe.model.pretrained, source, evaluation)
+    facts: dict[str, Any] = {"tokenizer": cache.tokenizer, "vocab_size": cache.meta["vocab_size"], "sample_cost": data.seq_len}
+    if recipe.task == "causal_lm":
+        parts = {part: cache.field(part, "text").flat for part in ("train", "eval")}
+        train, held = (Windows(flat, data.seq_len, cache.tokenizer.eos_token_id) for flat in parts.values())
+        facts |= {"eval_bytes": cache.meta["eval_bytes"], "baselines": cache.meta["baselines"]}
+        return Corpus(train, held, **facts)
+    fields = [name for name in FIELDS[recipe.task] if name != "label"]
+    labelled = "label" in FIELDS[recipe.task]
+    sets = [
+        Sequences({name: cache.field(part, name) for name in fields}, cache.labels(part) if labelled else None)
+        for part in ("train", "eval")
+    ]
+    if cut := cache.meta["cut"]:
+        facts["notes"] = [f"{cut:,} texts were longer than data.seq_len={data.seq_len} and were cut"]
+    return Corpus(*sets, classes=cache.meta["classes"], **facts)
+
+
+# Images -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Images:
+    """Images as float32 tensors [channels, height, width], normalised by the training set's mean and deviation."""
+
+    records: _Part
+    numbers: dict[str, int]
+    size: int | None
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1))
+    std: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1, 1))
+    cache: dict[int, Example] = field(default_factory=dict)
+    remember: bool = False
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def raw(self, index: int) -> tuple[torch.Tensor, str]:
+        """Pixels in 0 … 1 and the label's name. Raises RequestError for an image that does not decode."""
+        try:
+            record = self.records[index]
+            image = record["image"]
+            pixels = _pixels(image, self.size)
+        except (OSError, SyntaxError, ValueError) as problem:
+            raise RequestError(f"image {index} does not decode: {problem}", "readable images", "remove it, or replace it") from None
+        return pixels, str(record["label"])
+
+    def __getitem__(self, index: int) -> Example:
+        if index in self.cache:
+            return self.cache[index]
+        pixels, label = self.raw(index)
+        example = {"image": (pixels - self.mean) / self.std, "label": self.numbers[label]}
+        if self.remember:
+            self.cache[index] = example
+        return example
+
+
+def _pixels(image: Any, size: int | None) -> torch.Tensor:
+    """Resize the shorter side to `size`, cut the middle, scale to 0 … 1. Grey arrays stay one channel."""
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        picture = Image.fromarray(image)
+    else:
+        picture = image if image.mode == "L" else image.convert("RGB")
+    if size is not None and picture.size != (size, size):
+        width, height = picture.size
+        scale = size / min(width, height)
+        picture = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR)
+        left, top = (picture.width - size) // 2, (picture.height - size) // 2
+        picture = picture.crop((left, top, left + size, top + size))
+    array = torch.from_numpy(np.asarray(picture, np.float32) / 255)
+    return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
+
+
+def _images(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
+    sets = [Images(part, {}, recipe.data.image_size) for part in (train, held)]
+    shapes, labels = _look_at_all(sets)
+    classes = sorted(labels)
+    if len(shapes) > 1:
+        raise RequestError(f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224")
+    channels, height, width = shape = shapes.pop()
+    sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(train), max(1, len(train) // 2000))])
+    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+    small = (len(train) + len(held)) * channels * height * width * 4 <= _IN_MEMORY
+    for images in sets:
+        images.numbers.update({name: number for number, name in enumerate(classes)})
+        images.mean, images.std, images.remember = mean.view(-1, 1, 1), std.view(-1, 1, 1), small
+    return Corpus(
+        *sets,
+        sample_cost=channels * height * width // 64 + 1,
+        classes=classes,
+        image=shape,
+        preprocessing={"image_mean": mean.tolist(), "image_std": std.tolist(), "image_size": [height, width]},
+    )
+
+
+def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str]]:
+    """Decode every image once before training: a broken one is found now, not in the third hour."""
+    shapes: set[tuple[int, int, int]] = set()
+    labels: set[str] = set()
+    with ThreadPoolExecutor() as pool:
+        for images in sets:
+            found = pool.map(images.raw, range(len(images)))
+            quiet = not sys.stderr.isatty() or len(images) < 5000
+            for pixels, label in track(found, "checking images", total=len(images), transient=True, disable=quiet):
+                shapes.add(tuple(pixels.shape))  # type: ignore[arg-type]
+                labels.add(label)
+    return shapes, labels
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of features, standardised by the training set, with a class number or a value each."""
+
+    features: NDArray[np.float32]
+    answers: NDArray[Any]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"features": self.features[index], self.name: self.answers[index].item()}
+
+
+def _table(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
+    answer = FIELDS[recipe.task][1]
+    rows = [np.stack([part[i]["features"] for i in range(len(part))]) for part in (train, held)]
+    answers = [[part[i][answer] for i in range(len(part))] for part in (train, held)]
+    classes: list[str] = []
+    if answer == "label":
+        classes = sorted({str(a) for part in answers for a in part})
+        columns = [np.asarray([classes.index(str(a)) for a in part], np.int64) for part in answers]
+    else:
+        try:
+            columns = [np.asarray(part, np.float32) for part in answers]
+        except (TypeError, ValueError):
+            raise RequestError("regression target is not a number", "numbers in every row") from None
+    mean, std = rows[0].mean(0), rows[0].std(0)
+    std[std == 0] = 1
+    sets = [Table((r - mean) / std, column, answer) for r, column in zip(rows, columns, strict=True)]
+    return Corpus(
+        *sets,
+        sample_cost=rows[0].shape[1] // 64 + 1,
+        classes=classes,
+        features=rows[0].shape[1],
+        preprocessing={"feature_mean": mean.tolist(), "feature_std": std.tolist()},
+    )

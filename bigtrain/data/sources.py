@@ -1,0 +1,301 @@
+"""Where records come from: built-in sets, files, image folders, the hub.
+
+A source is an identity (what a cache is keyed by) and a function that yields records, one dictionary each, with
+the fields the task needs: `text`; `text, label`; `source, target`; `image, label`; `features, label|target`.
+`group` names what must not be torn apart by the held-out split (a file, say).
+"""
+
+import ast
+import datetime
+import glob
+import json
+import random
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.errors import RequestError
+from bigtrain.recipe import Data
+
+Record = dict[str, Any]
+FIELDS: dict[str, tuple[str, ...]] = {
+    "causal_lm": ("text",),
+    "seq2seq": ("source", "target"),
+    "text_classification": ("text", "label"),
+    "image_classification": ("image", "label"),
+    "tabular_classification": ("features", "label"),
+    "regression": ("features", "target"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """`identity` changes whenever the records may have; `records` reads them."""
+
+    identity: str
+    records: Callable[[], Iterable[Record]]
+
+
+def open_source(name: str, task: str, data: Data) -> Source:
+    """The source that `name` stands for; RequestError if there is none or it does not serve the task."""
+    if name in BUILT_IN:
+        tasks, build = BUILT_IN[name]
+        if task not in tasks:
+            able = [key for key, (serves, _) in BUILT_IN.items() if task in serves]
+            raise RequestError(f"data.train={name} does not serve task {task}", f"task {' or '.join(tasks)}", _or(able))
+        return build(task)
+    if Path(name).is_dir():
+        if task == "image_classification":
+            return _from_datasets(task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name)
+        name = str(Path(name) / "**" / "*")
+    files = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+    if files:
+        return _from_files(task, data, files)
+    if any(sign in name for sign in "*?[") or name.startswith((".", "/", "~")) or Path(name).suffix:
+        raise RequestError(f"no file matches {name!r}", "files, a folder, or a source", _or(list(BUILT_IN)))
+    return _from_hub(task, data, name)
+
+
+def _or(names: list[str]) -> str:
+    return "data.train=" + " | ".join(names) if names else ""
+
+
+# Files and the hub ------------------------------------------------------------------------------------------------
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def _from_files(task: str, data: Data, files: list[Path]) -> Source:
+    kinds = {_BUILDERS.get(path.suffix.lower(), "text") for path in files}
+    if len(kinds) > 1:
+        found = ", ".join(sorted({path.suffix or path.name for path in files}))
+        raise RequestError(f"data files of several kinds: {found}", "one kind per glob", "data.train='folder/*.jsonl'")
+    kind = kinds.pop()
+    if kind != "text":
+        return _from_datasets(task, data, kind, files, None)
+    if task != "causal_lm":
+        raise RequestError(f"plain text files have no fields for task {task}", "jsonl, csv or parquet", "data.train='*.jsonl'")
+
+    def read() -> Iterable[Record]:
+        for path in files:
+            try:
+                yield {"text": path.read_text(encoding="utf-8"), "group": str(path)}
+            except UnicodeDecodeError as problem:
+                raise RequestError(f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet") from None
+
+    return Source(_stamp(files), read)
+
+
+def _stamp(files: list[Path]) -> str:
+    return json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def _from_datasets(task: str, data: Data, builder: str, files: list[Path], folder: str | None) -> Source:
+    def read() -> Iterable[Record]:
+        import datasets  # half a second that built-in sources need not pay
+
+        datasets.disable_progress_bars()
+        try:
+            if folder is not None:
+                table = datasets.load_dataset(builder, data_dir=folder, split="train")
+            else:
+                table = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train")
+        except Exception as problem:  # datasets raises whatever its reader raised
+            cause = problem.__cause__ or problem
+            raise RequestError(f"{folder or files[0]}: cannot be read as {builder}: {str(cause).splitlines()[0]}") from None
+        return _with_fields(table, task, data)
+
+    return Source(f"{builder} {_stamp(files)}", read)
+
+
+def _from_hub(task: str, data: Data, name: str) -> Source:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except Exception as problem:
+        raise RequestError(
+            f"no data set {name!r}: neither a built-in source, nor files, nor to be had from the hub "
+            f"({type(problem).__name__})",
+            f"a built-in source ({', '.join(BUILT_IN)}), a glob, a folder or a hub id",
+        ) from None
+    return Source(f"hub {name} {table._fingerprint}", lambda: _with_fields(table, task, data))
+
+
+def _with_fields(table: Any, task: str, data: Data) -> Iterable[Record]:
+    """`table` under the task's field names; class labels by name."""
+    fields = FIELDS[task]
+    if fields[0] == "features":
+        return _numeric_rows(table, fields[1], data)
+    wanted = {field: data.columns.get(field, field) for field in fields}
+    missing = [column for column in wanted.values() if column not in table.column_names]
+    if missing:
+        raise RequestError(
+            f"the data has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}",
+            f"columns for task {task}: {', '.join(fields)}",
+            f"data.columns.{fields[0]}=NAME_OF_A_COLUMN",
+        )
+    table = table.select_columns(list(dict.fromkeys(wanted.values())))
+    names = getattr(table.features.get(wanted.get("label", "")), "names", None)
+    return _Renamed(table, wanted, names)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A view of a datasets table: random access and iteration, fields instead of columns."""
+
+    table: Any
+    wanted: dict[str, str]
+    names: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.table[index]
+        record = {field: row[column] for field, column in self.wanted.items()}
+        if self.names and "label" in record:
+            record["label"] = self.names[record["label"]]
+        return record
+
+    def __iter__(self) -> Any:
+        return (self[index] for index in range(len(self)))
+
+
+def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
+    column = data.columns.get(answer, answer)
+    numeric = [name for name, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "float"))]
+    inputs = [name for name in numeric if name != column]
+    if column not in table.column_names or not inputs:
+        raise RequestError(
+            f"the data has columns {', '.join(table.column_names)}",
+            f"a column {column!r} and at least one numeric column",
+            f"data.columns.{answer}=NAME_OF_A_COLUMN",
+        )
+    rows = np.stack([np.asarray(table[name], np.float32) for name in inputs], axis=1)
+    bad = np.argwhere(~np.isfinite(rows))
+    if len(bad):
+        raise RequestError(f"row {bad[0][0]}, column {inputs[bad[0][1]]}: not a finite number", "numbers in every cell")
+    return [{"features": row, answer: value} for row, value in zip(rows, table[column], strict=True)]
+
+
+# Built-in sources -------------------------------------------------------------------------------------------------
+
+_NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    """The interpreter's own library, without tests and without tables that are data in the shape of code."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    relative = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+    return [(path.as_posix(), root / path) for path in relative if not _NOT_LIBRARY & set(path.parts)]
+
+
+def _python_stdlib(task: str) -> Source:
+    files = _stdlib_files()
+
+    def documents() -> Iterable[Record]:
+        for name, path in files:
+            yield {"text": path.read_text(encoding="utf-8", errors="replace"), "group": name}
+
+    read = documents if task == "causal_lm" else lambda: _library_functions(documents())
+    return Source(f"python-stdlib 1 {task} {sys.version} {_stamp([path for _, path in files])}", read)
+
+
+def _library_functions(documents: Iterable[Record]) -> list[Record]:
+    """Functions of at least four lines, labelled with their package, for the ten packages that have most of them."""
+    functions: list[Record] = []
+    for document in documents:
+        package, _, rest = document["group"].partition("/")
+        if not rest:
+            continue
+        for node in ast.walk(ast.parse(document["text"])):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 3:
+                text = ast.get_source_segment(document["text"], node) or ""
+                functions.append({"text": text, "label": package, "group": document["group"]})
+    largest = {name for name, _ in Counter(f["label"] for f in functions).most_common(10)}
+    return [function for function in functions if function["label"] in largest]
+
+
+def _digits(_: str) -> Source:
+    def read() -> Iterable[Record]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = (digits.images * (255 / 16)).round().astype(np.uint8)
+        return [{"image": image, "label": str(label)} for image, label in zip(images, digits.target, strict=True)]
+
+    return Source("digits 1", read)
+
+
+def _breast_cancer(_: str) -> Source:
+    def read() -> Iterable[Record]:
+        from sklearn.datasets import load_breast_cancer
+
+        table = load_breast_cancer()
+        # "malignant" is named first, as the class whose recall a doctor asks for
+        return [
+            {"features": row.astype(np.float32), "label": str(table.target_names[label])}
+            for row, label in zip(table.data, table.target, strict=True)
+        ]
+
+    return Source("breast-cancer 1", read)
+
+
+def _diabetes(_: str) -> Source:
+    def read() -> Iterable[Record]:
+        from sklearn.datasets import load_diabetes
+
+        table = load_diabetes()
+        rows = zip(table.data.astype(np.float32), table.target, strict=True)
+        return [{"features": row, "target": float(target)} for row, target in rows]
+
+    return Source("diabetes 1", read)
+
+
+_SUFFIX = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
+
+
+def _written_dates(count: int = 24_000, seed: int = 1) -> list[Record]:
+    """Dates from 1900 to 2099 in ten ways of writing them, no text twice.
+
+    Day before month when both are numbers and separated by dots or dashes; two-digit years are after an
+    apostrophe and mean 1970 to 2069, as POSIX has it.
+    """
+    draw = random.Random(seed)
+    first = datetime.date(1900, 1, 1).toordinal()
+    days = datetime.date(2099, 12, 31).toordinal() - first + 1
+    found: dict[str, str] = {}
+    while len(found) < count:
+        date = datetime.date.fromordinal(first + draw.randrange(days))
+        nth = f"{date.day}{_SUFFIX.get(date.day, 'th')}"
+        forms = [
+            f"{date.day} {date:%B} {date.year}",
+            f"{date:%B} {nth}, {date.year}",
+            f"{date:%a} {date.day} {date:%b} {date.year}",
+            f"{date.year}/{date.month}/{date.day}",
+            f"{date.day}.{date.month}.{date.year}",
+            f"the {nth} of {date:%B}, {date.year}",
+            f"{date:%d}-{date:%b}-{date.year}",
+            f"{date:%b} {date.day}, {date.year}",
+            f"{date:%A}, {date:%B} {date.day} {date.year}",
+        ]
+        if 1970 <= date.year <= 2069:
+            forms.append(f"{nth} {date:%b} '{date:%y}")
+        found[draw.choice(forms)] = date.isoformat()
+    return [{"source": text, "target": iso} for text, iso in found.items()]
+
+
+BUILT_IN: dict[str, tuple[tuple[str, ...], Callable[[str], Source]]] = {
+    "python-stdlib": (("causal_lm", "text_classification"), _python_stdlib),
+    "digits": (("image_classification",), _digits),
+    "breast-cancer": (("tabular_classification",), _breast_cancer),
+    "diabetes": (("regression",), _diabetes),
+    "dates": (("seq2seq",), lambda _: Source("dates 1", _written_dates)),
+}

@@ -1,0 +1,265 @@
+"""Text to token ids, once: a memory-mapped cache keyed by everything it was made from.
+
+Whoever takes the lock builds; other ranks (and other runs) wait for it and map the same pages.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from filelock import FileLock
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from bigtrain.data.sources import FIELDS, Record, Source
+from bigtrain.errors import RequestError
+from bigtrain.recipe import Data, Tokenizer
+
+_VERSION = 1  # of the cache's format and of how text becomes ids
+PAD, EOS = "<pad>", "<eos>"
+
+
+def cache_root() -> Path:
+    """`$BIGTRAIN_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("BIGTRAIN_CACHE") or Path.home() / ".cache" / "bigtrain")
+
+
+def held_out(record: Record, index: int, field: str, fraction: float) -> bool:
+    """Whether a record belongs to the held-out part: decided by its group, text or number, never by the seed,
+    so that runs with other seeds are judged on the same examples."""
+    text = record.get("group") or (record[field] if isinstance(record.get(field), str) else str(index))
+    return int.from_bytes(blake3(text.encode()).digest(8), "big") < fraction * 2**64
+
+
+class Ragged:
+    """Sequences of ids of different lengths: one flat file of ids and one of ends, both memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.ends: NDArray[np.int64] = np.load(path.with_suffix(".ends.npy"), mmap_mode="r", allow_pickle=False)
+        dtype = np.dtype(path.with_suffix(".dtype").read_text())
+        size = int(self.ends[-1]) if len(self.ends) else 0
+        flat = path.with_suffix(".bin")
+        self.flat: NDArray[Any] = np.memmap(flat, dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        start = int(self.ends[index - 1]) if index else 0
+        return self.flat[start : int(self.ends[index])].astype(np.int64)
+
+
+class _RaggedWriter:
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path, self.ends, self.size = path, [], 0  # type: tuple[Path, list[int], int]
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self.file = path.with_suffix(".bin").open("wb")
+
+    def add(self, ids: list[int]) -> None:
+        self.file.write(np.asarray(ids, self.dtype).tobytes())
+        self.size += len(ids)
+        self.ends.append(self.size)
+
+    def close(self) -> None:
+        self.file.close()
+        np.save(self.path.with_suffix(".ends.npy"), np.asarray(self.ends, np.int64))
+        self.path.with_suffix(".dtype").write_text(self.dtype.name)
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """An opened cache: the tokenizer, and per part ("train", "eval") its fields as Ragged or labels."""
+
+    folder: Path
+    meta: dict[str, Any]
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+
+    def field(self, part: str, name: str) -> Ragged:
+        return Ragged(self.folder / f"{part}-{name}")
+
+    def labels(self, part: str) -> NDArray[np.int64]:
+        labels: NDArray[np.int64] = np.load(self.folder / f"{part}-label.npy", allow_pickle=False)
+        return labels
+
+
+def open_cache(task: str, data: Data, pretrained: str | None, source: Source, evaluation: Source | None) -> TokenCache:
+    """The token cache for this data, built now if it is not there yet."""
+    tokenizer = data.tokenizer if data.tokenizer != "auto" else pretrained or "bytes"
+    spec = tokenizer.model_dump() if isinstance(tokenizer, Tokenizer) else tokenizer
+    # A pretrained tokenizer adds its special tokens and cuts; then the length is part of what the ids are.
+    held = evaluation.identity if evaluation else data.eval_fraction
+    made_from = [_VERSION, task, source.identity, held, _tokenizer_stamp(spec), data.columns]
+    if task != "causal_lm":
+        made_from.append(data.seq_len)
+    folder = cache_root() / "tokens" / blake3(json.dumps(made_from).encode()).hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "meta.json").is_file():
+            building = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            try:
+                _build(building, task, data, spec, source, evaluation)
+                building.rename(folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    meta = json.loads((folder / "meta.json").read_text())
+    return TokenCache(folder, meta, load_tokenizer(str(folder / "tokenizer")))
+
+
+def _tokenizer_stamp(spec: Any) -> Any:
+    """A local tokenizer is known by its content, so that training it again makes a new cache."""
+    path = Path(spec, "tokenizer.json") if isinstance(spec, str) else None
+    return blake3(path.read_bytes()).hexdigest() if path and path.is_file() else spec
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer from a folder or the hub. Never runs remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as problem:
+        raise RequestError(
+            f"data.tokenizer: no tokenizer at {name!r} ({type(problem).__name__})",
+            "bytes, {train: bpe, vocab_size: N}, a folder with tokenizer.json, or a hub id",
+        ) from None
+
+
+def _make_tokenizer(spec: Any, texts: Iterable[str]) -> Any:
+    """The tokenizer that `spec` describes; byte-level ones cannot meet a text they do not know."""
+    if isinstance(spec, str) and spec != "bytes":
+        return load_tokenizer(spec)
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if spec == "bytes":
+        fast = Fast(models.BPE({token: i for i, token in enumerate([PAD, EOS, *alphabet])}, []))
+        fast.add_special_tokens([PAD, EOS])
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        fast = Fast(models.BPE())
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=spec["vocab_size"], special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+        )
+        fast.train_from_iterator(texts, trainer)
+    fast.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
+
+
+def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evaluation: Source | None) -> None:
+    first = FIELDS[task][0]
+    note = Console(stderr=True)
+
+    def parts() -> Iterator[tuple[str, Record]]:
+        for index, record in enumerate(source.records()):
+            held = evaluation is None and held_out(record, index, first, data.eval_fraction)
+            yield ("eval" if held else "train"), _check_text(record, task, index)
+        for index, record in enumerate(evaluation.records() if evaluation else []):
+            yield "eval", _check_text(record, task, index)
+
+    fields = [field for field in FIELDS[task] if field != "label"]
+    training_texts = (record[field] for part, record in parts() if part == "train" for field in fields)
+    if isinstance(spec, dict):
+        note.print(f"training a {spec['train']} tokenizer of {spec['vocab_size']:,} entries")
+    tokenizer = _make_tokenizer(spec, training_texts)
+    if tokenizer.eos_token_id is None:
+        raise RequestError(f"data.tokenizer: {spec} has no end-of-text token", "a tokenizer with eos_token")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    meta = _encode(folder, task, data, tokenizer, parts(), fields, note)
+    if not meta["records"]["train"] or not meta["records"]["eval"]:
+        empty = "train" if not meta["records"]["train"] else "eval"
+        raise RequestError(
+            f"data.{empty} is empty ({meta['records']} records)", "at least one record in each part", "data.eval_fraction=0.2"
+        )
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _check_text(record: Record, task: str, index: int) -> Record:
+    for field in FIELDS[task]:
+        if field != "label" and not isinstance(record[field], str):
+            raise RequestError(f"record {index}: {field} is {type(record[field]).__name__}", "text in every record")
+    return record
+
+
+def _encode(
+    folder: Path, task: str, data: Data, tokenizer: Any, parts: Iterator[tuple[str, Record]], fields: list[str], note: Console
+) -> dict[str, Any]:
+    """Write every record's ids; returns what is known of them."""
+    writers = {(part, f): _RaggedWriter(folder / f"{part}-{f}", len(tokenizer)) for part in ("train", "eval") for f in fields}
+    labels: dict[str, list[str]] = {"train": [], "eval": []}
+    records = {"train": 0, "eval": 0}
+    cut = 0
+    text = _TextStatistics()
+    batches = iter(lambda: list(islice(parts, 64)), [])
+    for batch in track(batches, "tokenising", console=note, transient=True, disable=not sys.stderr.isatty()):
+        for field in fields:
+            texts = [record[field] for _, record in batch]
+            # The Rust tokenizer works on all cores within a batch.
+            encoded = tokenizer(texts, add_special_tokens=task != "causal_lm", return_attention_mask=False)["input_ids"]
+            for (part, record), ids in zip(batch, encoded, strict=True):
+                if task == "causal_lm":
+                    ids.append(tokenizer.eos_token_id)
+                else:
+                    cut += len(ids) > data.seq_len
+                    ids = _fit(ids, data.seq_len, tokenizer.eos_token_id, field != "text")  # noqa: PLW2901
+                writers[part, field].add(ids)
+                if part == "eval" and task == "causal_lm":
+                    text.add(record[field])
+        for part, record in batch:
+            records[part] += 1
+            if "label" in FIELDS[task]:
+                labels[part].append(str(record["label"]))
+    for writer in writers.values():
+        writer.close()
+    classes = sorted(set(chain(*labels.values())))
+    numbers = {name: number for number, name in enumerate(classes)}
+    for part, names in labels.items():
+        np.save(folder / f"{part}-label.npy", np.asarray([numbers[name] for name in names], np.int64))
+    return {"records": records, "classes": classes, "cut": cut, "vocab_size": len(tokenizer), **text.summary()}
+
+
+def _fit(ids: list[int], most: int, eos: int, ends: bool) -> list[int]:
+    """At most `most` ids; with `ends` the last one is the end-of-text token."""
+    if ends and (not ids or ids[-1] != eos):
+        ids.append(eos)
+    return ids[: most - 1] + [ids[-1]] if ends and len(ids) > most else ids[:most]
+
+
+class _TextStatistics:
+    """What a language model on the held-out text is measured against: no model (unigram bytes) and gzip -9."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(256, np.int64)
+        self.gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
+        self.compressed = 0
+
+    def add(self, text: str) -> None:
+        raw = text.encode()
+        self.counts += np.bincount(np.frombuffer(raw, np.uint8), minlength=256)
+        self.compressed += len(self.gzip.compress(raw))
+
+    def summary(self) -> dict[str, Any]:
+        size = int(self.counts.sum())
+        if not size:
+            return {}
+        self.compressed += len(self.gzip.flush())
+        entropy = -sum(c / size * math.log2(c / size) for c in self.counts.tolist() if c)
+        return {
+            "eval_bytes": size,
+            "baselines": {"unigram_bits_per_byte": entropy, "gzip_bits_per_byte": self.compressed * 8 / size},
+        }

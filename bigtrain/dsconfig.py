@@ -1,0 +1,130 @@
+"""DeepSpeed's configuration: from a plan to numbers, and what a launcher has said of it.
+
+`ds_configs/*.json` hold the settings; this file fills in what the plan decides. Numbers are always written out,
+never "auto": Accelerate fills "auto" itself, and adopts DeepSpeed's values where the two differ.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bigtrain.errors import RequestError
+from bigtrain.plan import Kind, Plan
+from bigtrain.recipe import Engine
+from bigtrain.rundir import asset
+
+_STAGE: dict[int, Kind] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What `accelerate launch` asked for, read from the environment it sets; None where it was silent."""
+
+    kind: Kind | None = None
+    offload: Literal["none", "optimizer", "params"] | None = None
+    precision: Literal["bf16"] | None = None
+    config: dict[str, Any] | None = None  # the --deepspeed_config_file
+    source: str = ""
+
+
+def read_launcher(environ: Mapping[str, str]) -> Launcher:
+    """Raises RequestError for engines bigtrain does not have and for a DeepSpeed file that cannot be used."""
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise RequestError("accelerate launch asks for FSDP", "DeepSpeed or plain data parallel", "leave --use_fsdp out")
+    if environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
+        found = environ["ACCELERATE_MIXED_PRECISION"]
+        raise RequestError(f"accelerate launch asks for {found}", "bf16 or no mixed precision", "--mixed_precision bf16")
+    precision: Literal["bf16"] | None = "bf16" if environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else None
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+        return Launcher(precision=precision, source="accelerate launch --mixed_precision" if precision else "")
+    path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if path and path != "none":
+        return _from_file(Path(path), precision)
+    stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    to_cpu = {
+        part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") == "cpu" for part in ("OPTIMIZER", "PARAM")
+    }
+    offload: Any = "params" if to_cpu["PARAM"] else "optimizer" if to_cpu["OPTIMIZER"] else None
+    return Launcher(_STAGE.get(stage), offload, precision, None, f"accelerate launch (ZeRO stage {stage})")
+
+
+def _from_file(path: Path, precision: Literal["bf16"] | None) -> Launcher:
+    try:
+        config = json.loads(path.read_text())
+        zero = config.get("zero_optimization", {})
+        kind = _STAGE[zero.get("stage", 0)]
+    except (OSError, ValueError, KeyError, AttributeError) as problem:
+        raise RequestError(
+            f"{path}: not a usable DeepSpeed configuration ({problem})", "JSON with zero_optimization.stage 1, 2 or 3"
+        ) from None
+    if config.get("fp16", {}).get("enabled") is True:
+        raise RequestError(f"{path}: asks for fp16", "bf16 or fp32", '"bf16": {"enabled": true}')
+    devices = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")}
+    if "nvme" in devices.values():
+        raise RequestError(f"{path}: asks for NVMe offload", 'offload to "cpu"', 'set "device": "cpu"')
+    offload: Any = "params" if devices["param"] == "cpu" else "optimizer" if devices["optimizer"] == "cpu" else None
+    if config.get("bf16", {}).get("enabled") is True:
+        precision = "bf16"
+    return Launcher(kind, offload, precision, config, str(path))
+
+
+def refuse_contradictions(launcher: Launcher, engine: Engine, origins: Mapping[str, str]) -> None:
+    """Raises RequestError naming both sides when recipe and launcher ask for different things."""
+    pairs = [
+        ("kind", engine.kind, launcher.kind),
+        ("offload", engine.offload if engine.offload != "none" else None, launcher.offload),
+        ("precision", engine.precision, launcher.precision),
+    ]
+    for key, asked, launched in pairs:
+        if launched is not None and asked not in (None, "auto", launched):
+            raise RequestError(
+                f"engine.{key} is {asked} ({origins.get('engine.' + key, 'recipe')}), but {launcher.source} says {launched}",
+                "one of the two, or both the same",
+                f"engine.{key}={launched}, or another launcher configuration",
+            )
+    if launcher.kind == "ddp" and launcher.config is not None:
+        raise RequestError(f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)")
+
+
+def base_config(plan: Plan) -> dict[str, Any]:
+    """The shipped DeepSpeed settings for the plan's engine."""
+    name = plan.kind + ("_offload" if plan.offload != "none" else "") + ".json"
+    return dict(json.loads(asset("ds_configs", name).read_text()))
+
+
+def render(plan: Plan, clip_norm: float, launcher: Launcher = Launcher()) -> dict[str, Any]:
+    """The DeepSpeed configuration in force: the launcher's file or the shipped one, with the plan's numbers.
+
+    Raises RequestError where a number in the launcher's file contradicts the plan.
+    """
+    config = dict(launcher.config) if launcher.config is not None else base_config(plan)
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        # DeepSpeed insists on this product; the loop gives the last pieces their true, smaller weight.
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
+        "gradient_clipping": clip_norm,
+    }
+    for key, value in ours.items():
+        theirs = config.get(key, "auto")
+        if launcher.config is not None and theirs not in ("auto", value):
+            raise RequestError(f"{launcher.source}: {key} is {theirs}, but the recipe makes it {value}", '"auto" or the same')
+    config |= ours
+    config["bf16"] = {"enabled": plan.precision == "bf16"}
+    config["data_types"] = {"grad_accum_dtype": "fp32"}  # in bf16 too: DeepSpeed#1800, #2352
+    # torch's own optimizers, on every engine alike; DeepSpeed has tested only its own and says so unless told.
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    zero = config["zero_optimization"] = dict(config["zero_optimization"])
+    if plan.kind == "zero3" and plan.offload == "optimizer":
+        zero.pop("offload_param", None)
+    config["steps_per_print"] = 2**31
+    return _without_auto(config)
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys still "auto": DeepSpeed's own default then holds."""
+    inner = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in inner.items() if value != "auto"}

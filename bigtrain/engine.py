@@ -1,0 +1,439 @@
+"""Accelerate and DeepSpeed, and every trap of theirs, in one room.
+
+The rest of bigtrain sees ranks, a backward that takes a sum and a weight, and a step that says whether it was
+applied. Nothing here knows what is trained.
+"""
+
+import contextlib
+import ctypes
+import logging
+import math
+import os
+import resource
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.plan import Plan
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank computes on, known before any process group exists."""
+
+    kind: str  # cpu | cuda
+    bf16_is_fast: bool
+
+
+def find_device(asked: str) -> Device:
+    """`auto`, `cpu` or `cuda`; RequestError when CUDA is asked for and absent."""
+    cuda = torch.cuda.is_available()
+    if asked == "cuda" and not cuda:
+        built = torch.version.cuda or "without CUDA"
+        raise RequestError(
+            f"engine.device is cuda, but torch {torch.__version__} (built {built}) sees no CUDA device",
+            "a visible GPU and a CUDA build of torch",
+            "engine.device=cpu, or nvidia-smi to see what the machine has",
+        )
+    if cuda and asked != "cpu":
+        return Device("cuda", torch.cuda.is_bf16_supported())
+    # Measured: bf16 products are faster than fp32 with AVX512_BF16 (1.5×) and AMX (9×), far slower without either.
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return Device("cpu", bool(flags.get("avx512_bf16") or flags.get("amx_bf16")))
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun, accelerate launch and bigtrain's Slurm scripts set them; (0, 1) without."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of an optimizer step."""
+
+    applied: bool
+    grad_norm: float  # before clipping; not finite when the step was skipped for it
+
+
+class Engine(ABC):
+    """One rank's share of a training run."""
+
+    def __init__(self, plan: Plan, accelerator: Any, clip_norm: float) -> None:
+        self.plan, self.accelerator, self.clip_norm = plan, accelerator, clip_norm
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        self.model: Any = None  # what to call for a forward pass
+        self.module: Any = None  # the user's module below it
+        self.optimizer: Any = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, parameters: list[nn.Parameter]) -> None:  # noqa: B027
+        """Take over parameters that have just been given their values; engines that do not shard leave them."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Place the model and its optimizer on the devices."""
+
+    @abstractmethod
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around the forward and backward pass of one micro-batch; gradients meet in the last one."""
+
+    @abstractmethod
+    def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
+        """Gradients of `loss_sum` ÷ `weight`, the weight of the whole global batch, summed over ranks."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip and update; every rank skips together when a gradient is not finite."""
+
+    @abstractmethod
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All parameters and buffers on the CPU of rank 0 (elsewhere: an empty dictionary). A collective."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's shards below `folder`; returns the files this rank wrote."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote at the same world size. Tensors only: no pickled object is ever run."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of forward passes, in training and in evaluation."""
+        return contextlib.nullcontext()
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def sum(self, *values: Tensor | float) -> Tensor:
+        """Values added up over ranks: float64, on the device, without waiting for the host."""
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of every rank, in order of rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def sync_buffers(self) -> None:
+        """Give every rank the mean of all ranks' float buffers (BatchNorm's running statistics differ per rank)."""
+        if self.world_size > 1:
+            for buffer in self.module.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.all_reduce(buffer)
+                    buffer.div_(self.world_size)
+
+    def peak_memory(self) -> int:
+        """Bytes: the device's peak on CUDA, the process's peak resident set on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def close(self) -> None:
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+def start(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float) -> Engine:
+    """Join the other ranks and return the plan's engine. Raises TrainingFailed if what started is not the plan."""
+    _quiet()
+    if device.kind == "cpu":
+        _keep_freed_memory()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    engine = _DDP(plan, device, clip_norm) if plan.kind == "ddp" else _DeepSpeed(plan, device, ds_config, clip_norm)
+    if engine.world_size != plan.world_size:
+        raise TrainingFailed(f"the process group has {engine.world_size} ranks", f"{plan.world_size}, as the launcher said")
+    if engine.device.type != device.kind:
+        raise TrainingFailed(f"Accelerate chose {engine.device.type}", device.kind)
+    return engine
+
+
+def _quiet() -> None:
+    """Silence what says nothing to a user; warnings about their own code still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for module in ("deepspeed", "accelerate", "torch", "transformers", "torchmetrics"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory instead of giving it back: a fifth less time per step on the CPU, measured."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        top_pad, mmap_max, trim_threshold = -2, -4, -1  # M_TOP_PAD, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 256 << 20)
+
+
+def _accelerator(device: Device, **settings: Any) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # The backend is named because Accelerate's guess leaves each CPU rank alone with itself (world size 1);
+    # one bare process, which has no group, must not name one.
+    group = InitProcessGroupKwargs(backend="nccl" if device.kind == "cuda" else "gloo")
+    return Accelerator(kwargs_handlers=[group] if "WORLD_SIZE" in os.environ else None, **settings)
+
+
+class _DDP(Engine):
+    """One process, or torch's DistributedDataParallel: fp32 weights, bf16 by autocast."""
+
+    def __init__(self, plan: Plan, device: Device, clip_norm: float) -> None:
+        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+            os.environ.pop(name, None)
+        super().__init__(plan, _accelerator(device, cpu=device.kind == "cpu", mixed_precision="no"), clip_norm)
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.module = model.to(self.device)
+        self.optimizer = make_optimizer(self.module)
+        if self.plan.compile:
+            self.module.compile()
+        self.model = self.module
+        if self.world_size > 1:
+            # Buffers are averaged when they matter (sync_buffers), on every engine alike.
+            self.model = torch.nn.parallel.DistributedDataParallel(
+                self.module,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16")
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync():
+            yield
+
+    def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
+        # DDP averages over ranks, so the sum is world_size times too small without this factor.
+        (loss_sum * (self.world_size / weight)).float().backward()
+
+    def step(self, learning_rate: float) -> StepResult:
+        self._set_rate(learning_rate)
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf))
+        applied = math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(applied, norm)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        if not self.main:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+
+    def save(self, folder: Path) -> list[Path]:
+        """Every rank holds the same; rank 0 writes it, as safetensors and JSON."""
+        import json
+
+        from safetensors.torch import save_file
+
+        if not self.main:
+            return []
+        state = self.optimizer.state_dict()
+        tensors = {f"{index}.{key}": value for index, slot in state["state"].items() for key, value in slot.items()}
+        model = {name: tensor for name, tensor in self.module.state_dict().items()}
+        paths = [folder / "model.safetensors", folder / "optimizer.safetensors", folder / "optimizer.json"]
+        save_file(_unshared(model), paths[0])
+        save_file({name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, paths[1])
+        paths[2].write_text(json.dumps(state["param_groups"]))
+        return paths
+
+    def load(self, folder: Path) -> None:
+        import json
+
+        from safetensors.torch import load_file
+
+        weights = load_file(folder / "model.safetensors", device=str(self.device))
+        own = self.module.state_dict()
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = tensor
+        groups = json.loads((folder / "optimizer.json").read_text())
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors once (safetensors refuses shared memory); loading fills both, since they are one."""
+    seen: set[tuple[int, int]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.numel())
+        if place in seen and tensor.numel():
+            continue
+        seen.add(place)
+        kept[name] = tensor.contiguous()
+    return kept
+
+
+class _DeepSpeed(Engine):
+    """ZeRO 1, 2 and 3, with offload. DeepSpeed's own engine is called directly where Accelerate's wrapper would
+    decide for itself when gradients meet and how a short group of micro-batches is scaled."""
+
+    def __init__(self, plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float) -> None:
+        # Without this, and with cpu=True, Accelerate drops DeepSpeed silently and runs DDP.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION"):
+            os.environ.pop(name, None)
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        from accelerate import DeepSpeedPlugin
+
+        _quiet()
+        self.ds_config = ds_config
+        plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
+        precision = "bf16" if plan.precision == "bf16" else "no"
+        super().__init__(plan, _accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision), clip_norm)
+        self._init: Any = None
+
+    def shard(self, parameters: list[nn.Parameter]) -> None:
+        """ZeRO-3: keep this rank's part of each parameter. Called per layer, so the whole model never stands here."""
+        if self.plan.kind != "zero3":
+            return
+        import deepspeed
+
+        if self._init is None:
+            # Never entered as a context: models draw their weights first, and are sharded after (models/hf.py).
+            self._init = deepspeed.zero.Init(config_dict_or_path=self.ds_config)
+        for parameter in dict.fromkeys(parameters):
+            if not hasattr(parameter, "ds_id"):
+                dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
+                parameter.data = parameter.data.to(self.device, dtype)
+                self._init._zero_init_param(parameter)
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        if self.plan.compile:
+            model.compile()
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
+        self.module = self.model.module
+        found = (self.model.zero_optimization_stage(), self.model.gradient_accumulation_steps(), self.model.bfloat16_enabled())
+        asked = (int(self.plan.kind[-1]), self.plan.accumulation, self.plan.precision == "bf16")
+        if found != asked:
+            raise TrainingFailed(f"DeepSpeed runs (stage, accumulation, bf16) = {found}", str(asked))
+        if self.plan.kind == "zero3":
+            _check_overflow_in_every_precision(self.model.optimizer)
+        else:
+            self.model.optimizer.check_grad_overflow = True
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
+        # DeepSpeed averages over ranks, as DDP does; scale_wrt_gas would divide by the accumulation once more.
+        self.model.backward((loss_sum * (self.world_size / weight)).float(), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepResult:
+        self._set_rate(learning_rate)
+        self.model.step()
+        return StepResult(self.model.was_step_applied(), float(self.model.get_global_grad_norm()))
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        weights: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # tied parameters stay one tensor
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in copies:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.kind == "zero3"):
+                    copies[id(parameter)] = parameter.detach().cpu().clone() if self.main else torch.empty(0)
+            weights[name] = copies[id(parameter)]
+        weights |= {name: tensor.cpu() for name, tensor in self.module.state_dict().items() if name not in weights}
+        return weights if self.main else {}
+
+    def save(self, folder: Path) -> list[Path]:
+        before = set(folder.rglob("*"))
+        state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # stages 1 and 2 need it to convert
+        self.model.save_checkpoint(str(folder), tag="engine", client_state=state, save_latest=False)
+        self.barrier()
+        # Which rank wrote which file is DeepSpeed's affair; the files are dealt out for hashing.
+        written = sorted(path for path in folder.rglob("*") if path.is_file() and path not in before)
+        return written[self.rank :: self.world_size]
+
+    def load(self, folder: Path) -> None:
+        with _tensors_only():
+            path, _ = self.model.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise TrainingFailed(f"DeepSpeed could not load {folder}")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_overflow_in_every_precision(optimizer: Any) -> None:
+    """ZeRO-3 looks for Inf and NaN in fp16 only, and in fp32 and bf16 would write them into the weights."""
+
+    def check(update_scale: bool = True) -> bool:
+        optimizer.check_overflow()
+        return bool(optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow)
+
+    optimizer._overflow_check_and_loss_scale_update = check
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """torch.load without arbitrary pickles, for DeepSpeed's own calls of it: four plain classes are let through."""
+    import importlib
+
+    # fragment_address's module is hidden by a function of the same name in its package
+    names: Iterable[tuple[str, str]] = [
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+        ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ]
+    allowed = [getattr(importlib.import_module(module), name) for module, name in names]
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,49 @@
+"""What can go wrong, as the person on call reads it, and the exit code each kind ends with.
+
+The codes are a contract with launchers and Slurm scripts (README, "Exit codes"): 2 must never be requeued,
+75 and 76 should be.
+"""
+
+
+class BigtrainError(Exception):
+    """An end of the program that needs a message and an exit code, not a traceback."""
+
+    exit_code = 3
+
+    def __init__(self, found: str, expected: str = "", fix: str = "") -> None:
+        """Build the message: what was `found`, what was `expected`, and what to type (`fix`)."""
+        self.found, self.expected, self.fix = found, expected, fix
+        lines = [found]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if fix:
+            lines.append(f"  try:      {fix}")
+        super().__init__("\n".join(lines))
+
+
+class RequestError(BigtrainError):
+    """The request is wrong: nothing was written, and running it again would end the same way."""
+
+    exit_code = 2
+
+
+class RecipeError(RequestError):
+    """The recipe or an override is wrong. Every rank finds the same, so only rank 0 prints it."""
+
+
+class TrainingFailed(BigtrainError):
+    """Training failed and would fail again."""
+
+    exit_code = 3
+
+
+class StoppedEarly(BigtrainError):
+    """Stopped on request with a committed checkpoint; the same command goes on."""
+
+    exit_code = 75
+
+
+class PeersLost(BigtrainError):
+    """Another rank died or fell silent; the same command goes on from the last checkpoint."""
+
+    exit_code = 76

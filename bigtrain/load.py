@@ -1,0 +1,261 @@
+"""From a recipe's name or path and dotted overrides to a frozen Recipe, knowing where each value came from.
+
+YAML 1.2 by ruamel: `1e-4` is a number and `no` is a string. Everything wrong with a recipe is reported at once.
+"""
+
+import difflib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from bigtrain.errors import RecipeError
+from bigtrain.recipe import Recipe
+
+Where = dict[str, str]  # dotted key → "file:line" or "override …"
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and, for every leaf of it, who set it."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+
+
+def shipped() -> dict[str, Path]:
+    """Name → file of every recipe that comes with bigtrain."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def recipe_path(ref: str) -> Path:
+    """The file that `ref` (a path or a shipped recipe's name) stands for."""
+    path = Path(ref)
+    if path.is_file():
+        return path
+    if ref in shipped():
+        return shipped()[ref]
+    near = difflib.get_close_matches(ref, shipped(), n=1)
+    raise RecipeError(
+        f"no recipe {ref!r}: neither a file nor a shipped recipe",
+        f"a YAML file, or one of: {', '.join(shipped())}",
+        f"bigtrain train {near[0]}" if near else "bigtrain recipes",
+    )
+
+
+def load_recipe(ref: str, overrides: list[str] | None = None) -> Loaded:
+    """Read, override and check a recipe.
+
+    Raises RecipeError naming every unknown key, wrong type and duplicate, each with its file:line.
+    """
+    path = recipe_path(ref)
+    raw, where, errors = _read(path)
+    for text in overrides or []:
+        errors += _override(raw, where, text)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as problem:
+        errors += list(_explain(problem, raw, where, path))
+    if errors:
+        many = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise RecipeError(f"{path}: {many}\n" + "\n".join(f"  {line}" for line in errors))
+    values = flatten(recipe.model_dump())
+    return Loaded(recipe, {key: _origin(key, where) for key in values})
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; an empty dictionary is a leaf."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads back to the same recipe."""
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _origin(key: str, where: Where) -> str:
+    """Who set `key`: itself or the nearest parent that was written down; else the default."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if (found := where.get(".".join(parts[:end]))) and (end == len(parts) or _is_leaf_parent(parts[:end], where)):
+            return found if found.startswith("override") else f"recipe {found}"
+    return "default"
+
+
+def _is_leaf_parent(parts: list[str], where: Where) -> bool:
+    """Whether a written key holds its value whole (a list or scalar), so that the leaf below is not a default."""
+    prefix = ".".join(parts) + "."
+    return not any(key.startswith(prefix) for key in where) and parts[-1] not in Recipe.model_fields
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
+    """The file's mapping, the line of each dotted key, and what is wrong with its form."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = YAML(pure=True).compose(text)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.allow_duplicate_keys = True  # _walk reports them, all of them and with both lines
+        raw = yaml.load(text)
+    except UnicodeDecodeError as problem:
+        raise RecipeError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})", "a YAML file") from None
+    except OSError as problem:
+        raise RecipeError(f"{path}: cannot be read ({problem.strerror})", "a YAML file") from None
+    except MarkedYAMLError as problem:
+        line = problem.problem_mark.line + 1 if problem.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not valid YAML: {problem.problem or problem.context}") from None
+    except (YAMLError, ValueError, RecursionError) as problem:
+        raise RecipeError(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME")
+    where: Where = {}
+    errors: list[str] = []
+    for key, line, first in _walk(node):
+        where[key] = f"{path}:{line}"
+        if first is not None:
+            errors.append(f"{path}:{line}: duplicate key {key} (first on line {first})")
+    return raw, where, errors
+
+
+def _walk(node: Node, prefix: str = "") -> Iterator[tuple[str, int, int | None]]:
+    """Each key below `node` as (dotted key, line, line of an earlier duplicate)."""
+    if isinstance(node, SequenceNode):
+        for item in node.value:
+            yield from _walk(item, prefix + "[]")
+    if not isinstance(node, MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        name = str(key_node.value) if isinstance(key_node, ScalarNode) else "?"
+        key, line = (f"{prefix}.{name}" if prefix else name), key_node.start_mark.line + 1
+        yield key, line, seen.get(name)
+        seen.setdefault(name, line)
+        yield from _walk(value_node, key)
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, typed as YAML types it."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _override(raw: dict[str, Any], where: Where, text: str) -> list[str]:
+    """Apply one `key=value` to `raw`; returns what is wrong with it."""
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        return [f"override {text!r}: expected key=value, for example optim.lr=3e-4"]
+    try:
+        parsed = parse_value(value)
+    except YAMLError:
+        return [f"override {text!r}: the value is not valid YAML"]
+    target = raw
+    for depth, part in enumerate(parts[:-1]):
+        inner = target.get(part)
+        if inner is None or (isinstance(inner, str) and parts[: depth + 1] == ["data", "tokenizer"]):
+            inner = target[part] = {}
+        if not isinstance(inner, dict):
+            return [f"override {text!r}: {'.'.join(parts[: depth + 1])} is {_kind(inner)}, not a section"]
+        target = inner
+    target[parts[-1]] = parsed
+    for stale in [known for known in where if known.startswith(key + ".")]:
+        del where[stale]
+    where[key] = f"override {text}"
+    return []
+
+
+def _explain(problem: ValidationError, raw: dict[str, Any], where: Where, path: Path) -> Iterator[str]:
+    """One line per place that is wrong: where, what was found, what was expected, the nearest valid name."""
+    places: dict[tuple[str, ...], list[Any]] = {}
+    for error in problem.errors(include_url=False):
+        places.setdefault(_place(error["loc"], raw), []).append(error)
+    for loc, errors in places.items():
+        key = ".".join(loc)
+        at = next((where[".".join(loc[:n])] for n in range(len(loc), 0, -1) if ".".join(loc[:n]) in where), str(path))
+        kinds = {error["type"] for error in errors}
+        if kinds == {"extra_forbidden"} or (kinds >= {"extra_forbidden"} and loc[:2] == ("data", "tokenizer")):
+            yield f"{at}: unknown key {key}{_nearest(loc)}"
+        elif kinds == {"missing"}:
+            yield f"{at}: missing key {key}"
+        elif kinds == {"value_error"}:
+            yield f"{at}: {key or 'recipe'}: {errors[0]['msg'].removeprefix('Value error, ')}"
+        else:
+            expected = " or ".join(dict.fromkeys(_expected(error) for error in errors))
+            yield f"{at}: {key}: found {_kind(_dig(raw, loc))}; expected {expected}"
+
+
+def _place(loc: tuple[int | str, ...], raw: Any) -> tuple[str, ...]:
+    """Pydantic's location without the tags it adds for members of a union."""
+    place: list[str] = []
+    value = raw
+    for position, part in enumerate(loc):
+        if isinstance(value, dict) and (part in value or position == len(loc) - 1):
+            place.append(str(part))
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            place.append(str(part))
+            value = value[part] if part < len(value) else None
+    return tuple(place)
+
+
+def _dig(value: Any, loc: tuple[str, ...]) -> Any:
+    for part in loc:
+        value = value[int(part)] if isinstance(value, list) else value.get(part)
+    return value
+
+
+def _nearest(loc: tuple[str, ...]) -> str:
+    """`; did you mean …` among the keys of the section, or of the whole recipe, else the section's keys."""
+    section: Any = Recipe
+    for part in loc[:-1]:
+        field = section.model_fields.get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Recipe)
+    prefix = ".".join(loc[:-1])
+    here = list(section.model_fields)
+    if near := difflib.get_close_matches(loc[-1], here, n=1):
+        return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    everywhere = {name: f"{key}.{name}" for key, field in Recipe.model_fields.items() for name in _fields(field.annotation)}
+    if near := difflib.get_close_matches(loc[-1], everywhere, n=1):
+        return f"; did you mean {everywhere[near[0]]}?"
+    return f"; expected one of: {', '.join(here)}"
+
+
+def _fields(annotation: Any) -> list[str]:
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _expected(error: Any) -> str:
+    if error["type"] == "string_pattern_mismatch":
+        return "letters, digits, '.', '_' and '-', beginning with a letter or digit (100 at most)"
+    message: str = error["msg"]
+    for opening in ("Input should be a valid ", "Input should be "):
+        if message.startswith(opening):
+            rest = message.removeprefix(opening)
+            article = "an " if rest[0] in "aeiou" else "a "
+            return article + rest if opening.endswith("valid ") else rest
+    return message
+
+
+def _kind(value: Any) -> str:
+    """A value as an error shows it: itself and its type."""
+    names = {str: "text", bool: "true/false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+    if value is None:
+        return "nothing (null)"
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "…"
+    return f"{shown} ({names.get(type(value), type(value).__name__)})"

@@ -1,0 +1,123 @@
+"""The one loop: every task, every engine."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bigtrain import checkpoint
+from bigtrain.checkpoint import State
+from bigtrain.data import Corpus, eval_batches
+from bigtrain.data.stream import Piece
+from bigtrain.engine import Engine
+from bigtrain.errors import StoppedEarly
+from bigtrain.optim import learning_rate
+from bigtrain.recipe import Recipe
+from bigtrain.rundir import RunDir
+from bigtrain.stop import StopFlag
+from bigtrain.tasks import Task
+from bigtrain.track import Everyone
+
+
+@dataclass
+class Training:
+    """All that the loop moves; built by run.py."""
+
+    recipe: Recipe
+    run: RunDir
+    engine: Engine
+    task: Task
+    corpus: Corpus
+    batches: Iterator[list[Piece]]
+    tracker: Everyone
+    state: State
+    stop: StopFlag
+
+
+def train(t: Training) -> dict[str, float]:
+    """Steps from where the state stands to the end; returns the last evaluation.
+
+    Raises StoppedEarly after a signal, once a checkpoint is committed.
+    """
+    settings, state = t.recipe.train, t.state
+    results: dict[str, float] = {}
+    while state.step < settings.steps:
+        stopping = _step(t)
+        last = state.step == settings.steps
+        if last or state.step % settings.eval_every == 0:
+            results = evaluate(t.engine, t.task, t.corpus)
+            t.tracker.log({"kind": "eval", "step": state.step, **results})
+        if last or stopping or state.step % settings.checkpoint_every == 0:
+            path = checkpoint.save(t.engine, t.run, state, settings.keep)
+            t.tracker.event(state.step, "checkpoint", path=str(path))
+        if stopping and not last:
+            t.tracker.event(state.step, "stopped", signal=t.stop.received or "on another rank")
+            raise StoppedEarly(f"stopped at step {state.step} of {settings.steps}; the same command goes on from there")
+    return results
+
+
+def _step(t: Training) -> bool:
+    """One optimizer step; returns whether any rank was asked to stop."""
+    began = time.perf_counter()
+    engine, task, state, recipe = t.engine, t.task, t.state, t.recipe
+    pieces = next(t.batches)
+    local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
+    weight, stopping = engine.sum(local, t.stop.received is not None)
+    rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
+    engine.model.train()
+    loss = torch.zeros((), device=engine.device)
+    _seed_draws(recipe.seed, state.step, engine.rank)
+    for number, piece in enumerate(pieces):
+        with engine.micro_batch(last=number == len(pieces) - 1):
+            with engine.autocast():
+                loss_sum = task.loss_sum(engine.model, engine.to_device(piece.batch))
+            loss_sum = loss_sum if piece.counts else loss_sum * 0.0
+            engine.backward(loss_sum, weight)
+        loss += loss_sum.detach()
+    result = engine.step(rate)
+    (total,) = engine.sum(loss)
+    state.step += 1
+    state.applied += result.applied
+    state.samples += engine.plan.global_batch
+    state.weight += int(weight)
+    if state.step % recipe.train.log_every == 0 or state.step == recipe.train.steps:
+        seconds = time.perf_counter() - began
+        t.tracker.log(
+            {
+                "kind": "train",
+                "step": state.step,
+                "samples": state.samples,
+                "weight": state.weight,
+                "loss": float(total / weight),
+                "lr": rate,
+                "grad_norm": result.grad_norm,
+                "applied": result.applied,
+                f"{task.unit}_per_s": float(weight) / seconds,
+                "mfu": None,
+                "seconds": seconds,
+                "peak_memory_bytes": engine.peak_memory(),
+            }
+        )
+    return bool(stopping)
+
+
+def _seed_draws(seed: int, step: int, rank: int) -> None:
+    """Dropout's draws are a function of (seed, step, rank): a resumed run draws what the undisturbed one would."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, task: Task, corpus: Corpus) -> dict[str, float]:
+    """The task's metrics over the held-out set, each example counted once. A collective."""
+    engine.sync_buffers()
+    engine.model.eval()
+    evaluator = task.evaluator(engine.device)
+    for piece in eval_batches(corpus.eval, engine.plan, engine.rank, task.collate):
+        batch = engine.to_device(piece.batch)
+        with engine.autocast():
+            if piece.counts:
+                evaluator.update(engine.model, batch)
+            else:
+                task.loss_sum(engine.model, batch)  # sharded engines gather weights together, so all ranks run along
+    return evaluator.compute()

@@ -1,0 +1,153 @@
+"""From the recipe's model section to a module: our own models, any of transformers', or the user's class."""
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from bigtrain.data.examples import Corpus
+from bigtrain.errors import RequestError
+from bigtrain.models.cnn import CNN
+from bigtrain.models.mlp import MLP, Linear
+from bigtrain.models.rnn import RNN
+from bigtrain.recipe import Recipe
+
+MODELS: dict[str, type[nn.Module]] = {"cnn": CNN, "rnn": RNN, "mlp": MLP, "linear": Linear}
+Shard = Callable[[list[nn.Parameter]], None]
+
+
+def build(recipe: Recipe, corpus: Corpus, shard: Shard | None = None) -> nn.Module:
+    """The model with its starting weights, on the CPU (or on the meta device inside `torch.device("meta")`).
+
+    The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is called with
+    parameters as soon as they hold their values, so that a sharding engine can let go of what is not its own.
+    Raises RequestError for names, arguments and shapes that do not fit.
+    """
+    name = recipe.model.name
+    if name in MODELS:
+        model = _ours(recipe, corpus)
+    elif ":" in name:
+        model = _custom(recipe, corpus)
+    else:
+        from bigtrain.models import hf  # two seconds that our own models need not pay
+
+        return hf.build(recipe, corpus, shard)
+    if recipe.model.pretrained and not _on_meta():
+        _load_own(model, Path(recipe.model.pretrained))
+    if shard is not None:
+        shard(list(model.parameters()))
+    return model
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
+
+
+def shapes(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    """What the data says of a model's shape, by the argument names our models (and a user's class) may have."""
+    classes = len(corpus.classes) or (corpus.vocab_size if recipe.task in ("causal_lm", "seq2seq") else 1)
+    facts: dict[str, Any] = {"num_outputs": classes, "num_classes": classes, "vocab_size": corpus.vocab_size}
+    facts |= {"per_position": recipe.task == "causal_lm"}
+    if corpus.image is not None:
+        channels, height, width = corpus.image
+        facts |= {"in_channels": channels, "image_size": height, "in_features": channels * height * width}
+        facts |= {"row_width": channels * width}
+    if corpus.features is not None:
+        facts["in_features"] = corpus.features
+    if recipe.model.dropout is not None:
+        facts["dropout"] = recipe.model.dropout
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+_SERVES = {
+    "cnn": ("image_classification",),
+    "rnn": ("causal_lm", "text_classification", "image_classification"),
+    "mlp": ("image_classification", "tabular_classification", "regression"),
+    "linear": ("image_classification", "tabular_classification", "regression"),
+}
+
+
+def _ours(recipe: Recipe, corpus: Corpus) -> nn.Module:
+    name = recipe.model.name
+    if recipe.task not in _SERVES[name]:
+        able = [other for other, tasks in _SERVES.items() if recipe.task in tasks]
+        expected = f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
+        raise RequestError(f"model {name} does not serve task {recipe.task}", expected)
+    return _construct(MODELS[name], recipe, corpus)
+
+
+def _custom(recipe: Recipe, corpus: Corpus) -> nn.Module:
+    module_name, _, class_name = recipe.model.name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as problem:
+        raise RequestError(
+            f"model.name {recipe.model.name!r}: {problem}", "package.module:Class, importable from here", "PYTHONPATH=FOLDER"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise RequestError(f"model.name {recipe.model.name!r} is not a torch.nn.Module class", "a subclass of torch.nn.Module")
+    return _construct(found, recipe, corpus)
+
+
+def _construct(cls: type[nn.Module], recipe: Recipe, corpus: Corpus) -> nn.Module:
+    """`cls` with the recipe's arguments, and those shapes of the data that it has a name for."""
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for key in recipe.model.args:
+        if key not in parameters and not open_ended:
+            raise RequestError(
+                f"model.args.{key}: {recipe.model.name} has no such argument{_nearest(key, parameters)}",
+                f"one of: {', '.join(parameters)}",
+            )
+    facts = {key: value for key, value in shapes(recipe, corpus).items() if key in parameters}
+    if recipe.model.dropout is not None and "dropout" not in parameters:
+        raise RequestError(f"model.dropout: {recipe.model.name} takes no dropout", "leave model.dropout out")
+    args = facts | recipe.model.args
+    if corpus.vocab_size is not None and args.get("vocab_size", corpus.vocab_size) < corpus.vocab_size:
+        raise vocabulary_error(corpus.vocab_size, args["vocab_size"])
+    torch.manual_seed(recipe.seed)  # modules are built in the same order everywhere, so the draws are the same
+    try:
+        model = cls(**args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as problem:
+        raise RequestError(f"model.args: {recipe.model.name} refuses {args}: {problem}", "arguments it accepts") from None
+    model.bigtrain_args = args  # type: ignore[assignment]  # what export writes down to build it again
+    return model
+
+
+def vocabulary_error(tokens: int, vocab_size: int) -> RequestError:
+    return RequestError(
+        f"the tokenizer has {tokens:,} entries, but the model's vocabulary {vocab_size:,}: some token ids would be beyond it",
+        f"model.args.vocab_size of at least {tokens}",
+        "leave model.args.vocab_size out",
+    )
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _load_own(model: nn.Module, folder: Path) -> None:
+    """Weights of one of our models, or of a user's class, from an exported run."""
+    path = folder / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, ValueError) as problem:
+        raise RequestError(f"model.pretrained: {path} cannot be read ({problem})", "a folder with model.safetensors") from None
+    expected = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in expected or expected[name].shape != tensor.shape:
+            has = tuple(expected[name].shape) if name in expected else "no such tensor"
+            raise RequestError(
+                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}", "the same architecture"
+            )
+    model.load_state_dict(weights, strict=False)  # tied tensors are stored once

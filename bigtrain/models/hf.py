@@ -1,0 +1,196 @@
+"""Models of transformers, by model type and arguments, or from pretrained safetensors. Remote code is never run."""
+
+import difflib
+from typing import Any
+
+import torch
+import transformers
+from blake3 import blake3
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from bigtrain.data.examples import Corpus
+from bigtrain.errors import RequestError
+from bigtrain.models import Shard, _nearest, _on_meta, vocabulary_error
+from bigtrain.recipe import Recipe
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+AUTO = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image_classification": "AutoModelForImageClassification",
+    "text_classification": "AutoModelForSequenceClassification",
+}
+
+
+def build(recipe: Recipe, corpus: Corpus, shard: Shard | None) -> PreTrainedModel:
+    """The model for the recipe's task, from its config or from pretrained weights."""
+    config = _config(recipe, corpus)
+    auto = auto_class(recipe.task, recipe.model.name)
+    if recipe.model.pretrained and not _on_meta():
+        model = _pretrained(auto, recipe, config)
+        _set_dropout(model, recipe.model.dropout)
+        if shard is not None:
+            shard(list(model.parameters()))
+        return model
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=False)
+    except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
+        raise RequestError(f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args") from None
+    _set_dropout(model, recipe.model.dropout)
+    if not _on_meta():
+        materialise(model, recipe.seed, shard)
+    return model
+
+
+def auto_class(task: str, model_name: str) -> Any:
+    """The transformers Auto class for a task."""
+    if task not in AUTO:
+        raise RequestError(f"model {model_name}: transformers has none for task {task}", "model mlp, linear, or package.module:Class")
+    return getattr(transformers, AUTO[task])
+
+
+def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
+    """The model's configuration: the recipe's arguments and what the data says, every key known to the model."""
+    args = dict(recipe.model.args)
+    name = recipe.model.name
+    if recipe.model.pretrained:
+        default = _pretrained_config(recipe.model.pretrained, name)
+    else:
+        default = _default_config(name)
+    known = set(default.to_dict()) | set(getattr(type(default), "attribute_map", {}))
+    if unknown := [key for key in args if key not in known]:
+        near = _nearest(unknown[0], known)
+        raise RequestError(f"model.args.{unknown[0]}: {name} has no such argument{near}", f"arguments of {type(default).__name__}")
+    facts = {key: value for key, value in _facts(recipe, corpus).items() if key in known or key == "id2label"}
+    vocab_size = args.get("vocab_size", default.get_text_config().vocab_size if recipe.model.pretrained else None)
+    if corpus.vocab_size is not None and vocab_size is not None:
+        if vocab_size < corpus.vocab_size:
+            raise vocabulary_error(corpus.vocab_size, vocab_size)
+        facts["vocab_size"] = vocab_size
+    settings = facts | _dropouts(default, recipe.model.dropout) | args
+    try:
+        config = type(default)(**{**default.to_dict(), **settings})
+    except Exception as problem:  # each config checks its arguments in its own way
+        raise RequestError(f"model.args: {name} refuses them: {str(problem).splitlines()[0]}", "arguments it accepts") from None
+    _check_length(recipe, config)
+    return config
+
+
+def _default_config(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(name)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        from bigtrain.models import MODELS
+
+        near = difflib.get_close_matches(name, [*CONFIG_MAPPING_NAMES, *MODELS], n=1)
+        raise RequestError(
+            f"model.name {name!r} is unknown" + (f"; did you mean {near[0]}?" if near else ""),
+            f"one of {', '.join(MODELS)}, a transformers model type (gpt2, llama, t5, bert, resnet …), or package.module:Class",
+        ) from None
+
+
+def _pretrained_config(folder: str, name: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as problem:
+        raise RequestError(
+            f"model.pretrained: no model at {folder!r} ({str(problem).splitlines()[0]})", "a local folder or a hub id"
+        ) from None
+    if config.model_type != name:
+        raise RequestError(f"model.pretrained: {folder} holds a {config.model_type}, but model.name is {name}", "the same type")
+    return config
+
+
+def _facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    """What the data knows and the model's configuration may ask for."""
+    facts: dict[str, Any] = {}
+    if corpus.tokenizer is not None:
+        pad, end = corpus.tokenizer.pad_token_id, corpus.tokenizer.eos_token_id
+        facts |= {"vocab_size": corpus.vocab_size, "pad_token_id": pad, "eos_token_id": end}
+        facts |= {"bos_token_id": end if corpus.tokenizer.bos_token_id is None else corpus.tokenizer.bos_token_id}
+        if recipe.task == "seq2seq":
+            facts["decoder_start_token_id"] = pad
+    if corpus.classes:
+        facts["id2label"] = dict(enumerate(corpus.classes))
+        facts["label2id"] = {label: number for number, label in enumerate(corpus.classes)}
+    if corpus.image is not None:
+        facts |= {"num_channels": corpus.image[0], "image_size": corpus.image[1]}
+    return facts
+
+
+def _dropouts(config: PreTrainedConfig, dropout: float | None) -> dict[str, float]:
+    """Every dropout of a configuration set to one value (each architecture has its own names for them)."""
+    if dropout is None:
+        return {}
+    numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, int | float)}
+    return {key: dropout for key in numbers if "dropout" in key or key.endswith("pdrop")}
+
+
+def _set_dropout(model: nn.Module, dropout: float | None) -> None:
+    for module in model.modules():
+        if dropout is not None and isinstance(module, nn.Dropout):
+            module.p = dropout
+
+
+def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if recipe.task in ("causal_lm", "text_classification", "seq2seq") and most and recipe.data.seq_len > most:
+        raise RequestError(
+            f"data.seq_len is {recipe.data.seq_len}, but the model has {most} positions",
+            f"data.seq_len of at most {most}",
+            f"data.seq_len={most}, or more positions in model.args",
+        )
+
+
+def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(recipe.seed)  # for a new head
+    try:
+        return auto.from_pretrained(
+            recipe.model.pretrained, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise RequestError(
+            f"model.pretrained: {recipe.model.pretrained} cannot be loaded: {str(problem).splitlines()[0]}",
+            "safetensors of this architecture and shape",
+        ) from None
+
+
+def materialise(model: PreTrainedModel, seed: int, shard: Shard | None = None) -> None:
+    """Give a model on the meta device memory and its starting weights, module by module.
+
+    Each module draws from a seed made of (seed, its name): the draws depend neither on the order nor on the engine.
+    transformers' own rules (`_init_weights`) say what is drawn. With `shard`, an element of a list of layers is
+    handed over as soon as it is drawn, so a rank holds one layer and its shards, not the model.
+    (Building inside `deepspeed.zero.Init` instead starts wrongly: transformers#43847, #44236.)
+    """
+    with torch.no_grad():
+        _materialise(model, "", model, seed, shard, {})
+    model.tie_weights()
+    if shard is not None:
+        shard(list(model.parameters()))
+
+
+def _materialise(
+    module: nn.Module, name: str, owner: PreTrainedModel, seed: int, shard: Shard | None, made: dict[int, nn.Parameter]
+) -> None:
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for key, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            fresh = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+            module._parameters[key] = made.setdefault(id(parameter), fresh)
+    for key, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_meta:
+            module._buffers[key] = torch.zeros_like(buffer, device="cpu")
+    for key, child in module.named_children():
+        _materialise(child, f"{name}.{key}", owner, seed, shard, made)
+        if shard is not None and isinstance(module, nn.ModuleList):
+            shard(list(child.parameters()))
+    torch.manual_seed(int.from_bytes(blake3(f"{seed}{name}".encode()).digest(7), "big"))
+    owner._init_weights(module)

@@ -1,0 +1,77 @@
+"""Recurrent networks: a language model and a classifier of texts or of images read row by row."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+class RNN(nn.Module):
+    """An LSTM or GRU over tokens (vocab_size) or rows of pixels (row_width); logits at every position or one per sequence."""
+
+    def __init__(
+        self,
+        num_outputs: int,
+        vocab_size: int | None = None,
+        row_width: int | None = None,
+        per_position: bool = False,
+        cell: Literal["lstm", "gru"] = "lstm",
+        embed: int = 256,
+        hidden: int = 256,
+        layers: int = 1,
+        bidirectional: bool = False,
+        tied: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        """`tied` shares the embedding with the output layer (language model only; Press & Wolf 2017)."""
+        super().__init__()
+        if cell not in _CELLS:
+            raise ValueError(f"cell is {cell!r}; expected one of: {', '.join(_CELLS)}")
+        if per_position and bidirectional:
+            raise ValueError("a language model that reads backwards would see the answer; expected bidirectional: false")
+        self.per_position = per_position
+        self.embedding = nn.Embedding(vocab_size, embed) if vocab_size else None
+        self.dropout = nn.Dropout(dropout)
+        self.rnn = _CELLS[cell](
+            embed if vocab_size else row_width,
+            hidden,
+            layers,
+            batch_first=True,
+            bidirectional=bidirectional,
+            dropout=dropout if layers > 1 else 0.0,
+        )
+        width = hidden * (1 + bidirectional)
+        tied = tied and per_position and self.embedding is not None
+        self.project = nn.Linear(width, embed) if tied and width != embed else None
+        self.head = nn.Linear(embed if tied else width, num_outputs)
+        if tied and self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=0.02)  # 1.0, torch's default, would start a tied output far too sure
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [batch, length] or images [batch, channels, rows, width] → logits [batch, (length,) outputs]."""
+        if self.embedding is not None:
+            assert input_ids is not None
+            sequence = self.embedding(input_ids)
+        else:
+            assert pixel_values is not None
+            sequence = pixel_values.transpose(1, 2).flatten(2)
+        states, last = self._run(self.dropout(sequence), attention_mask)
+        found = self.dropout(states if self.per_position else last)
+        return self.head(self.project(found) if self.project is not None else found)
+
+    def _run(self, sequence: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All states, and the last true one of each sequence (of both directions)."""
+        if self.per_position or mask is None:
+            states, last = self.rnn(sequence)
+        else:
+            packed = pack_padded_sequence(sequence, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+            states, last = self.rnn(packed)
+        final = last[0] if isinstance(last, tuple) else last
+        directions = 2 if self.rnn.bidirectional else 1
+        return states, torch.cat(list(final[-directions:]), dim=-1)

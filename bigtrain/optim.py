@@ -1,0 +1,72 @@
+"""Optimizers (torch's own, on every engine) and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.recipe import Optim
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda groups, o: torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, fused=True),
+    "adam": lambda groups, o: torch.optim.Adam(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
+    "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
+    "rmsprop": lambda groups, o: torch.optim.RMSprop(groups, lr=o.lr, alpha=o.smoothing, eps=o.eps, momentum=o.momentum),
+    "adagrad": lambda groups, o: torch.optim.Adagrad(groups, lr=o.lr, eps=o.eps),
+}
+
+
+def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer over two groups: what is decayed (matrices, kernels, embeddings) and what is not."""
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # ds_shape: the whole shape of a parameter that ZeRO-3 has sharded to nothing here
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) > 1 or optim.decay_norms_and_biases else kept).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": optim.weight_decay, "l1": optim.l1},
+        {"params": kept, "weight_decay": 0.0, "l1": 0.0},
+    ]
+    optimizer = OPTIMIZERS[optim.name]([group for group in groups if group["params"]], optim)
+    if optim.l1:
+        optimizer.register_step_pre_hook(_add_l1)
+    return optimizer
+
+
+def _add_l1(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The subgradient of l1 × Σ|w|. It joins after clipping, on whatever shard of the weights a rank owns."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["l1"] and parameter.grad is not None:
+                parameter.grad.add_(parameter.detach().sign(), alpha=group["l1"])
+
+
+def learning_rate(step: int, steps: int, optim: Optim) -> float:
+    """The rate for `step` (0-based, counting applied steps) of `steps`.
+
+    Warm-up is linear and reaches the peak in step `warmup_steps - 1`. wsd: warm-up, stable, then linear decay
+    (Hu et al. 2024, MiniCPM).
+    """
+    warmup = min(optim.warmup_steps, steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    floor = optim.final_lr_ratio
+    if optim.schedule == "linear":
+        factor = 1 - (1 - floor) * done
+    elif optim.schedule == "cosine":
+        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    elif optim.schedule == "step":
+        factor = optim.decay_factor ** ((step - warmup) // optim.decay_every)
+    elif optim.schedule == "exponential":
+        factor = optim.decay_factor ** ((step - warmup) / optim.decay_every)
+    elif optim.schedule == "wsd":
+        length = optim.decay_steps if optim.decay_steps is not None else (steps - warmup) // 5
+        left = steps - step
+        factor = 1.0 if left > length else floor + (1 - floor) * max(left, 0) / max(1, length)
+    else:
+        factor = 1.0
+    return optim.lr * max(factor, 0.0)

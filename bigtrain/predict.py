@@ -1,0 +1,100 @@
+"""Use what was trained: evaluate a finished run again, or let it write."""
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bigtrain import engine as engines
+from bigtrain import models
+from bigtrain.data import prepare
+from bigtrain.errors import RequestError
+from bigtrain.load import load_recipe
+from bigtrain.loop import evaluate
+from bigtrain.plan import make_plan
+from bigtrain.rundir import RunDir
+from bigtrain.tasks import TASKS
+
+
+def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
+    """The metrics of the exported model on its held-out set (or on data named by an override), in one process."""
+    recipe = load_recipe(str(run.recipe), overrides).recipe
+    _exported(run)
+    corpus = prepare(recipe)
+    device = engines.find_device(recipe.engine.device)
+    settings = recipe.engine.model_copy(update={"kind": "ddp", "offload": "none"})
+    plan, _ = make_plan(
+        settings, world_size=1, samples=len(corpus.train), sample_cost=corpus.sample_cost, bf16_is_fast=device.bf16_is_fast
+    )
+    ranks = engines.start(plan, device, {}, 0.0)
+    bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": str(run.export)})})
+    model = models.build(bare, corpus)
+    ranks.prepare(model, lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    return evaluate(ranks, TASKS[recipe.task](recipe.task, corpus), corpus)
+
+
+def _exported(run: RunDir) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((run.export / "bigtrain.json").read_text())
+    except OSError:
+        raise RequestError(f"{run.path} has no export: the run has not finished", "a finished run", f"bigtrain train {run.recipe}") from None
+    return about
+
+
+def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """What the model writes after `prompt` (causal_lm), or for it (seq2seq, greedily).
+
+    `tokens` at most; `temperature` 0 takes the likeliest token each time.
+    """
+    from bigtrain.data.tokens import load_tokenizer
+
+    task = _exported(run)["task"]
+    if task not in ("causal_lm", "seq2seq"):
+        raise RequestError(f"{run.path} is a {task} model", "a causal_lm or seq2seq run", f"bigtrain evaluate {run.name}")
+    tokenizer = load_tokenizer(str(run.export))
+    model = _load(run, task).eval()
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # Training saw an end-of-text token before every document, and after every source.
+    ids = [tokenizer.eos_token_id, *ids] if task == "causal_lm" else [*ids, tokenizer.eos_token_id]
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        written = _write(model, torch.tensor([ids]), tokens, 0.0 if task == "seq2seq" else temperature, tokenizer)
+    return str(tokenizer.decode(written, skip_special_tokens=True))
+
+
+def _load(run: RunDir, task: str) -> nn.Module:
+    config = json.loads((run.export / "config.json").read_text())
+    if "architecture" not in config:
+        import transformers
+
+        from bigtrain.models.hf import AUTO
+
+        model: nn.Module = getattr(transformers, AUTO[task]).from_pretrained(run.export, dtype=torch.float32)
+        return model
+    own = models.MODELS[config["architecture"]](**config["args"])
+    own.load_state_dict(load_file(run.export / "model.safetensors"), strict=False)
+    return own
+
+
+def _write(model: nn.Module, ids: Tensor, tokens: int, temperature: float, tokenizer: Any) -> list[int]:
+    if hasattr(model, "generate"):
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
+        mask = torch.ones_like(ids)
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+        start = 0 if model.config.is_encoder_decoder else ids.shape[1]
+        return list(found[0, start:].tolist())
+    written: list[int] = []
+    for _ in range(tokens):
+        logits = model(input_ids=ids)[0, -1].float()
+        if temperature > 0:
+            best = torch.topk(logits / temperature, min(50, len(logits)))
+            token = int(best.indices[torch.multinomial(best.values.softmax(0), 1)])
+        else:
+            token = int(logits.argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        written.append(token)
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return written

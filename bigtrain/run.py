@@ -1,0 +1,172 @@
+"""What happens when a recipe is run: read from top to bottom."""
+
+import os
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from bigtrain import checkpoint, dsconfig, engine, export, models
+from bigtrain.data import Corpus, prepare, train_batches
+from bigtrain.errors import RequestError
+from bigtrain.load import Loaded, flatten, to_yaml
+from bigtrain.loop import Training, train
+from bigtrain.optim import make_optimizer
+from bigtrain.plan import Plan, make_plan
+from bigtrain.rundir import RunDir, run_directory, write_atomic
+from bigtrain.stop import StopFlag
+from bigtrain.tasks import TASKS, Task
+from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, console
+
+Settings = dict[str, dict[str, Any]]
+
+
+def run_recipe(loaded: Loaded, fresh: bool = False) -> dict[str, Any]:
+    """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
+    recipe = loaded.recipe
+    device = engine.find_device(recipe.engine.device)
+    launcher = dsconfig.read_launcher(os.environ)
+    dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins)
+    corpus = prepare(recipe)
+    plan, planned = make_plan(
+        recipe.engine,
+        world_size=engine.world_from_environment()[1],
+        samples=len(corpus.train),
+        sample_cost=corpus.sample_cost,
+        bf16_is_fast=device.bf16_is_fast,
+        launcher_kind=launcher.kind,
+        launcher_offload=launcher.offload,
+        launcher_precision=launcher.precision,
+    )
+    ds_config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm, launcher)
+    task = TASKS[recipe.task](recipe.task, corpus, recipe.train.label_smoothing)
+    ranks = engine.start(plan, device, ds_config, recipe.optim.clip_norm)
+    try:
+        model = models.build(recipe, corpus, ranks.shard)
+        if ":" in recipe.model.name and plan.kind != "zero3":
+            _try_forward(model, task, corpus)
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
+        settings = _settings(loaded, plan, planned, ds_config, launcher.source)
+        run = _open_run(loaded, ranks, settings, fresh)
+        return _train(loaded, run, ranks, task, corpus, settings, parameters)
+    finally:
+        ranks.close()
+
+
+def _train(
+    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, corpus: Corpus, settings: Settings, parameters: int
+) -> dict[str, Any]:
+    recipe, screen = loaded.recipe, console()
+    path, broken = checkpoint.newest(ranks, run)
+    state = checkpoint.load(ranks, path) if path else checkpoint.State()
+    if ranks.main:
+        _announce(screen, run, settings, corpus, parameters, path)
+    tracker = _tracker(loaded, run, ranks, task, settings, screen)
+    for line in broken:
+        tracker.event(state.step, "checkpoint left out", reason=line)
+    if path:
+        tracker.event(state.step, "resumed", path=str(path))
+    batches = train_batches(
+        corpus.train, ranks.plan, ranks.rank, recipe.seed, state.step, task.collate, recipe.data.augment, recipe.data.workers
+    )
+    training = Training(recipe, run, ranks, task, corpus, batches, tracker, state, StopFlag())
+    summary: dict[str, Any] = {"name": run.name, "parameters": parameters}
+    try:
+        results = train(training) or _last_results(training)
+        summary |= {"status": "finished", **asdict(state), **results, "baselines": corpus.baselines}
+        export.write(ranks, recipe, corpus, run, summary)
+        if ranks.main:
+            run.write_json(run.summary, summary)
+    finally:
+        tracker.close({key: value for key, value in summary.items() if isinstance(value, int | float)})
+    return summary
+
+
+def _last_results(training: Training) -> dict[str, float]:
+    """The results of a run that had nothing left to do."""
+    from bigtrain.loop import evaluate
+
+    return evaluate(training.engine, training.task, training.corpus)
+
+
+def _try_forward(model: torch.nn.Module, task: Task, corpus: Corpus) -> None:
+    """One example through a user's class before anything is written: its forward must fit the task."""
+    batch = task.collate([corpus.train[0], corpus.train[min(1, len(corpus.train) - 1)]])
+    try:
+        with torch.no_grad():
+            task.loss_sum(model, batch)
+    except RequestError:
+        raise
+    except Exception as problem:
+        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items() if name != "labels")
+        raise RequestError(
+            f"{type(model).__name__}.forward does not fit task {task.name}: {type(problem).__name__}: {problem}",
+            f"forward({given}) → logits",
+        ) from None
+
+
+def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: dict[str, Any], source: str) -> Settings:
+    """Every setting in force with its value and origin; what the plan decided replaces the recipe's `auto`."""
+    values = flatten(loaded.recipe.model_dump(mode="json"))
+    settings = {key: {"value": value, "origin": loaded.origins.get(key, "default")} for key, value in values.items()}
+    for name, value in asdict(plan).items():
+        key = f"engine.{name}"
+        if key in planned or key not in settings or settings[key]["value"] != value:
+            settings[key] = {"value": value, "origin": planned.get(key, "launcher" if name == "world_size" else "plan")}
+    settings["engine.accumulation"] = {"value": plan.accumulation, "origin": "plan"}
+    origin = source if source and ds_config and source.endswith(".json") else f"ds_configs for {plan.kind}"
+    for key, value in flatten(ds_config).items() if ds_config else ():
+        settings[f"deepspeed.{key}"] = {"value": value, "origin": origin}
+    for package in ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets"):
+        settings[f"versions.{package}"] = {"value": version(package), "origin": "installed"}
+    settings["threads"] = {"value": torch.get_num_threads(), "origin": "OMP_NUM_THREADS or the machine"}
+    return settings
+
+
+def _open_run(loaded: Loaded, ranks: engine.Engine, settings: Settings, fresh: bool) -> RunDir:
+    """The run directory, with recipe.yaml and effective.json in it: the first thing that is written."""
+    run: RunDir = ranks.gather(run_directory(loaded.recipe.name, fresh))[0]
+    if ranks.main:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomic(run.recipe, to_yaml(loaded.recipe))
+        run.write_json(run.effective, settings)
+    ranks.barrier()
+    return run
+
+
+def _announce(screen: Any, run: RunDir, settings: Settings, corpus: Corpus, parameters: int, path: Any) -> None:
+    """The settings in force, grouped by who set them; then what is about to happen."""
+    groups: dict[str, list[str]] = {}
+    for key, setting in settings.items():
+        groups.setdefault(setting["origin"].split(":")[0].split(" ")[0], []).append(f"{key}={setting['value']}")
+    for origin, texts in groups.items():
+        screen.print(f"[bold]{origin}[/]: " + "  ".join(text.replace("[", r"\[") for text in texts), highlight=False)
+    for note in corpus.notes:
+        screen.print(f"note: {note}", highlight=False)
+    begin = f"going on from {path.name}" if path else "starting"
+    screen.print(
+        f"{begin}: {run.path}  {parameters:,} parameters, {len(corpus.train):,} training and {len(corpus.eval):,} held-out samples",
+        highlight=False,
+    )
+
+
+def _tracker(loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, screen: Any) -> Everyone:
+    if not ranks.main:
+        return Everyone(NoTracker())
+    recipe = loaded.recipe
+    config = {key: setting["value"] for key, setting in settings.items()}
+    wandb = NoTracker() if recipe.track.wandb == "off" else WandB(recipe.track, run, recipe.name, config)
+    return Everyone(MetricsFile(run), Terminal(recipe.train.steps, task.unit, screen), wandb)
+
+
+def exit_code_of(problem: BaseException) -> int:
+    """3 for what would fail again; 76 when the words are those of a collective that lost a peer."""
+    lost = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket closed")
+    words = str(problem).lower()
+    if isinstance(problem, torch.distributed.DistError) or any(sign in words for sign in lost):
+        print(f"lost a peer: {problem}", file=sys.stderr)
+        return 76
+    return 3

@@ -1,0 +1,104 @@
+"""Tasks over sequences of target tokens: language modelling and sequence to sequence."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics.aggregation import MeanMetric
+
+from bigtrain.data.examples import Example
+from bigtrain.tasks.base import IGNORED, Batch, Task, exact_sum, expect_shape, outputs
+
+
+class _TokenTask(Task):
+    """Cross entropy over target tokens; a position labelled IGNORED weighs nothing."""
+
+    unit = "tokens"
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """[batch, length, vocabulary], fp32."""
+        logits = outputs(model, **{name: x for name, x in batch.items() if name != "labels"})
+        batch_size, length = batch["labels"].shape
+        expect_shape(logits, (batch_size, length, logits.shape[-1]), "[batch, target length, vocabulary]")
+        return logits
+
+    def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        logits = self.logits(model, batch)
+        return _nll_sum(logits, batch["labels"], self.label_smoothing)
+
+
+def _nll_sum(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
+
+
+class CausalLM(_TokenTask):
+    """Predict each token of a packed text from those before it."""
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """tokens [length + 1] each → input_ids and labels [batch, length]; short windows are padded on the right,
+        where a causal model cannot see the padding."""
+        tokens = [torch.from_numpy(example["tokens"]) for example in examples]
+        padding = self.corpus.tokenizer.pad_token_id or 0
+        inputs = pad_sequence([t[:-1] for t in tokens], batch_first=True, padding_value=padding)
+        labels = pad_sequence([t[1:] for t in tokens], batch_first=True, padding_value=IGNORED)
+        return {"input_ids": inputs, "labels": labels}
+
+    def evaluator(self, device: torch.device) -> "LanguageEvaluator":
+        return LanguageEvaluator(self, device, self.corpus.eval_bytes)
+
+
+class Seq2Seq(_TokenTask):
+    """Write the target sequence given the source."""
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """source, target token ids → encoder inputs, decoder inputs (the target shifted right) and labels."""
+        padding = self.corpus.tokenizer.pad_token_id or 0
+        sources = [torch.from_numpy(example["source"]) for example in examples]
+        targets = [torch.from_numpy(example["target"]) for example in examples]
+        start = torch.tensor([padding])  # as T5 does; the model's config is given the same
+        decoder = [torch.cat([start, target[:-1]]) for target in targets]
+        inputs = pad_sequence(sources, batch_first=True, padding_value=padding)
+        return {
+            "input_ids": inputs,
+            "attention_mask": pad_sequence([torch.ones_like(s) for s in sources], batch_first=True),
+            "decoder_input_ids": pad_sequence(decoder, batch_first=True, padding_value=padding),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+        }
+
+    def evaluator(self, device: torch.device) -> "LanguageEvaluator":
+        return LanguageEvaluator(self, device, None)
+
+
+class LanguageEvaluator:
+    """loss (nats per target token) and perplexity; bits per byte of text; or the share of exact sequences."""
+
+    def __init__(self, task: _TokenTask, device: torch.device, text_bytes: int | None) -> None:
+        self.task, self.text_bytes = task, text_bytes
+        self.nll, self.tokens = exact_sum(device), exact_sum(device)
+        self.exact = MeanMetric().to(device)
+
+    def update(self, model: Callable[..., Any], batch: Batch) -> None:
+        logits, labels = self.task.logits(model, batch), batch["labels"]
+        self.nll.update(_nll_sum(logits, labels))
+        self.tokens.update((labels != IGNORED).sum())
+        # All target tokens likeliest, given the target before them: then greedy decoding, which meets the same
+        # prefixes, writes exactly the target; and the reverse. So no decoding is needed to count exact matches.
+        right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        self.exact.update(right.all(-1).float())
+
+    def compute(self) -> dict[str, float]:
+        nll, tokens = float(self.nll.compute()), float(self.tokens.compute())
+        exact = float(self.exact.compute())
+        result = {"loss": nll / tokens, "perplexity": math.exp(min(nll / tokens, 700.0))}
+        if self.text_bytes is not None:
+            return result | {"bits_per_byte": nll / math.log(2) / self.text_bytes}
+        return result | {"exact_match": exact}

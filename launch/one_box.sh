@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Train on every GPU of this machine, one rank each.
+#   launch/one_box.sh RECIPE [key=value …]
+set -euo pipefail
+exec torchrun --standalone --nproc_per_node gpu -m bigtrain train "$@"
