@@ -6,6 +6,8 @@ applied. Nothing here knows what is trained.
 
 import contextlib
 import ctypes
+import io
+import json
 import logging
 import math
 import os
@@ -205,6 +207,22 @@ def _accelerator(device: Device, **settings: Any) -> Any:
     return Accelerator(kwargs_handlers=[group] if "WORLD_SIZE" in os.environ else None, **settings)
 
 
+def _compute_options(model: nn.Module, plan: Plan) -> None:
+    """Activation checkpointing and compilation, as the plan has them."""
+    if plan.activation_checkpointing:
+        if not hasattr(model, "gradient_checkpointing_enable"):
+            raise RequestError(
+                f"engine.activation_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable",
+                "a transformers model",
+                "engine.activation_checkpointing=false",
+            )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "config") and hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # keys and values kept for generation would only cost memory
+    if plan.compile:
+        model.compile()
+
+
 class _DDP(Engine):
     """One process, or torch's DistributedDataParallel: fp32 weights, bf16 by autocast."""
 
@@ -216,17 +234,18 @@ class _DDP(Engine):
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.module = model.to(self.device)
         self.optimizer = make_optimizer(self.module)
-        if self.plan.compile:
-            self.module.compile()
+        _compute_options(self.module, self.plan)
         self.model = self.module
         if self.world_size > 1:
-            # Buffers are averaged when they matter (sync_buffers), on every engine alike.
-            self.model = torch.nn.parallel.DistributedDataParallel(
-                self.module,
-                device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # 2.13 renames broadcast_buffers; 2.10 has no other name
+                warnings.simplefilter("ignore", FutureWarning)
+                # Buffers are averaged when they matter (sync_buffers), on every engine alike.
+                self.model = torch.nn.parallel.DistributedDataParallel(
+                    self.module,
+                    device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16")
@@ -257,8 +276,6 @@ class _DDP(Engine):
 
     def save(self, folder: Path) -> list[Path]:
         """Every rank holds the same; rank 0 writes it, as safetensors and JSON."""
-        import json
-
         from safetensors.torch import save_file
 
         if not self.main:
@@ -273,11 +290,9 @@ class _DDP(Engine):
         return paths
 
     def load(self, folder: Path) -> None:
-        import json
-
         from safetensors.torch import load_file
 
-        weights = load_file(folder / "model.safetensors", device=str(self.device))
+        weights = load_file(folder / "model.safetensors")
         own = self.module.state_dict()
         with torch.no_grad():
             for name, tensor in weights.items():
@@ -321,8 +336,11 @@ class _DeepSpeed(Engine):
         self.ds_config = ds_config
         plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
         precision = "bf16" if plan.precision == "bf16" else "no"
-        super().__init__(plan, _accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision), clip_norm)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it compiled, on every rank
+            accelerator = _accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision)
+        super().__init__(plan, accelerator, clip_norm)
         self._init: Any = None
+        _forget_in_transformers()
 
     def shard(self, parameters: list[nn.Parameter]) -> None:
         """ZeRO-3: keep this rank's part of each parameter. Called per layer, so the whole model never stands here."""
@@ -340,10 +358,10 @@ class _DeepSpeed(Engine):
                 self._init._zero_init_param(parameter)
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        if self.plan.compile:
-            model.compile()
+        _compute_options(model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
+        _forget_in_transformers()
         found = (self.model.zero_optimization_stage(), self.model.gradient_accumulation_steps(), self.model.bfloat16_enabled())
         asked = (int(self.plan.kind[-1]), self.plan.accumulation, self.plan.precision == "bf16")
         if found != asked:
@@ -394,6 +412,13 @@ class _DeepSpeed(Engine):
             path, _ = self.model.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise TrainingFailed(f"DeepSpeed could not load {folder}")
+
+
+def _forget_in_transformers() -> None:
+    """Accelerate tells transformers of ZeRO-3, which then builds, fills and gathers models behind our back."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _free_port() -> int:

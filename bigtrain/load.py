@@ -19,6 +19,25 @@ from bigtrain.errors import RecipeError
 from bigtrain.recipe import Recipe
 
 Where = dict[str, str]  # dotted key → "file:line" or "override …"
+# What others call things, so that a newcomer's first guess finds ours.
+SYNONYMS = {
+    "learning_rate": "optim.lr",
+    "optimizer": "optim.name",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "gradient_clipping": "optim.clip_norm",
+    "batch_size": "engine.global_batch",
+    "train_batch_size": "engine.global_batch",
+    "gradient_accumulation_steps": "engine.micro_batch",
+    "zero_stage": "engine.kind",
+    "mixed_precision": "engine.precision",
+    "gradient_checkpointing": "engine.activation_checkpointing",
+    "max_steps": "train.steps",
+    "epochs": "train.steps",
+    "save_steps": "train.checkpoint_every",
+    "eval_steps": "train.eval_every",
+    "max_length": "data.seq_len",
+}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -113,6 +132,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
         yaml = YAML(typ="safe", pure=True)
         yaml.allow_duplicate_keys = True  # _walk reports them, all of them and with both lines
         raw = yaml.load(text)
+        keys = list(_walk(node))
     except UnicodeDecodeError as problem:
         raise RecipeError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})", "a YAML file") from None
     except OSError as problem:
@@ -126,8 +146,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
         raise RecipeError(f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME")
     where: Where = {}
     errors: list[str] = []
-    for key, line, first in _walk(node):
-        where[key] = f"{path}:{line}"
+    for key, line, first in keys:
+        where.setdefault(key, f"{path}:{line}")
         if first is not None:
             errors.append(f"{path}:{line}: duplicate key {key} (first on line {first})")
     return raw, where, errors
@@ -230,7 +250,8 @@ def _nearest(loc: tuple[str, ...]) -> str:
     here = list(section.model_fields)
     if near := difflib.get_close_matches(loc[-1], here, n=1):
         return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    everywhere = {name: f"{key}.{name}" for key, field in Recipe.model_fields.items() for name in _fields(field.annotation)}
+    sections = {key: _fields(field.annotation) for key, field in Recipe.model_fields.items()}
+    everywhere = SYNONYMS | {name: f"{key}.{name}" for key, names in sections.items() for name in names}
     if near := difflib.get_close_matches(loc[-1], everywhere, n=1):
         return f"; did you mean {everywhere[near[0]]}?"
     return f"; expected one of: {', '.join(here)}"

@@ -73,7 +73,10 @@ def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
         facts["vocab_size"] = vocab_size
     settings = facts | _dropouts(default, recipe.model.dropout) | args
     try:
-        config = type(default)(**{**default.to_dict(), **settings})
+        if recipe.model.pretrained:
+            config = AutoConfig.from_pretrained(recipe.model.pretrained, trust_remote_code=False, **settings)
+        else:
+            config = AutoConfig.for_model(name, **settings)
     except Exception as problem:  # each config checks its arguments in its own way
         raise RequestError(f"model.args: {name} refuses them: {str(problem).splitlines()[0]}", "arguments it accepts") from None
     _check_length(recipe, config)

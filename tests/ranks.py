@@ -1,0 +1,239 @@
+"""What test_exact.py launches with torchrun: many training cases in one process group, results as JSON.
+
+    torchrun --nproc_per_node 2 tests/ranks.py OUT.json CASES.json
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigtrain import checkpoint, dsconfig, engine, models
+from bigtrain.data import Corpus, train_batches
+from bigtrain.data.examples import Example
+from bigtrain.data.order import samples_at
+from bigtrain.engine import Device
+from bigtrain.loop import Training, _step, evaluate
+from bigtrain.optim import make_optimizer
+from bigtrain.plan import make_plan
+from bigtrain.recipe import Recipe
+from bigtrain.rundir import RunDir
+from bigtrain.tasks import TASKS
+from bigtrain.track import Everyone
+
+SAMPLES, GLOBAL_BATCH, VOCABULARY = 40, 15, 61  # 15 does not divide by 2: shares of 8 and 7
+
+
+class Twice(nn.Module):
+    """Tied embeddings, and one block that is used twice in a forward pass (DeepSpeed#8224)."""
+
+    def __init__(self, vocab_size: int, width: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.block = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, length] → logits [batch, length, vocabulary]."""
+        x = self.embedding(input_ids)
+        return self.head(self.block(self.block(x) + x))
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "name": "llama",
+        "args": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        },
+    },
+    "rnn": {"name": "rnn", "args": {"cell": "gru", "embed": 24, "hidden": 32, "layers": 2}},
+    "cnn": {"name": "cnn", "args": {"channels": [8, 16]}},
+    "twice": {"name": "ranks:Twice"},
+}
+
+
+class Memory:
+    """Examples made from a rule, of uneven lengths."""
+
+    def __init__(self, model: str) -> None:
+        self.image = model == "cnn"
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Example:
+        draw = np.random.default_rng(index)
+        if self.image:
+            return {"image": torch.from_numpy(draw.normal(size=(1, 8, 8)).astype(np.float32)), "label": index % 10}
+        return {"tokens": draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)}
+
+
+def corpus_for(model: str) -> Corpus:
+    examples = Memory(model)
+    if model == "cnn":
+        return Corpus(examples, examples, 1, classes=[str(i) for i in range(10)], image=(1, 8, 8))
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    return Corpus(examples, examples, 16, tokenizer=tokenizer, vocab_size=VOCABULARY, eval_bytes=1000)
+
+
+def recipe_for(case: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "exact",
+            "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
+            "model": MODELS[case["model"]] | ({"dropout": case["dropout"]} if "dropout" in case else {}),
+            "data": {"train": "none", "seq_len": 32},
+            "optim": {"name": "adamw", "lr": 5e-3, "weight_decay": 0.1, "clip_norm": 0.5, **case.get("optim", {})},
+            "engine": {
+                "kind": case["kind"],
+                "offload": case.get("offload", "none"),
+                "precision": case["precision"],
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": case["micro_batch"],
+            },
+            "train": {"steps": case.get("steps", 8)},
+        }
+    )
+
+
+class Collect:
+    """A tracker that keeps the training lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def log(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            self.lines.append({key: record[key] for key in ("step", "loss", "grad_norm", "applied", "weight", "lr")})
+
+    def close(self, summary: dict[str, Any]) -> None:
+        pass
+
+
+def build(case: dict[str, Any]) -> tuple[Training, Collect]:
+    """A run without files, ready to step."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    recipe, corpus = recipe_for(case), corpus_for(case["model"])
+    world = engine.world_from_environment()[1]
+    plan, _ = make_plan(recipe.engine, world_size=world, samples=SAMPLES, sample_cost=16, bf16_is_fast=False)
+    config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm)
+    ranks = engine.start(plan, Device("cpu", False), config, recipe.optim.clip_norm)
+    ranks.prepare(models.build(recipe, corpus, ranks.shard), lambda module: make_optimizer(module, recipe.optim))
+    task, collect = TASKS[recipe.task](recipe.task, corpus), Collect()
+    return Training(
+        recipe,
+        RunDir(Path("unused")),
+        ranks,
+        task,
+        corpus,
+        batches(recipe, ranks, task, corpus, 0),
+        Everyone(collect),
+        checkpoint.State(),
+        SimpleNamespace(received=None),  # type: ignore[arg-type]
+    ), collect
+
+
+def batches(recipe: Recipe, ranks: engine.Engine, task: Any, corpus: Corpus, first: int) -> Any:
+    return train_batches(corpus.train, ranks.plan, ranks.rank, recipe.seed, first, task.collate, recipe.data.augment, 0)
+
+
+def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train; losses, norms, the final weights' checksum and an evaluation."""
+    training, collect = build(case)
+    for _ in range(training.recipe.train.steps):
+        _step(training)
+    results = evaluate(training.engine, training.task, training.corpus)
+    return {"lines": collect.lines, "eval": results, "accumulation": training.engine.plan.accumulation}
+
+
+def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train 8 steps straight; again 4, save, build anew, load, 4 more. Final weights must be the same bits."""
+    straight, lines = build(case)
+    for _ in range(8):
+        _step(straight)
+    expected = straight.engine.whole_weights()
+    half, _ = build(case)
+    for _ in range(4):
+        _step(half)
+    run = RunDir(folder)
+    path = checkpoint.save(half.engine, run, half.state, keep=1)
+    resumed, more = build(case)
+    resumed.state = checkpoint.load(resumed.engine, path)
+    resumed.batches = batches(resumed.recipe, resumed.engine, resumed.task, resumed.corpus, resumed.state.step)
+    for _ in range(4):
+        _step(resumed)
+    found = resumed.engine.whole_weights()
+    return {
+        "problems": checkpoint.verify(path),
+        "same_losses": lines.lines[4:] == more.lines,
+        "same_weights": all(torch.equal(expected[name], found[name]) for name in expected),
+    }
+
+
+def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A NaN on rank 0 in step 2: all ranks skip it together, and go on unharmed."""
+    training, collect = build(case)
+    inner = training.task.loss_sum
+
+    def poisoned(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        loss = inner(model, batch)
+        return loss * float("nan") if training.state.step == 1 and training.engine.rank == 0 else loss
+
+    training.task.loss_sum = poisoned  # type: ignore[method-assign]
+    for _ in range(3):
+        _step(training)
+    weights = training.engine.whole_weights()
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    return {"applied": [line["applied"] for line in collect.lines], "finite": finite, "count": training.state.applied}
+
+
+def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The starting weights, by a checksum per tensor."""
+    training, _ = build(case)
+    return {name: float(tensor.double().abs().sum()) for name, tensor in training.engine.whole_weights().items()}
+
+
+RUN = {"exact": run_exact, "resume": run_resume, "skip": run_skip, "weights": run_weights}
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    rank = engine.world_from_environment()[0]
+    results = {}
+    for name, case in cases.items():
+        folder = out.parent / name.replace("/", "-")
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            results[name] = RUN[case["run"]](case, folder)
+        if rank == 0:
+            print("done", name, flush=True)
+    if rank == 0:
+        out.write_text(json.dumps(results))
+
+
+def sample_ids(step: int) -> list[int]:
+    """The samples of a step, for the reference loop."""
+    return samples_at(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH), SAMPLES, 0)
+
+
+if __name__ == "__main__":
+    main()

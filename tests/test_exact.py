@@ -1,0 +1,162 @@
+"""Promise 1: the loss depends on neither engine, ranks, micro-batch nor accumulation.
+
+Every case is a real run of the real loop on real ranks; the judge is a plain PyTorch loop written here.
+"""
+
+import json
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import torchrun
+from ranks import GLOBAL_BATCH, MODELS, corpus_for, recipe_for, sample_ids
+
+from bigtrain import models
+
+STEPS = 8
+ENGINES = {
+    "ddp": {"kind": "ddp"},
+    "zero1": {"kind": "zero1"},
+    "zero2": {"kind": "zero2"},
+    "zero3": {"kind": "zero3"},
+    "zero2-offload": {"kind": "zero2", "offload": "optimizer"},
+    "zero3-offload": {"kind": "zero3", "offload": "params"},
+}
+# accumulation → micro-batch, for the larger share: 8 samples on two ranks, 15 on one
+MICRO = {2: {1: 8, 2: 4, 3: 3, 4: 2}, 1: {1: GLOBAL_BATCH, 2: 8, 3: 5, 4: 4}}
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+
+
+def _cases(world: int) -> dict[str, dict[str, Any]]:
+    cases = {}
+    for model, engine, precision, steps in product(MODELS, ENGINES, TOLERANCE, MICRO[world]):
+        if world == 1 and engine not in ("ddp", "zero3"):
+            continue
+        if steps in (2, 4) and (precision == "bf16" or model == "twice"):
+            continue
+        case = {"run": "exact", "model": model, "precision": precision, "micro_batch": MICRO[world][steps]}
+        cases[f"{world}/{model}/{engine}/{precision}/{steps}"] = case | ENGINES[engine]
+    if world == 2:
+        for engine, precision in product(ENGINES, TOLERANCE):
+            case = {"run": "resume", "model": "transformer", "precision": precision, "micro_batch": 3}
+            cases[f"resume/{engine}/{precision}"] = case | ENGINES[engine]
+            cases[f"skip/{engine}/{precision}"] = case | ENGINES[engine] | {"run": "skip"}
+        for model, engine in product(MODELS, ("ddp", "zero1", "zero3")):
+            case = {"run": "weights", "model": model, "precision": "fp32", "micro_batch": 8}
+            cases[f"weights/{model}/{engine}"] = case | ENGINES[engine]
+        for optimizer in ("sgd", "adam", "rmsprop", "adagrad"):
+            optim = {"name": optimizer, "l1": 1e-3, "lr": 1e-2} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+            for engine in ("ddp", "zero2", "zero3"):
+                case = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 4, "optim": optim}
+                cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
+    return cases
+
+
+CASES = {1: _cases(1), 2: _cases(2)}
+
+
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases of both world sizes, each world launched once."""
+    found: dict[str, Any] = {}
+    for world, cases in CASES.items():
+        folder = tmp_path_factory.mktemp(f"world-{world}")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        program = str(Path(__file__).parent / "ranks.py")
+        done = torchrun(world, program, str(folder / "out.json"), str(folder / "cases.json"), cwd=folder, timeout=1200)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        found |= json.loads((folder / "out.json").read_text())
+    return found
+
+
+@cache
+def reference(model: str, optimizer: str = "adamw", l1: float = 0.0) -> tuple[list[float], list[float], list[float]]:
+    """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one process."""
+    torch.set_num_threads(1)
+    case = {"model": model, "kind": "ddp", "precision": "fp32", "micro_batch": 1}
+    corpus = corpus_for(model)
+    net = models.build(recipe_for(case), corpus).train()
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    rate = 5e-3 if optimizer == "adamw" else 1e-2
+    make = {"adamw": "AdamW", "sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop", "adagrad": "Adagrad"}[optimizer]
+    extra = {"momentum": 0.9} if optimizer == "sgd" else {"eps": 1e-8}
+    optim = getattr(torch.optim, make)(groups, lr=rate, **extra)
+    losses, norms = [], []
+    for step in range(STEPS):
+        total, weight = torch.zeros(()), 0
+        for index in sample_ids(step):
+            example = corpus.train[index]
+            if model == "cnn":
+                total = total + F.cross_entropy(net(pixel_values=example["image"][None])[0], torch.tensor(example["label"]))
+                weight += 1
+            else:
+                tokens = torch.from_numpy(example["tokens"])
+                logits = net(input_ids=tokens[None, :-1])
+                logits = getattr(logits, "logits", logits)[0]
+                total = total + F.cross_entropy(logits, tokens[1:], reduction="sum")
+                weight += len(tokens) - 1
+        loss = total / weight
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+        if l1:
+            for parameter in matrices:
+                assert parameter.grad is not None
+                parameter.grad += l1 * parameter.detach().sign()
+        optim.step()
+        optim.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms, [rate] * STEPS
+
+
+EXACT = [name for cases in CASES.values() for name, case in cases.items() if case["run"] == "exact" and "optim" not in case]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_loss_and_gradient_norm_equal_a_plain_loop(name: str, results: dict[str, Any]) -> None:
+    _, model, _, precision, accumulation = name.split("/")
+    losses, norms, _ = reference(model)
+    lines = results[name]["lines"]
+    assert results[name]["accumulation"] == int(accumulation)
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=TOLERANCE[precision])
+    # a norm in bf16 is made of gradients that are each rounded to 8 bits
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-5 if precision == "fp32" else 5e-2)
+    assert all(line["applied"] for line in lines)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("optim/")])
+def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(name: str, results: dict[str, Any]) -> None:
+    losses, norms, _ = reference("cnn", name.split("/")[1], 1e-3)
+    assert [line["loss"] for line in results[name]["lines"]] == pytest.approx(losses, rel=1e-5)
+    assert [line["grad_norm"] for line in results[name]["lines"]] == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_evaluation_counts_every_example_once_on_any_engine(model: str, results: dict[str, Any]) -> None:
+    found = [results[f"{world}/{model}/{kind}/fp32/1"]["eval"] for world, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("resume/")])
+def test_resume_is_bit_exact(name: str, results: dict[str, Any]) -> None:
+    assert results[name] == {"problems": [], "same_losses": True, "same_weights": True}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("skip/")])
+def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: dict[str, Any]) -> None:
+    assert results[name] == {"applied": [True, False, True], "finite": True, "count": 2}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_starting_weights_do_not_depend_on_the_engine(model: str, results: dict[str, Any]) -> None:
+    ddp = results[f"weights/{model}/ddp"]
+    assert results[f"weights/{model}/zero1"] == ddp
+    assert results[f"weights/{model}/zero3"] == ddp
