@@ -47,7 +47,9 @@ def save(engine: Engine, run: RunDir, state: State, keep: int) -> Path:
     if engine.main:
         state_path = building / "state.json"
         state_path.write_text(json.dumps(asdict(state)))
-        files = {name: entry for part in everything for name, entry in part.items()} | {"state.json": _settle(state_path)}
+        files = {name: entry for part in everything for name, entry in part.items()} | {
+            "state.json": _settle(state_path)
+        }
         _commit(engine, building, final, files)
         _prune(run, keep)
     engine.barrier()
@@ -146,7 +148,9 @@ def load(engine: Engine, path: Path) -> State:
     different = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
     if different:
         raise RequestError(
-            f"{path} was written under other conditions: {', '.join(different)}", "the same to go on", "--fresh to start anew"
+            f"{path} was written under other conditions: {', '.join(different)}",
+            "the same to go on",
+            "--fresh to start anew",
         )
     engine.load(path)
     return State(**json.loads((path / "state.json").read_text()))

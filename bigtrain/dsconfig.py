@@ -32,10 +32,14 @@ class Launcher:
 def read_launcher(environ: Mapping[str, str]) -> Launcher:
     """Raises RequestError for engines bigtrain does not have and for a DeepSpeed file that cannot be used."""
     if environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise RequestError("accelerate launch asks for FSDP", "DeepSpeed or plain data parallel", "leave --use_fsdp out")
+        raise RequestError(
+            "accelerate launch asks for FSDP", "DeepSpeed or plain data parallel", "leave --use_fsdp out"
+        )
     if environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
         found = environ["ACCELERATE_MIXED_PRECISION"]
-        raise RequestError(f"accelerate launch asks for {found}", "bf16 or no mixed precision", "--mixed_precision bf16")
+        raise RequestError(
+            f"accelerate launch asks for {found}", "bf16 or no mixed precision", "--mixed_precision bf16"
+        )
     precision: Literal["bf16"] | None = "bf16" if environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else None
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
         return Launcher(precision=precision, source="accelerate launch --mixed_precision" if precision else "")
@@ -44,7 +48,8 @@ def read_launcher(environ: Mapping[str, str]) -> Launcher:
         return _from_file(Path(path), precision)
     stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     to_cpu = {
-        part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") == "cpu" for part in ("OPTIMIZER", "PARAM")
+        part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") == "cpu"
+        for part in ("OPTIMIZER", "PARAM")
     }
     offload: Any = "params" if to_cpu["PARAM"] else "optimizer" if to_cpu["OPTIMIZER"] else None
     return Launcher(_STAGE.get(stage), offload, precision, None, f"accelerate launch (ZeRO stage {stage})")
@@ -85,7 +90,9 @@ def refuse_contradictions(launcher: Launcher, engine: Engine, origins: Mapping[s
                 f"engine.{key}={launched}, or another launcher configuration",
             )
     if launcher.kind == "ddp" and launcher.config is not None:
-        raise RequestError(f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)")
+        raise RequestError(
+            f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)"
+        )
 
 
 def base_config(plan: Plan) -> dict[str, Any]:
@@ -110,7 +117,9 @@ def render(plan: Plan, clip_norm: float, launcher: Launcher = Launcher()) -> dic
     for key, value in ours.items():
         theirs = config.get(key, "auto")
         if launcher.config is not None and theirs not in ("auto", value):
-            raise RequestError(f"{launcher.source}: {key} is {theirs}, but the recipe makes it {value}", '"auto" or the same')
+            raise RequestError(
+                f"{launcher.source}: {key} is {theirs}, but the recipe makes it {value}", '"auto" or the same'
+            )
     config |= ours
     config["bf16"] = {"enabled": plan.precision == "bf16"}
     config["data_types"] = {"grad_accum_dtype": "fp32"}  # in bf16 too: DeepSpeed#1800, #2352

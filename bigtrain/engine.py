@@ -171,7 +171,9 @@ def start(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: floa
         os.environ["DS_ACCELERATOR"] = "cpu"
     engine = _DDP(plan, device, clip_norm) if plan.kind == "ddp" else _DeepSpeed(plan, device, ds_config, clip_norm)
     if engine.world_size != plan.world_size:
-        raise TrainingFailed(f"the process group has {engine.world_size} ranks", f"{plan.world_size}, as the launcher said")
+        raise TrainingFailed(
+            f"the process group has {engine.world_size} ranks", f"{plan.world_size}, as the launcher said"
+        )
     if engine.device.type != device.kind:
         raise TrainingFailed(f"Accelerate chose {engine.device.type}", device.kind)
     return engine
@@ -207,7 +209,7 @@ def _accelerator(device: Device, **settings: Any) -> Any:
     return Accelerator(kwargs_handlers=[group] if "WORLD_SIZE" in os.environ else None, **settings)
 
 
-def _compute_options(model: nn.Module, plan: Plan) -> None:
+def _compute_options(model: Any, plan: Plan) -> None:
     """Activation checkpointing and compilation, as the plan has them."""
     if plan.activation_checkpointing:
         if not hasattr(model, "gradient_checkpointing_enable"):
@@ -282,9 +284,8 @@ class _DDP(Engine):
             return []
         state = self.optimizer.state_dict()
         tensors = {f"{index}.{key}": value for index, slot in state["state"].items() for key, value in slot.items()}
-        model = {name: tensor for name, tensor in self.module.state_dict().items()}
         paths = [folder / "model.safetensors", folder / "optimizer.safetensors", folder / "optimizer.json"]
-        save_file(_unshared(model), paths[0])
+        save_file(_unshared(self.module.state_dict()), paths[0])
         save_file({name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, paths[1])
         paths[2].write_text(json.dumps(state["param_groups"]))
         return paths
@@ -362,7 +363,11 @@ class _DeepSpeed(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
         _forget_in_transformers()
-        found = (self.model.zero_optimization_stage(), self.model.gradient_accumulation_steps(), self.model.bfloat16_enabled())
+        found = (
+            self.model.zero_optimization_stage(),
+            self.model.gradient_accumulation_steps(),
+            self.model.bfloat16_enabled(),
+        )
         asked = (int(self.plan.kind[-1]), self.plan.accumulation, self.plan.precision == "bf16")
         if found != asked:
             raise TrainingFailed(f"DeepSpeed runs (stage, accumulation, bf16) = {found}", str(asked))
@@ -383,7 +388,13 @@ class _DeepSpeed(Engine):
     def step(self, learning_rate: float) -> StepResult:
         self._set_rate(learning_rate)
         self.model.step()
-        return StepResult(self.model.was_step_applied(), float(self.model.get_global_grad_norm()))
+        applied = self.model.was_step_applied()
+        if not applied and self.plan.kind != "zero3":
+            # With offload and bf16, DeepSpeed 0.19 keeps the bad sums of a skipped step and adds to them for ever.
+            zero = self.model.optimizer
+            for group in range(len(zero.bit16_groups)):
+                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+        return StepResult(applied, float(self.model.get_global_grad_norm()))
 
     def whole_weights(self) -> dict[str, Tensor]:
         import deepspeed
@@ -400,7 +411,9 @@ class _DeepSpeed(Engine):
 
     def save(self, folder: Path) -> list[Path]:
         before = set(folder.rglob("*"))
-        state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # stages 1 and 2 need it to convert
+        state = {
+            "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}
+        }  # stages 1 and 2 need it to convert
         self.model.save_checkpoint(str(folder), tag="engine", client_state=state, save_latest=False)
         self.barrier()
         # Which rank wrote which file is DeepSpeed's affair; the files are dealt out for hashing.

@@ -143,7 +143,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
     except (YAMLError, ValueError, RecursionError) as problem:
         raise RecipeError(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME")
+        raise RecipeError(
+            f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME"
+        )
     where: Where = {}
     errors: list[str] = []
     for key, line, first in keys:
@@ -275,7 +277,14 @@ def _expected(error: Any) -> str:
 
 def _kind(value: Any) -> str:
     """A value as an error shows it: itself and its type."""
-    names = {str: "text", bool: "true/false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+    names = {
+        str: "text",
+        bool: "true/false",
+        int: "a whole number",
+        float: "a number",
+        dict: "a mapping",
+        list: "a list",
+    }
     if value is None:
         return "nothing (null)"
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "…"

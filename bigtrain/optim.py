@@ -10,6 +10,7 @@ from torch.optim.adagrad import adagrad
 
 from bigtrain.recipe import Optim
 
+
 class Adagrad(torch.optim.Optimizer):
     """torch's Adagrad with its state made at the first step.
 
@@ -45,14 +46,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, o: torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, fused=True),
     "adam": lambda groups, o: torch.optim.Adam(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
     "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
-    "rmsprop": lambda groups, o: torch.optim.RMSprop(groups, lr=o.lr, alpha=o.smoothing, eps=o.eps, momentum=o.momentum),
+    "rmsprop": lambda groups, o: torch.optim.RMSprop(
+        groups, lr=o.lr, alpha=o.smoothing, eps=o.eps, momentum=o.momentum
+    ),
     "adagrad": lambda groups, o: Adagrad(groups, lr=o.lr, eps=o.eps),
 }
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer over two groups: what is decayed (matrices, kernels, embeddings) and what is not."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             # ds_shape: the whole shape of a parameter that ZeRO-3 has sharded to nothing here

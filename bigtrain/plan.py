@@ -81,7 +81,11 @@ def make_plan(
     plain = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}[engine.offload]
     kind = decide("kind", engine.kind, launcher_kind, plain, "the fastest that fits the request")
     precision = decide(
-        "precision", engine.precision, launcher_precision, "bf16" if bf16_is_fast else "fp32", "this device's faster one"
+        "precision",
+        engine.precision,
+        launcher_precision,
+        "bf16" if bf16_is_fast else "fp32",
+        "this device's faster one",
     )
     offload = engine.offload
     if offload == "none" and launcher_offload:

@@ -26,7 +26,11 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     device = engines.find_device(recipe.engine.device)
     settings = recipe.engine.model_copy(update={"kind": "ddp", "offload": "none"})
     plan, _ = make_plan(
-        settings, world_size=1, samples=len(corpus.train), sample_cost=corpus.sample_cost, bf16_is_fast=device.bf16_is_fast
+        settings,
+        world_size=1,
+        samples=len(corpus.train),
+        sample_cost=corpus.sample_cost,
+        bf16_is_fast=device.bf16_is_fast,
     )
     ranks = engines.start(plan, device, {}, 0.0)
     bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": str(run.export)})})
@@ -39,7 +43,9 @@ def _exported(run: RunDir) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((run.export / "bigtrain.json").read_text())
     except OSError:
-        raise RequestError(f"{run.path} has no export: the run has not finished", "a finished run", f"bigtrain train {run.recipe}") from None
+        raise RequestError(
+            f"{run.path} has no export: the run has not finished", "a finished run", f"bigtrain train {run.recipe}"
+        ) from None
     return about
 
 
@@ -52,7 +58,9 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
 
     task = _exported(run)["task"]
     if task not in ("causal_lm", "seq2seq"):
-        raise RequestError(f"{run.path} is a {task} model", "a causal_lm or seq2seq run", f"bigtrain evaluate {run.name}")
+        raise RequestError(
+            f"{run.path} is a {task} model", "a causal_lm or seq2seq run", f"bigtrain evaluate {run.name}"
+        )
     tokenizer = load_tokenizer(str(run.export))
     model = _load(run, task).eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -78,11 +86,15 @@ def _load(run: RunDir, task: str) -> nn.Module:
     return own
 
 
-def _write(model: nn.Module, ids: Tensor, tokens: int, temperature: float, tokenizer: Any) -> list[int]:
+def _write(model: Any, ids: Tensor, tokens: int, temperature: float, tokenizer: Any) -> list[int]:
     if hasattr(model, "generate"):
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
+        )
         mask = torch.ones_like(ids)
-        found = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+        found = model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
         start = 0 if model.config.is_encoder_decoder else ids.shape[1]
         return list(found[0, start:].tolist())
     written: list[int] = []

@@ -55,7 +55,8 @@ class Data(Section):
     )
     columns: dict[str, str] = Field(default={}, description="field: column, e.g. {text: body, label: category}")
     tokenizer: Literal["auto", "bytes"] | Tokenizer | str = Field(
-        default="auto", description="bytes, {train: bpe, …}, a folder or hub id; auto: the pretrained model's, else bytes"
+        default="auto",
+        description="bytes, {train: bpe, …}, a folder or hub id; auto: the pretrained model's, else bytes",
     )
     seq_len: PositiveInt = Field(default=256, description="tokens per sample (packed) or at most (cut)")
     image_size: PositiveInt | None = Field(default=None, description="pixels per side; null keeps the images' own")
@@ -83,7 +84,9 @@ class Optim(Section):
     final_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0, description="last rate ÷ peak rate (linear, cosine, wsd)"
     )
-    decay_every: PositiveInt = Field(default=100, description="steps per multiplication by decay_factor (step, exponential)")
+    decay_every: PositiveInt = Field(
+        default=100, description="steps per multiplication by decay_factor (step, exponential)"
+    )
     decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=0.5, description="(step, exponential)")
     decay_steps: Count | None = Field(default=None, description="wsd: length of the decay; null is a fifth of the run")
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="largest gradient norm; 0 is off")

@@ -70,7 +70,14 @@ def _train(
     if path:
         tracker.event(state.step, "resumed", path=str(path))
     batches = train_batches(
-        corpus.train, ranks.plan, ranks.rank, recipe.seed, state.step, task.collate, recipe.data.augment, recipe.data.workers
+        corpus.train,
+        ranks.plan,
+        ranks.rank,
+        recipe.seed,
+        state.step,
+        task.collate,
+        recipe.data.augment,
+        recipe.data.workers,
     )
     training = Training(recipe, run, ranks, task, corpus, batches, tracker, state, StopFlag())
     summary: dict[str, Any] = {"name": run.name, "parameters": parameters}
@@ -148,12 +155,15 @@ def _announce(screen: Any, run: RunDir, settings: Settings, corpus: Corpus, para
         screen.print(f"note: {note}", highlight=False)
     begin = f"going on from {path.name}" if path else "starting"
     screen.print(
-        f"{begin}: {run.path}  {parameters:,} parameters, {len(corpus.train):,} training and {len(corpus.eval):,} held-out samples",
+        f"{begin}: {run.path}  {parameters:,} parameters, "
+        f"{len(corpus.train):,} training and {len(corpus.eval):,} held-out samples",
         highlight=False,
     )
 
 
-def _tracker(loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, screen: Any) -> Everyone:
+def _tracker(
+    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, screen: Any
+) -> Everyone:
     if not ranks.main:
         return Everyone(NoTracker())
     recipe = loaded.recipe

@@ -1,5 +1,6 @@
 """The training and the held-out set as random-access examples (dictionaries of arrays), one class per modality."""
 
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -50,9 +51,13 @@ def prepare(recipe: Recipe) -> Corpus:
     evaluation = open_source(recipe.data.eval, recipe.task, recipe.data) if recipe.data.eval else None
     kind = FIELDS[recipe.task][0]
     if kind in ("text", "source"):
-        return _text(recipe, source, evaluation)
-    train, held = _split(recipe, source, evaluation)
-    return _images(recipe, train, held) if kind == "image" else _table(recipe, train, held)
+        corpus = _text(recipe, source, evaluation)
+    else:
+        train, held = _split(recipe, source, evaluation)
+        corpus = _images(recipe, train, held) if kind == "image" else _table(recipe, train, held)
+    if "label" in FIELDS[recipe.task] and len(corpus.classes) < 2:
+        raise RequestError(f"{recipe.data.train} has one class only ({corpus.classes[0]})", "two classes at least")
+    return corpus
 
 
 def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple["_Part", "_Part"]:
@@ -107,7 +112,7 @@ class Windows:
     first: int  # the end-of-text token
 
     def __len__(self) -> int:
-        return -(-len(self.flat) // self.length)
+        return math.ceil(len(self.flat) / self.length)
 
     def __getitem__(self, index: int) -> Example:
         start = index * self.length
@@ -135,21 +140,25 @@ class Sequences:
 def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
     data = recipe.data
     cache = open_cache(recipe.task, data, recipe.model.pretrained, source, evaluation)
-    facts: dict[str, Any] = {"tokenizer": cache.tokenizer, "vocab_size": cache.meta["vocab_size"], "sample_cost": data.seq_len}
+    facts: dict[str, Any] = {
+        "tokenizer": cache.tokenizer,
+        "vocab_size": cache.meta["vocab_size"],
+        "sample_cost": data.seq_len,
+    }
     if recipe.task == "causal_lm":
-        parts = {part: cache.field(part, "text").flat for part in ("train", "eval")}
-        train, held = (Windows(flat, data.seq_len, cache.tokenizer.eos_token_id) for flat in parts.values())
+        parts = [cache.field(part, "text").flat for part in ("train", "eval")]
+        text, held_text = (Windows(flat, data.seq_len, cache.tokenizer.eos_token_id) for flat in parts)
         facts |= {"eval_bytes": cache.meta["eval_bytes"], "baselines": cache.meta["baselines"]}
-        return Corpus(train, held, **facts)
+        return Corpus(text, held_text, **facts)
     fields = [name for name in FIELDS[recipe.task] if name != "label"]
     labelled = "label" in FIELDS[recipe.task]
-    sets = [
+    train, held = (
         Sequences({name: cache.field(part, name) for name in fields}, cache.labels(part) if labelled else None)
         for part in ("train", "eval")
-    ]
+    )
     if cut := cache.meta["cut"]:
         facts["notes"] = [f"{cut:,} texts were longer than data.seq_len={data.seq_len} and were cut"]
-    return Corpus(*sets, classes=cache.meta["classes"], **facts)
+    return Corpus(train, held, classes=cache.meta["classes"], **facts)
 
 
 # Images -----------------------------------------------------------------------------------------------------------
@@ -177,7 +186,9 @@ class Images:
             image = record["image"]
             pixels = _pixels(image, self.size)
         except (OSError, SyntaxError, ValueError) as problem:
-            raise RequestError(f"image {index} does not decode: {problem}", "readable images", "remove it, or replace it") from None
+            raise RequestError(
+                f"image {index} does not decode: {problem}", "readable images", "remove it, or replace it"
+            ) from None
         return pixels, str(record["label"])
 
     def __getitem__(self, index: int) -> Example:
@@ -201,7 +212,9 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
     if size is not None and picture.size != (size, size):
         width, height = picture.size
         scale = size / min(width, height)
-        picture = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR)
+        picture = picture.resize(
+            (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR
+        )
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
         picture = picture.crop((left, top, left + size, top + size))
     array = torch.from_numpy(np.asarray(picture, np.float32) / 255)
@@ -213,7 +226,9 @@ def _images(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
     shapes, labels = _look_at_all(sets)
     classes = sorted(labels)
     if len(shapes) > 1:
-        raise RequestError(f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224")
+        raise RequestError(
+            f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224"
+        )
     channels, height, width = shape = shapes.pop()
     sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(train), max(1, len(train) // 2000))])
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
@@ -222,7 +237,8 @@ def _images(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
         images.numbers.update({name: number for number, name in enumerate(classes)})
         images.mean, images.std, images.remember = mean.view(-1, 1, 1), std.view(-1, 1, 1), small
     return Corpus(
-        *sets,
+        sets[0],
+        sets[1],
         sample_cost=channels * height * width // 64 + 1,
         classes=classes,
         image=shape,
@@ -279,7 +295,8 @@ def _table(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
     std[std == 0] = 1
     sets = [Table((r - mean) / std, column, answer) for r, column in zip(rows, columns, strict=True)]
     return Corpus(
-        *sets,
+        sets[0],
+        sets[1],
         sample_cost=rows[0].shape[1] // 64 + 1,
         classes=classes,
         features=rows[0].shape[1],

@@ -52,7 +52,9 @@ def open_source(name: str, task: str, data: Data) -> Source:
         return build(task)
     if Path(name).is_dir():
         if task == "image_classification":
-            return _from_datasets(task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name)
+            return _from_datasets(
+                task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name
+            )
         name = str(Path(name) / "**" / "*")
     files = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
     if files:
@@ -80,14 +82,18 @@ def _from_files(task: str, data: Data, files: list[Path]) -> Source:
     if kind != "text":
         return _from_datasets(task, data, kind, files, None)
     if task != "causal_lm":
-        raise RequestError(f"plain text files have no fields for task {task}", "jsonl, csv or parquet", "data.train='*.jsonl'")
+        raise RequestError(
+            f"plain text files have no fields for task {task}", "jsonl, csv or parquet", "data.train='*.jsonl'"
+        )
 
     def read() -> Iterable[Record]:
         for path in files:
             try:
                 yield {"text": path.read_text(encoding="utf-8"), "group": str(path)}
             except UnicodeDecodeError as problem:
-                raise RequestError(f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet") from None
+                raise RequestError(
+                    f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
+                ) from None
 
     return Source(_stamp(files), read)
 
@@ -101,6 +107,7 @@ def _from_datasets(task: str, data: Data, builder: str, files: list[Path], folde
         import datasets  # half a second that built-in sources need not pay
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
         try:
             if folder is not None:
                 table = datasets.load_dataset(builder, data_dir=folder, split="train")
@@ -108,7 +115,11 @@ def _from_datasets(task: str, data: Data, builder: str, files: list[Path], folde
                 table = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train")
         except Exception as problem:  # datasets raises whatever its reader raised
             cause = problem.__cause__ or problem
-            raise RequestError(f"{folder or files[0]}: cannot be read as {builder}: {str(cause).splitlines()[0]}") from None
+            raise RequestError(
+                f"{folder or files[0]}: cannot be read as {builder}: {str(cause).splitlines()[0]}", f"valid {builder}"
+            ) from None
+        if folder is not None and "label" not in table.column_names:
+            raise RequestError(f"{folder}: no classes found", "one folder of images per class, two at least")
         return _with_fields(table, task, data)
 
     return Source(f"{builder} {_stamp(files)}", read)
@@ -170,7 +181,9 @@ class _Renamed:
 
 def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
     column = data.columns.get(answer, answer)
-    numeric = [name for name, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "float"))]
+    numeric = [
+        name for name, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "float"))
+    ]
     inputs = [name for name in numeric if name != column]
     if column not in table.column_names or not inputs:
         raise RequestError(

@@ -27,7 +27,14 @@ class Piece:
 
 
 def train_batches(
-    examples: Examples, plan: Plan, rank: int, seed: int, first_step: int, collate: Collate, augment: Augment, workers: int
+    examples: Examples,
+    plan: Plan,
+    rank: int,
+    seed: int,
+    first_step: int,
+    collate: Collate,
+    augment: Augment,
+    workers: int,
 ) -> Iterator[list[Piece]]:
     """For each step from `first_step` on, this rank's micro-batches. Endless."""
     pieces = plan.micro_batches(rank)

@@ -158,7 +158,9 @@ def _make_tokenizer(spec: Any, texts: Iterable[str]) -> Any:
         )
         fast.train_from_iterator(texts, trainer)
     fast.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
 
 
 def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evaluation: Source | None) -> None:
@@ -184,7 +186,9 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
     if not meta["records"]["train"] or not meta["records"]["eval"]:
         empty = "train" if not meta["records"]["train"] else "eval"
         raise RequestError(
-            f"data.{empty} is empty ({meta['records']} records)", "at least one record in each part", "data.eval_fraction=0.2"
+            f"data.{empty} is empty ({meta['records']} records)",
+            "at least one record in each part",
+            "data.eval_fraction=0.2",
         )
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -197,10 +201,18 @@ def _check_text(record: Record, task: str, index: int) -> Record:
 
 
 def _encode(
-    folder: Path, task: str, data: Data, tokenizer: Any, parts: Iterator[tuple[str, Record]], fields: list[str], note: Console
+    folder: Path,
+    task: str,
+    data: Data,
+    tokenizer: Any,
+    parts: Iterator[tuple[str, Record]],
+    fields: list[str],
+    note: Console,
 ) -> dict[str, Any]:
     """Write every record's ids; returns what is known of them."""
-    writers = {(part, f): _RaggedWriter(folder / f"{part}-{f}", len(tokenizer)) for part in ("train", "eval") for f in fields}
+    writers = {
+        (part, f): _RaggedWriter(folder / f"{part}-{f}", len(tokenizer)) for part in ("train", "eval") for f in fields
+    }
     labels: dict[str, list[str]] = {"train": [], "eval": []}
     records = {"train": 0, "eval": 0}
     cut = 0
@@ -237,7 +249,7 @@ def _fit(ids: list[int], most: int, eos: int, ends: bool) -> list[int]:
     """At most `most` ids; with `ends` the last one is the end-of-text token."""
     if ends and (not ids or ids[-1] != eos):
         ids.append(eos)
-    return ids[: most - 1] + [ids[-1]] if ends and len(ids) > most else ids[:most]
+    return [*ids[: most - 1], ids[-1]] if ends and len(ids) > most else ids[:most]
 
 
 class _TextStatistics:

@@ -78,7 +78,9 @@ def _ours(recipe: Recipe, corpus: Corpus) -> nn.Module:
     name = recipe.model.name
     if recipe.task not in _SERVES[name]:
         able = [other for other, tasks in _SERVES.items() if recipe.task in tasks]
-        expected = f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
+        expected = (
+            f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
+        )
         raise RequestError(f"model {name} does not serve task {recipe.task}", expected)
     return _construct(MODELS[name], recipe, corpus)
 
@@ -91,10 +93,14 @@ def _custom(recipe: Recipe, corpus: Corpus) -> nn.Module:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as problem:
         raise RequestError(
-            f"model.name {recipe.model.name!r}: {problem}", "package.module:Class, importable from here", "PYTHONPATH=FOLDER"
+            f"model.name {recipe.model.name!r}: {problem}",
+            "package.module:Class, importable from here",
+            "PYTHONPATH=FOLDER",
         ) from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise RequestError(f"model.name {recipe.model.name!r} is not a torch.nn.Module class", "a subclass of torch.nn.Module")
+        raise RequestError(
+            f"model.name {recipe.model.name!r} is not a torch.nn.Module class", "a subclass of torch.nn.Module"
+        )
     return _construct(found, recipe, corpus)
 
 
@@ -118,7 +124,9 @@ def _construct(cls: type[nn.Module], recipe: Recipe, corpus: Corpus) -> nn.Modul
     try:
         model = cls(**args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as problem:
-        raise RequestError(f"model.args: {recipe.model.name} refuses {args}: {problem}", "arguments it accepts") from None
+        raise RequestError(
+            f"model.args: {recipe.model.name} refuses {args}: {problem}", "arguments it accepts"
+        ) from None
     model.bigtrain_args = args  # type: ignore[assignment]  # what export writes down to build it again
     return model
 
@@ -142,12 +150,15 @@ def _load_own(model: nn.Module, folder: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, ValueError) as problem:
-        raise RequestError(f"model.pretrained: {path} cannot be read ({problem})", "a folder with model.safetensors") from None
+        raise RequestError(
+            f"model.pretrained: {path} cannot be read ({problem})", "a folder with model.safetensors"
+        ) from None
     expected = model.state_dict()
     for name, tensor in weights.items():
         if name not in expected or expected[name].shape != tensor.shape:
             has = tuple(expected[name].shape) if name in expected else "no such tensor"
             raise RequestError(
-                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}", "the same architecture"
+                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}",
+                "the same architecture",
             )
     model.load_state_dict(weights, strict=False)  # tied tensors are stored once

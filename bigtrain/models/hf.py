@@ -39,7 +39,9 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None) -> PreTrainedMode
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
     except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
-        raise RequestError(f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args") from None
+        raise RequestError(
+            f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args"
+        ) from None
     _set_dropout(model, recipe.model.dropout)
     if not _on_meta():
         materialise(model, recipe.seed, shard)
@@ -49,7 +51,9 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None) -> PreTrainedMode
 def auto_class(task: str, model_name: str) -> Any:
     """The transformers Auto class for a task."""
     if task not in AUTO:
-        raise RequestError(f"model {model_name}: transformers has none for task {task}", "model mlp, linear, or package.module:Class")
+        raise RequestError(
+            f"model {model_name}: transformers has none for task {task}", "model mlp, linear, or package.module:Class"
+        )
     return getattr(transformers, AUTO[task])
 
 
@@ -64,7 +68,9 @@ def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
     known = set(default.to_dict()) | set(getattr(type(default), "attribute_map", {}))
     if unknown := [key for key in args if key not in known]:
         near = _nearest(unknown[0], known)
-        raise RequestError(f"model.args.{unknown[0]}: {name} has no such argument{near}", f"arguments of {type(default).__name__}")
+        raise RequestError(
+            f"model.args.{unknown[0]}: {name} has no such argument{near}", f"arguments of {type(default).__name__}"
+        )
     facts = {key: value for key, value in _facts(recipe, corpus).items() if key in known or key == "id2label"}
     vocab_size = args.get("vocab_size", default.get_text_config().vocab_size if recipe.model.pretrained else None)
     if corpus.vocab_size is not None and vocab_size is not None:
@@ -78,7 +84,9 @@ def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
         else:
             config = AutoConfig.for_model(name, **settings)
     except Exception as problem:  # each config checks its arguments in its own way
-        raise RequestError(f"model.args: {name} refuses them: {str(problem).splitlines()[0]}", "arguments it accepts") from None
+        raise RequestError(
+            f"model.args: {name} refuses them: {str(problem).splitlines()[0]}", "arguments it accepts"
+        ) from None
     _check_length(recipe, config)
     return config
 
@@ -106,7 +114,9 @@ def _pretrained_config(folder: str, name: str) -> PreTrainedConfig:
             f"model.pretrained: no model at {folder!r} ({str(problem).splitlines()[0]})", "a local folder or a hub id"
         ) from None
     if config.model_type != name:
-        raise RequestError(f"model.pretrained: {folder} holds a {config.model_type}, but model.name is {name}", "the same type")
+        raise RequestError(
+            f"model.pretrained: {folder} holds a {config.model_type}, but model.name is {name}", "the same type"
+        )
     return config
 
 

@@ -55,7 +55,9 @@ def outputs(model: Any, **inputs: Tensor) -> Tensor:
     result = getattr(result, "logits", result)
     if not isinstance(result, Tensor):
         raise RequestError(
-            f"the model's forward returned {type(result).__name__}", "a tensor, or an object with .logits", "return the logits"
+            f"the model's forward returned {type(result).__name__}",
+            "a tensor, or an object with .logits",
+            "return the logits",
         )
     return result.float()
 
@@ -64,10 +66,14 @@ def expect_shape(found: Tensor, expected: tuple[int, ...], meaning: str) -> None
     """Raises RequestError if the model's output does not have the shape its task needs."""
     if tuple(found.shape) != expected:
         raise RequestError(
-            f"the model's output has shape {tuple(found.shape)}", f"{meaning} = {expected}", "check model.args and the task"
+            f"the model's output has shape {tuple(found.shape)}",
+            f"{meaning} = {expected}",
+            "check model.args and the task",
         )
 
 
 def exact_sum(device: torch.device) -> SumMetric:
     """A sum over batches and ranks in float64: the order of ranks must not show."""
-    return SumMetric().set_dtype(torch.float64).to(device)
+    metric = SumMetric().to(device)
+    metric.set_dtype(torch.float64)
+    return metric

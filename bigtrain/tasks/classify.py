@@ -33,7 +33,9 @@ class Classification(Task):
             batch["features"] = torch.from_numpy(np.stack([example["features"] for example in examples]))
         else:
             texts = [torch.from_numpy(example["text"]) for example in examples]
-            batch["input_ids"] = pad_sequence(texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0)
+            batch["input_ids"] = pad_sequence(
+                texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0
+            )
             batch["attention_mask"] = pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
         return batch
 

@@ -1,0 +1,34 @@
+"""Classes whose forward does not fit image classification, each in its own way."""
+
+import torch
+from torch import Tensor, nn
+
+
+class WrongShape(nn.Linear):
+    """Returns [batch, 3] where ten classes are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 3)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return super().forward(pixel_values.flatten(1))
+
+
+class WrongArguments(nn.Linear):
+    """Takes `x`, and is given `pixel_values`."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+class WrongResult(nn.Linear):
+    """Returns a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"scores": torch.zeros(1)}

@@ -1,0 +1,249 @@
+"""Data: the order is a permutation, nothing is seen twice or left out, and bad data is explained before training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from bigtrain.data import eval_batches, prepare, train_batches
+from bigtrain.data.order import key, permute, samples_at
+from bigtrain.errors import RequestError
+from bigtrain.plan import Plan
+from bigtrain.recipe import Augment, Recipe
+from bigtrain.tasks import TASKS
+
+
+def recipe(task: str, data: dict[str, Any], model: str = "rnn") -> Recipe:
+    return Recipe.model_validate({"name": "t", "task": task, "model": {"name": model}, "data": data})
+
+
+def plan(world: int, batch: int, micro: int) -> Plan:
+    return Plan("ddp", "none", "fp32", world, batch, micro, False, False)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 5))
+def test_an_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    found = permute(np.arange(n, dtype=np.uint64), n, key(seed, epoch))
+    assert sorted(found.tolist()) == list(range(n))
+
+
+def test_the_order_is_fixed_for_all_time() -> None:
+    """A change here would make every old checkpoint continue with other samples."""
+    assert samples_at(range(6, 16), 10, 7) == [7, 0, 9, 8, 6, 3, 2, 0, 9, 8]
+
+
+def test_the_order_looks_random() -> None:
+    """Every sample comes equally often at every tenth of the epoch, over seeds (chi-squared, 9 degrees of freedom)."""
+    n, seeds = 50, 4000
+    places = np.zeros((n, 10))
+    for seed in range(seeds):
+        order = permute(np.arange(n, dtype=np.uint64), n, key(seed, 0)).astype(int)
+        places[order, np.arange(n) * 10 // n] += 1
+    chi2 = ((places - seeds / 10) ** 2 / (seeds / 10)).sum(1)
+    assert chi2.mean() < 11
+    assert chi2.max() < 40
+
+
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 9))
+def test_ranks_and_micro_batches_cut_the_global_batch_exactly(world: int, batch: int, micro: int) -> None:
+    batch = max(batch, world)
+    p = plan(world, batch, min(micro, -(-batch // world)))
+    pieces = [p.micro_batches(rank) for rank in range(world)]
+    assert [offset for rank in pieces for piece in rank for offset in piece] == list(range(batch))
+    assert {len(rank) for rank in pieces} == {p.accumulation}
+    assert max(len(piece) for rank in pieces for piece in rank) <= p.micro_batch
+
+
+class Numbers:
+    """Examples that are their own index."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.full((1, 4, 4), float(index)), "label": index}
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    labels = torch.tensor([e["label"] for e in examples])
+    return {"labels": labels, "pixel_values": torch.stack([e["image"] for e in examples])}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts(world: int, workers: int) -> None:
+    seen: list[list[int]] = [[] for _ in range(4)]
+    for rank in range(world):
+        stream = train_batches(Numbers(), plan(world, 10, 3), rank, 5, 2, collate, Augment(), workers)
+        for step in range(4):
+            for piece in next(stream):
+                seen[step] += piece.batch["labels"].tolist() if piece.counts else []
+    assert seen == [samples_at(range((2 + s) * 10, (3 + s) * 10), 23, 5) for s in range(4)]
+
+
+def test_augmentation_depends_on_the_position_alone() -> None:
+    images = []
+    for world, micro in ((1, 10), (2, 2)):
+        found = []
+        for rank in range(world):
+            stream = train_batches(
+                Numbers(), plan(world, 10, micro), rank, 5, 0, collate, Augment(crop=1, flip=True), 0
+            )
+            found += [piece.batch["pixel_values"] for piece in next(stream) if piece.counts]
+        images.append(torch.cat(found))
+    assert torch.equal(*images)
+    assert len({tuple((image == 0).flatten().tolist()) for image in images[0]}) > 3, "all shifted alike"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 24])
+def test_evaluation_sees_every_example_once(world: int) -> None:
+    seen, pieces = [], set()
+    for rank in range(world):
+        batches = list(eval_batches(Numbers(), plan(world, 24, 4), rank, collate))
+        pieces.add(len(batches))
+        seen += [label for piece in batches if piece.counts for label in piece.batch["labels"].tolist()]
+    assert sorted(seen) == list(range(23))
+    assert len(pieces) == 1, "ranks must run the same number of forward passes"
+
+
+def test_packed_text_predicts_every_token_once_and_splits_by_document(tmp_path: Path) -> None:
+    texts = {f"doc{i}.txt": f"document {i} " * (i + 1) for i in range(40)}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    corpus = prepare(recipe("causal_lm", {"train": f"{tmp_path}/*.txt", "tokenizer": "bytes", "seq_len": 32}))
+    task = TASKS["causal_lm"]("causal_lm", corpus)
+    decoded = ""
+    for examples in (corpus.train, corpus.eval):
+        ids = [int(t) for i in range(len(examples)) for t in examples[i]["tokens"][1:]]
+        decoded += corpus.tokenizer.decode(ids)
+        weight = sum(task.weight(task.collate([examples[i]])) for i in range(len(examples)))
+        assert weight == len(ids)
+    documents = [text for text in decoded.split("<eos>") if text]
+    assert sorted(documents) == sorted(texts.values())
+    held = [int(t) for i in range(len(corpus.eval)) for t in corpus.eval[i]["tokens"][1:]]
+    assert corpus.eval_bytes == len(corpus.tokenizer.decode(held).replace("<eos>", ""))
+
+
+def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"body": f"text number {i}", "kind": "odd" if i % 2 else "even"} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = {
+        "train": str(file),
+        "columns": {"text": "body", "label": "kind"},
+        "tokenizer": {"vocab_size": 300},
+        "seq_len": 16,
+    }
+    first = prepare(recipe("text_classification", data))
+    assert first.classes == ["even", "odd"]
+    assert len(first.train) + len(first.eval) == 60
+    again = prepare(recipe("text_classification", data))
+    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    file.write_text(file.read_text() + '\n{"body": "one more", "kind": "third"}')
+    assert prepare(recipe("text_classification", data)).classes == ["even", "odd", "third"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_are_standardised_by_the_training_part(kind: str, tmp_path: Path) -> None:
+    import pandas
+
+    table = pandas.DataFrame({"a": np.arange(50.0), "b": np.ones(50), "y": np.arange(50.0) * 2, "note": ["x"] * 50})
+    getattr(table, f"to_{kind}")(tmp_path / f"t.{kind}", index=False)
+    corpus = prepare(recipe("regression", {"train": f"{tmp_path}/t.{kind}", "columns": {"target": "y"}}, "linear"))
+    rows = np.stack([corpus.train[i]["features"] for i in range(len(corpus.train))])
+    assert corpus.features == 2
+    assert rows[:, 0].mean() == pytest.approx(0, abs=1e-5)
+    assert rows[:, 0].std() == pytest.approx(1, abs=1e-5)
+    assert np.isfinite(rows).all(), "a constant column must not divide by zero"
+
+
+def picture(path: Path, shade: int, size: tuple[int, int] = (20, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 0, 0)).save(path)
+
+
+def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
+    for i in range(20):
+        picture(tmp_path / ("dark" if i % 2 else "light") / f"{i}.png", i)
+    corpus = prepare(
+        recipe("image_classification", {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.3}, "cnn")
+    )
+    assert corpus.classes == ["dark", "light"]
+    assert corpus.image == (3, 8, 8)
+    assert corpus.train[0]["image"].shape == (3, 8, 8)
+
+
+def broken_folder(tmp_path: Path) -> dict[str, Any]:
+    for i in range(6):
+        picture(tmp_path / "a" / f"{i}.png", i)
+    picture(tmp_path / "b" / "1.png", 9)
+    (tmp_path / "a" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    return {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.4}
+
+
+def two_sizes(tmp_path: Path) -> dict[str, Any]:
+    for i in range(6):
+        picture(tmp_path / "ab"[i % 2] / f"{i}.png", i, (8 + i, 8))
+    return {"train": str(tmp_path), "eval_fraction": 0.4}
+
+
+def one_class(tmp_path: Path) -> dict[str, Any]:
+    for i in range(4):
+        picture(tmp_path / "a" / f"{i}.png", i)
+    return {"train": str(tmp_path)}
+
+
+def empty_file(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "empty.txt").write_text("")
+    return {"train": str(tmp_path / "empty.txt"), "tokenizer": "bytes"}
+
+
+def one_document(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "one.txt").write_text("only one document")
+    return {"train": str(tmp_path / "*.txt"), "tokenizer": "bytes"}
+
+
+def wrong_columns(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}')
+    return {"train": str(tmp_path / "a.jsonl")}
+
+
+def not_json(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ')
+    return {"train": str(tmp_path / "a.jsonl")}
+
+
+def latin1(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "a.txt").write_bytes("é".encode("latin-1"))
+    return {"train": str(tmp_path / "a.txt")}
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "expected"),
+    [
+        ("image_classification", broken_folder, "does not decode"),
+        ("image_classification", two_sizes, "image_size"),
+        ("image_classification", one_class, "no classes found"),
+        ("image_classification", lambda p: {"train": "diabetes"}, "does not serve task"),
+        ("causal_lm", empty_file, "is empty"),
+        ("causal_lm", one_document, "is empty"),
+        ("causal_lm", wrong_columns, "has no column text; it has: body"),
+        ("causal_lm", not_json, "cannot be read as json"),
+        ("causal_lm", latin1, "not UTF-8"),
+        ("causal_lm", lambda p: {"train": f"{p}/*.txt"}, "no file matches"),
+        ("causal_lm", lambda p: {"train": "no-such-set-anywhere"}, "no data set 'no-such-set-anywhere'"),
+        ("causal_lm", lambda p: {"train": "python-stdlib", "tokenizer": str(p)}, "no tokenizer at"),
+        ("seq2seq", latin1, "no fields for task seq2seq"),
+    ],
+)
+def test_bad_data_is_explained(task: str, make: Any, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        prepare(recipe(task, make(tmp_path), "cnn" if "image" in task else "rnn"))
+    assert expected in str(caught.value)
+    assert "try:" in str(caught.value) or "expected:" in str(caught.value)
