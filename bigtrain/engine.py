@@ -389,8 +389,8 @@ class _DeepSpeed(Engine):
         self._set_rate(learning_rate)
         self.model.step()
         applied = self.model.was_step_applied()
-        if not applied and self.plan.kind != "zero3":
-            # With offload and bf16, DeepSpeed 0.19 keeps the bad sums of a skipped step and adds to them for ever.
+        if not applied and self.plan.offload != "none" and self.plan.kind != "zero3":
+            # In bf16 DeepSpeed 0.19 keeps the bad sums of a skipped step, and adds to them for ever.
             zero = self.model.optimizer
             for group in range(len(zero.bit16_groups)):
                 zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None

@@ -23,6 +23,7 @@ ENGINES = {
     "zero1": {"kind": "zero1"},
     "zero2": {"kind": "zero2"},
     "zero3": {"kind": "zero3"},
+    "zero1-offload": {"kind": "zero1", "offload": "optimizer"},
     "zero2-offload": {"kind": "zero2", "offload": "optimizer"},
     "zero3-offload": {"kind": "zero3", "offload": "params"},
 }

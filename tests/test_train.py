@@ -244,11 +244,7 @@ def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "metric", "least"),
-    [
-        ("breast-cancer", "accuracy", 0.95),
-        ("digits-mlp", "accuracy", 0.965),
-    ],
+    ("recipe", "metric", "least"), [("breast-cancer", "accuracy", 0.95), ("digits-mlp", "accuracy", 0.965)]
 )
 def test_quick_recipes_reach_their_figures(recipe: str, metric: str, least: float, tmp_path: Path) -> None:
     done = bigtrain("train", recipe, "track.wandb=off", "--json", cwd=tmp_path)
