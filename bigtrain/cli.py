@@ -38,7 +38,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     from bigtrain.run import run_recipe
 
-    summary = run_recipe(loaded, fresh)
+    summary = run_recipe(loaded, fresh, as_json)
     if os.environ.get("RANK", "0") == "0":
         _print(summary, as_json, _finished)
 

@@ -148,10 +148,10 @@ class Track(Section):
 class Slurm(Section):
     """What `submit` asks Slurm for."""
 
-    nodes: PositiveInt = 1
-    gpus_per_node: Count = 8
-    time: str = "24:00:00"
-    partition: str | None = None
+    nodes: PositiveInt = Field(default=1, description="machines")
+    gpus_per_node: Count = Field(default=8, description="GPUs, and ranks, per machine")
+    time: str = Field(default="24:00:00", description="wall time limit")
+    partition: str | None = Field(default=None, description="null is the cluster's default")
 
 
 class Recipe(Section):

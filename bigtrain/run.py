@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from bigtrain import checkpoint, dsconfig, engine, export, models
 from bigtrain.data import Corpus, prepare, train_batches
@@ -23,7 +24,7 @@ from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, co
 Settings = dict[str, dict[str, Any]]
 
 
-def run_recipe(loaded: Loaded, fresh: bool = False) -> dict[str, Any]:
+def run_recipe(loaded: Loaded, fresh: bool = False, as_json: bool = False) -> dict[str, Any]:
     """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
     recipe = loaded.recipe
     device = engine.find_device(recipe.engine.device)
@@ -51,15 +52,22 @@ def run_recipe(loaded: Loaded, fresh: bool = False) -> dict[str, Any]:
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
         settings = _settings(loaded, plan, planned, ds_config, launcher.source)
         run = _open_run(loaded, ranks, settings, fresh)
-        return _train(loaded, run, ranks, task, corpus, settings, parameters)
+        return _train(loaded, run, ranks, task, corpus, settings, parameters, console(as_json))
     finally:
         ranks.close()
 
 
 def _train(
-    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, corpus: Corpus, settings: Settings, parameters: int
+    loaded: Loaded,
+    run: RunDir,
+    ranks: engine.Engine,
+    task: Task,
+    corpus: Corpus,
+    settings: Settings,
+    parameters: int,
+    screen: Console,
 ) -> dict[str, Any]:
-    recipe, screen = loaded.recipe, console()
+    recipe = loaded.recipe
     path, broken = checkpoint.newest(ranks, run)
     state = checkpoint.load(ranks, path) if path else checkpoint.State()
     if ranks.main:
@@ -144,7 +152,7 @@ def _open_run(loaded: Loaded, ranks: engine.Engine, settings: Settings, fresh: b
     return run
 
 
-def _announce(screen: Any, run: RunDir, settings: Settings, corpus: Corpus, parameters: int, path: Any) -> None:
+def _announce(screen: Console, run: RunDir, settings: Settings, corpus: Corpus, parameters: int, path: Any) -> None:
     """The settings in force, grouped by who set them; then what is about to happen."""
     groups: dict[str, list[str]] = {}
     for key, setting in settings.items():
@@ -162,7 +170,7 @@ def _announce(screen: Any, run: RunDir, settings: Settings, corpus: Corpus, para
 
 
 def _tracker(
-    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, screen: Any
+    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, screen: Console
 ) -> Everyone:
     if not ranks.main:
         return Everyone(NoTracker())

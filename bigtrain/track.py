@@ -5,7 +5,6 @@ import math
 import netrc
 import os
 import secrets
-import sys
 import time
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -163,6 +162,6 @@ class Everyone:
             tracker.close(summary)
 
 
-def console() -> Console:
-    """Where a person reads: standard output, at least 100 columns when it is a file."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+def console(as_json: bool = False) -> Console:
+    """Where a person reads: standard output, or standard error when a program reads the other."""
+    return Console(stderr=as_json, soft_wrap=True)

@@ -137,7 +137,7 @@ def build(case: dict[str, Any]) -> tuple[Training, Collect]:
     world = engine.world_from_environment()[1]
     plan, _ = make_plan(recipe.engine, world_size=world, samples=SAMPLES, sample_cost=16, bf16_is_fast=False)
     config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm)
-    ranks = engine.start(plan, Device("cpu", False), config, recipe.optim.clip_norm)
+    ranks = engine.start(plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm)
     ranks.prepare(models.build(recipe, corpus, ranks.shard), lambda module: make_optimizer(module, recipe.optim))
     task, collect = TASKS[recipe.task](recipe.task, corpus), Collect()
     return Training(
@@ -163,7 +163,12 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     for _ in range(training.recipe.train.steps):
         _step(training)
     results = evaluate(training.engine, training.task, training.corpus)
-    return {"lines": collect.lines, "eval": results, "accumulation": training.engine.plan.accumulation}
+    return {
+        "lines": collect.lines,
+        "eval": results,
+        "accumulation": training.engine.plan.accumulation,
+        "peak_memory": training.engine.peak_memory(),
+    }
 
 
 def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
