@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from bigtrain.engine import Engine
 from bigtrain.errors import RequestError
@@ -41,9 +44,9 @@ def save(engine: Engine, run: RunDir, state: State, keep: int) -> Path:
         building.mkdir(parents=True)
     engine.barrier()
     engine.sync_buffers()
-    answered_for = engine.save(building)
-    entries = {str(path.relative_to(building)): _settle(path) for path in answered_for}
-    everything = engine.gather(entries)
+    shard = building / f"rank-{engine.rank:05d}.safetensors"
+    save_file(engine.snapshot(), shard)
+    everything = engine.gather({shard.name: _settle(shard)})
     if engine.main:
         state_path = building / "state.json"
         state_path.write_text(json.dumps(asdict(state)))
@@ -138,19 +141,53 @@ def newest(engine: Engine, run: RunDir) -> tuple[Path | None, list[str]]:
     return result
 
 
-def load(engine: Engine, path: Path) -> State:
-    """Restore engine and state. RequestError if the checkpoint is of another engine, or of other shards."""
+def load(engine: Engine, path: Path) -> tuple[State, str]:
+    """Restore engine and state from a checkpoint of any engine on any number of ranks; and a line if it is another.
+
+    RequestError if it is of another model.
+    """
     manifest = json.loads((path / MANIFEST).read_text())
-    plan = engine.plan
-    asked = {"engine": plan.kind, "world_size": engine.world_size, "precision": plan.precision, "offload": plan.offload}
-    if plan.kind == "ddp":
-        del asked["world_size"]  # every rank holds everything
-    different = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
-    if different:
-        raise RequestError(
-            f"{path} was written under other conditions: {', '.join(different)}",
-            "the same to go on",
-            "--fresh to start anew",
-        )
-    engine.load(path)
-    return State(**json.loads((path / "state.json").read_text()))
+    engine.restore(_Shards(path))
+    asked = {"engine": engine.plan.kind, "world_size": engine.world_size, "precision": engine.plan.precision}
+    moved = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
+    return State(**json.loads((path / "state.json").read_text())), ", ".join(moved)
+
+
+class _Shards:
+    """All ranks' files of a checkpoint, read as whole parameters: any part of any of them, wherever it was written.
+
+    safetensors only: a checkpoint holds no code, and none is run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.files = [safe_open(file, framework="pt") for file in sorted(path.glob("rank-*.safetensors"))]
+        # parameter → key → the pieces, as (start or None for a scalar, file, name in it)
+        self.pieces: dict[str, dict[str, list[tuple[int | None, Any, str]]]] = {}
+        for file in self.files:
+            for name in file.keys():  # noqa: SIM118
+                parameter, key, start = name.split("|")
+                place = None if start == "scalar" else int(start)
+                self.pieces.setdefault(parameter, {}).setdefault(key, []).append((place, file, name))
+
+    def keys_of(self, parameter: str) -> list[str]:
+        return list(self.pieces.get(parameter, {}))
+
+    def is_scalar(self, parameter: str, key: str) -> bool:
+        return self.pieces[parameter][key][0][0] is None
+
+    def scalar(self, parameter: str, key: str) -> Tensor:
+        _, file, name = self.pieces[parameter][key][0]
+        found: Tensor = file.get_tensor(name)
+        return found
+
+    def read(self, parameter: str, key: str, start: int, into: Tensor) -> None:
+        """Fill `into` with the elements from `start` on. RequestError if the checkpoint does not cover them."""
+        covered = 0
+        for place, file, name in self.pieces[parameter][key]:
+            piece = file.get_slice(name)
+            first, last = max(start, place or 0), min(start + into.numel(), (place or 0) + piece.get_shape()[0])
+            if first < last:
+                into[first - start : last - start].copy_(piece[first - (place or 0) : last - (place or 0)])
+                covered += last - first
+        if covered != into.numel():
+            raise RequestError(f"the checkpoint's {parameter} has another size", "a checkpoint of the same model")

@@ -7,7 +7,6 @@ applied. Nothing here knows what is trained.
 import contextlib
 import ctypes
 import io
-import json
 import logging
 import math
 import os
@@ -15,10 +14,9 @@ import resource
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +65,29 @@ class StepResult:
     grad_norm: float  # before clipping; not finite when the step was skipped for it
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """A rank's part of one parameter: `master` is a flat fp32 view of it, elements `start` … of the whole parameter.
+
+    The optimizer keeps its state for `flat`, in which the part begins at `offset`.
+    """
+
+    name: str
+    start: int
+    master: Tensor
+    flat: Tensor
+    offset: int
+
+
+class Tensors(Protocol):
+    """Where `restore` reads: the files of all ranks of a checkpoint as one (checkpoint.py)."""
+
+    def keys_of(self, parameter: str) -> list[str]: ...
+    def is_scalar(self, parameter: str, key: str) -> bool: ...
+    def scalar(self, parameter: str, key: str) -> Tensor: ...
+    def read(self, parameter: str, key: str, start: int, into: Tensor) -> None: ...
+
+
 class Engine(ABC):
     """One rank's share of a training run."""
 
@@ -107,12 +128,62 @@ class Engine(ABC):
         """All parameters and buffers on the CPU of rank 0 (elsewhere: an empty dictionary). A collective."""
 
     @abstractmethod
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's shards below `folder`; returns the files this rank wrote."""
+    def fragments(self) -> list["Fragment"]:
+        """This rank's parts of the parameters, as views that can be read and written."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote at the same world size. Tensors only: no pickled object is ever run."""
+    def _fragments_were_written(self) -> None:
+        """Carry new fp32 values over to the weights that forward passes use."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's share of all that training changes, copied to the host: `parameter|key|start` → flat values.
+
+        The names say nothing of engine, stage or rank, so any engine on any number of ranks can read them back.
+        """
+        found: dict[str, Tensor] = {}
+        for part in self._to_save():
+            found[f"{part.name}|weight|{part.start}"] = part.master
+            for key, value in self._base().state[part.flat].items():
+                if value.shape == part.flat.shape:
+                    found[f"{part.name}|{key}|{part.start}"] = value.view(-1)[
+                        part.offset : part.offset + part.master.numel()
+                    ]
+                else:
+                    found[f"{part.name}|{key}|scalar"] = torch.as_tensor(value)
+        if self.main:
+            found |= {f"{name}|buffer|scalar": buffer for name, buffer in self._persistent_buffers().items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+
+    def restore(self, source: "Tensors") -> None:
+        """Take back what any engine's `snapshot` held. Raises RequestError where it is of another model."""
+        parts = self.fragments()
+        for part in parts:
+            if "weight" not in source.keys_of(part.name):
+                raise RequestError(f"the checkpoint has no parameter {part.name}", "a checkpoint of the same model")
+            state = self._base().state[part.flat]
+            for key in source.keys_of(part.name):
+                if source.is_scalar(part.name, key):
+                    state[key] = source.scalar(part.name, key)
+                    continue
+                if key != "weight" and key not in state:
+                    state[key] = torch.zeros_like(part.flat)
+                whole = part.master if key == "weight" else state[key].view(-1)[part.offset :]
+                source.read(part.name, key, part.start, whole[: part.master.numel()])
+        for name, buffer in self._persistent_buffers().items():
+            buffer.copy_(source.scalar(name, "buffer"))
+        self._fragments_were_written()
+
+    def _to_save(self) -> list["Fragment"]:
+        return self.fragments()
+
+    def _base(self) -> torch.optim.Optimizer:
+        """torch's optimizer below DeepSpeed's."""
+        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return found
+
+    def _persistent_buffers(self) -> dict[str, Tensor]:
+        kept = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of forward passes, in training and in evaluation."""
@@ -276,47 +347,15 @@ class _DDP(Engine):
             return {}
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
-    def save(self, folder: Path) -> list[Path]:
-        """Every rank holds the same; rank 0 writes it, as safetensors and JSON."""
-        from safetensors.torch import save_file
+    def fragments(self) -> list[Fragment]:
+        return [Fragment(name, 0, p.data.view(-1), p, 0) for name, p in self.module.named_parameters()]
 
-        if not self.main:
-            return []
-        state = self.optimizer.state_dict()
-        tensors = {f"{index}.{key}": value for index, slot in state["state"].items() for key, value in slot.items()}
-        paths = [folder / "model.safetensors", folder / "optimizer.safetensors", folder / "optimizer.json"]
-        save_file(_unshared(self.module.state_dict()), paths[0])
-        save_file({name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, paths[1])
-        paths[2].write_text(json.dumps(state["param_groups"]))
-        return paths
+    def _to_save(self) -> list[Fragment]:
+        """Every rank holds everything, so each writes its share of the parameters."""
+        return self.fragments()[self.rank :: self.world_size]
 
-    def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / "model.safetensors")
-        own = self.module.state_dict()
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                own[name].copy_(tensor)
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in load_file(folder / "optimizer.safetensors").items():
-            index, _, key = name.partition(".")
-            slots.setdefault(int(index), {})[key] = tensor
-        groups = json.loads((folder / "optimizer.json").read_text())
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors once (safetensors refuses shared memory); loading fills both, since they are one."""
-    seen: set[tuple[int, int]] = set()
-    kept: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.numel())
-        if place in seen and tensor.numel():
-            continue
-        seen.add(place)
-        kept[name] = tensor.contiguous()
-    return kept
+    def _fragments_were_written(self) -> None:
+        """They are the weights."""
 
 
 class _DeepSpeed(Engine):
@@ -409,22 +448,34 @@ class _DeepSpeed(Engine):
         weights |= {name: tensor.cpu() for name, tensor in self.module.state_dict().items() if name not in weights}
         return weights if self.main else {}
 
-    def save(self, folder: Path) -> list[Path]:
-        before = set(folder.rglob("*"))
-        state = {
-            "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}
-        }  # stages 1 and 2 need it to convert
-        self.model.save_checkpoint(str(folder), tag="engine", client_state=state, save_latest=False)
-        self.barrier()
-        # Which rank wrote which file is DeepSpeed's affair; the files are dealt out for hashing.
-        written = sorted(path for path in folder.rglob("*") if path.is_file() and path not in before)
-        return written[self.rank :: self.world_size]
+    def fragments(self) -> list[Fragment]:
+        zero, found = self.model.optimizer, []
+        if self.plan.kind == "zero3":
+            for name, p in self.module.named_parameters():
+                group, offset, size = zero.grad_position[zero.get_param_id(p)]
+                start = self.rank * p.partition_numel()
+                size = max(0, min(size, p.ds_numel - start))  # the last rank's part is padded
+                flat = zero.fp32_partitioned_groups_flat[group]
+                found.append(Fragment(name, start, flat.data[offset : offset + size], flat, offset))
+            return found
+        # BF16_Optimizer (ZeRO-1 in bf16) has another name for the same thing
+        flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+        for name, p in self.module.named_parameters():
+            if (part := p._hp_mapping) is not None:
+                flat, offset = flats[part.param_group_index], part.hp_fragment_address.start
+                master = flat.data[offset : offset + part.hp_fragment_address.numel]
+                found.append(Fragment(name, part.lp_fragment_address.start, master, flat, offset))
+        return found
 
-    def load(self, folder: Path) -> None:
-        with _tensors_only():
-            path, _ = self.model.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise TrainingFailed(f"DeepSpeed could not load {folder}")
+    def _fragments_were_written(self) -> None:
+        zero = self.model.optimizer
+        if self.plan.kind != "zero3":
+            zero.update_lp_params()
+            return
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def _forget_in_transformers() -> None:
@@ -450,28 +501,3 @@ def _check_overflow_in_every_precision(optimizer: Any) -> None:
         return bool(optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow)
 
     optimizer._overflow_check_and_loss_scale_update = check
-
-
-@contextlib.contextmanager
-def _tensors_only() -> Iterator[None]:
-    """torch.load without arbitrary pickles, for DeepSpeed's own calls of it: four plain classes are let through."""
-    import importlib
-
-    # fragment_address's module is hidden by a function of the same name in its package
-    names: Iterable[tuple[str, str]] = [
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-        ("deepspeed.utils.tensor_fragment", "fragment_address"),
-    ]
-    allowed = [getattr(importlib.import_module(module), name) for module, name in names]
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(allowed):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -69,14 +69,14 @@ def _train(
 ) -> dict[str, Any]:
     recipe = loaded.recipe
     path, broken = checkpoint.newest(ranks, run)
-    state = checkpoint.load(ranks, path) if path else checkpoint.State()
+    state, moved = checkpoint.load(ranks, path) if path else (checkpoint.State(), "")
     if ranks.main:
         _announce(screen, run, settings, corpus, parameters, path)
     tracker = _tracker(loaded, run, ranks, task, settings, screen)
     for line in broken:
         tracker.event(state.step, "checkpoint left out", reason=line)
     if path:
-        tracker.event(state.step, "resumed", path=str(path))
+        tracker.event(state.step, "resumed", path=str(path), **({"moved": moved} if moved else {}))
     batches = train_batches(
         corpus.train,
         ranks.plan,

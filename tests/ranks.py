@@ -183,16 +183,37 @@ def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     run = RunDir(folder)
     path = checkpoint.save(half.engine, run, half.state, keep=1)
     resumed, more = build(case)
-    resumed.state = checkpoint.load(resumed.engine, path)
+    resumed.state, moved = checkpoint.load(resumed.engine, path)
     resumed.batches = batches(resumed.recipe, resumed.engine, resumed.task, resumed.corpus, resumed.state.step)
     for _ in range(4):
         _step(resumed)
     found = resumed.engine.whole_weights()
     return {
         "problems": checkpoint.verify(path),
+        "moved": moved,
         "same_losses": lines.lines[4:] == more.lines,
         "same_weights": all(torch.equal(expected[name], found[name]) for name in expected),
     }
+
+
+def run_save(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train 4 steps and save where another world size finds it."""
+    training, _ = build(case)
+    for _ in range(4):
+        _step(training)
+    checkpoint.save(training.engine, RunDir(Path(case["folder"])), training.state, keep=1)
+    return {}
+
+
+def run_go_on(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load what `run_save` of another engine or world size left, and train 4 more steps."""
+    training, collect = build(case)
+    (path,) = checkpoint.committed(RunDir(Path(case["folder"])))
+    training.state, moved = checkpoint.load(training.engine, path)
+    training.batches = batches(training.recipe, training.engine, training.task, training.corpus, 4)
+    for _ in range(4):
+        _step(training)
+    return {"lines": collect.lines, "moved": moved}
 
 
 def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -218,7 +239,14 @@ def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {name: float(tensor.double().abs().sum()) for name, tensor in training.engine.whole_weights().items()}
 
 
-RUN = {"exact": run_exact, "resume": run_resume, "skip": run_skip, "weights": run_weights}
+RUN = {
+    "exact": run_exact,
+    "save": run_save,
+    "go_on": run_go_on,
+    "resume": run_resume,
+    "skip": run_skip,
+    "weights": run_weights,
+}
 
 
 def main() -> None:

@@ -58,14 +58,37 @@ def _cases(world: int) -> dict[str, dict[str, Any]]:
 
 
 CASES = {1: _cases(1), 2: _cases(2)}
+SAVED = {"ddp": 1, "zero3": 1, "zero2": 2, "zero3-offload": 2}  # engine → ranks it is saved on
+
+
+def _moves() -> dict[int, dict[str, dict[str, Any]]]:
+    """Saved by one engine on one number of ranks, continued by each engine on one and on two."""
+    moves: dict[int, dict[str, dict[str, Any]]] = {1: {}, 2: {}}
+    common = {"model": "transformer", "precision": "fp32", "micro_batch": 3}
+    for origin, ranks in SAVED.items():
+        case = common | ENGINES[origin] | {"folder": f"../{origin}"}
+        moves[ranks][f"save/{origin}"] = case | {"run": "save"}
+    for origin, world, engine in product(SAVED, (1, 2), ENGINES):
+        if world == 2 or engine in ("ddp", "zero3"):
+            case = common | ENGINES[engine] | {"folder": f"../{origin}"}
+            moves[world][f"go_on/{origin}/{world}/{engine}"] = case | {"run": "go_on"}
+    return moves
+
+
+MOVES = _moves()
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of both world sizes, each world launched once."""
     found: dict[str, Any] = {}
-    for world, cases in CASES.items():
-        folder = tmp_path_factory.mktemp(f"world-{world}")
+    moves = MOVES
+    onward = {world: {n: c for n, c in cases.items() if c["run"] == "go_on"} for world, cases in moves.items()}
+    saves = {world: {n: c for n, c in cases.items() if c["run"] == "save"} for world, cases in moves.items()}
+    base = tmp_path_factory.mktemp("worlds")
+    for world, cases in [(2, CASES[2] | saves[2]), (1, CASES[1] | saves[1] | onward[1]), (2, onward[2])]:
+        folder = base / f"world-{world}"
+        folder.mkdir(exist_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases))
         program = str(Path(__file__).parent / "ranks.py")
         done = torchrun(world, program, str(folder / "out.json"), str(folder / "cases.json"), cwd=folder, timeout=1200)
@@ -152,7 +175,18 @@ def test_evaluation_counts_every_example_once_on_any_engine(model: str, results:
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("resume/")])
 def test_resume_is_bit_exact(name: str, results: dict[str, Any]) -> None:
-    assert results[name] == {"problems": [], "same_losses": True, "same_weights": True}
+    assert results[name] == {"problems": [], "moved": "", "same_losses": True, "same_weights": True}
+
+
+@pytest.mark.parametrize("name", [name for cases in MOVES.values() for name in cases if name.startswith("go_on/")])
+def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(name: str, results: dict[str, Any]) -> None:
+    _, origin, world, _ = name.split("/")
+    losses, norms, _ = reference("transformer")
+    lines = results[name]["lines"]
+    assert [line["step"] for line in lines] == [5, 6, 7, 8]
+    assert [line["loss"] for line in lines] == pytest.approx(losses[4:], rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms[4:], rel=1e-4)
+    assert (f"world_size {SAVED[origin]} → {world}" in results[name]["moved"]) == (SAVED[origin] != int(world))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("skip/")])

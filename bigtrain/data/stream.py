@@ -90,14 +90,14 @@ def _augmented(images: Tensor, augment: Augment, positions: range, seed: int) ->
     """Random crop after padding, and random flip, of [batch, channels, height, width].
 
     The draws are a function of (seed, position): the same on any number of ranks, and after a resume.
-    A crop of the padded image is a shift of the image by as many whole pixels.
+    A crop of the image, padded by repeating its border, is a shift by as many whole pixels.
     """
     from kornia.geometry.transform import hflip, translate
 
     draws = [mix(np.asarray(positions, np.uint64) ^ key(seed, 17, number)) for number in range(3)]
     if augment.crop:
         shifts = [(draw % np.uint64(2 * augment.crop + 1)).astype(np.float32) - augment.crop for draw in draws[:2]]
-        images = translate(images, torch.from_numpy(np.stack(shifts, axis=1)), mode="nearest")
+        images = translate(images, torch.from_numpy(np.stack(shifts, axis=1)), "nearest", "border")
     if augment.flip:
         flipped = torch.from_numpy((draws[2] & np.uint64(1)).astype(bool))
         images = torch.where(flipped[:, None, None, None], hflip(images), images)
