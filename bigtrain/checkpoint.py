@@ -7,13 +7,14 @@ rank 0 writes the manifest and renames. The rename is the commit.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,30 +34,58 @@ class State:
     applied: int = 0  # those that changed the weights; the learning rate follows this one
     samples: int = 0
     weight: int = 0  # target tokens or examples
+    skips: int = 0  # steps in a row that were not applied
 
 
 def save(engine: Engine, run: RunDir, state: State, keep: int) -> Path:
-    """Write and commit a checkpoint; then delete the oldest beyond `keep`. A collective."""
+    """Write and commit a checkpoint; then delete the oldest beyond `keep`. A collective.
+
+    Raises NotSavedError on every rank when one could not write: the checkpoints before it are untouched.
+    """
     final = run.checkpoints / f"step-{state.step:08d}"
     building = run.checkpoints / f".{final.name}.tmp"
-    if engine.main:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-    engine.barrier()
     engine.sync_buffers()
-    shard = building / f"rank-{engine.rank:05d}.safetensors"
-    save_file(engine.snapshot(), shard)
-    everything = engine.gather({shard.name: _settle(shard)})
+    tensors = engine.snapshot()
+    _together(engine, lambda: _prepare(run, building) if engine.main else None)
+    entries = _together(engine, lambda: _write_shard(building / f"rank-{engine.rank:05d}.safetensors", tensors))
+    files = {name: entry for part in entries for name, entry in part.items()}
+    _together(engine, lambda: _commit(engine, building, final, files, state) if engine.main else None)
     if engine.main:
-        state_path = building / "state.json"
-        state_path.write_text(json.dumps(asdict(state)))
-        files = {name: entry for part in everything for name, entry in part.items()} | {
-            "state.json": _settle(state_path)
-        }
-        _commit(engine, building, final, files)
         _prune(run, keep)
-    engine.barrier()
     return final
+
+
+class NotSavedError(Exception):
+    """A checkpoint could not be written."""
+
+
+def _together(engine: Engine, act: Callable[[], Any]) -> list[Any]:
+    """What `act` returns on every rank; NotSavedError on every rank if the disk failed one of them."""
+    try:
+        outcome: tuple[Any, str | None] = (act(), None)
+    except (OSError, SafetensorError) as problem:
+        outcome = (None, f"rank {engine.rank}: {problem}")
+    outcomes = engine.gather(outcome)
+    if failed := [text for _, text in outcomes if text]:
+        raise NotSavedError("; ".join(failed))
+    return [value for value, _ in outcomes]
+
+
+def _prepare(run: RunDir, building: Path) -> None:
+    """An empty folder to write in, and the space for it: as much as the last checkpoint took."""
+    for left_over in run.checkpoints.glob(".step-*.tmp"):
+        shutil.rmtree(left_over)
+    building.mkdir(parents=True)
+    newest = committed(run)[-1:]
+    needed = sum(file.stat().st_size for path in newest for file in path.iterdir())
+    free = shutil.disk_usage(building).free
+    if free < needed:
+        raise OSError(f"{free:,} bytes are free in {run.checkpoints}, and the last checkpoint took {needed:,}")
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    save_file(tensors, path)
+    return {path.name: _settle(path)}
 
 
 def _settle(path: Path) -> dict[str, Any]:
@@ -66,9 +95,11 @@ def _settle(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "blake3": blake3().update_mmap(path).hexdigest()}
 
 
-def _commit(engine: Engine, building: Path, final: Path, files: dict[str, Any]) -> None:
+def _commit(engine: Engine, building: Path, final: Path, files: dict[str, Any], state: State) -> None:
+    state_path = building / "state.json"
+    state_path.write_text(json.dumps(asdict(state)))
     manifest = {
-        "files": files,
+        "files": files | {state_path.name: _settle(state_path)},
         "world_size": engine.world_size,
         "engine": engine.plan.kind,
         "offload": engine.plan.offload,
@@ -101,7 +132,8 @@ def committed(run: RunDir) -> list[Path]:
 
 def _prune(run: RunDir, keep: int) -> None:
     for path in committed(run)[:-keep]:
-        shutil.rmtree(path)
+        # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
 
 
 def verify(path: Path) -> list[str]:
@@ -131,7 +163,10 @@ def newest(engine: Engine, run: RunDir) -> tuple[Path | None, list[str]]:
         broken: list[str] = []
         for path in reversed(committed(run)):
             if problems := verify(path):
-                broken.append(f"{path.name} does not verify and is left out: {problems[0]}")
+                aside = path.with_name(f"broken-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                broken.append(f"{path.name} does not verify and is set aside: {problems[0]}")
                 continue
             found = (path, broken)
             break

@@ -30,6 +30,9 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start NAME-2 instead of going on")] = False,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="go on although this key of the recipe has changed")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train; goes on by itself if the run has a checkpoint."""
@@ -38,7 +41,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     from bigtrain.run import run_recipe
 
-    summary = run_recipe(loaded, fresh, as_json)
+    summary = run_recipe(loaded, fresh, allow_change or [], as_json)
     if os.environ.get("RANK", "0") == "0":
         _print(summary, as_json, _finished)
 

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from bigtrain.errors import RecipeError
+from bigtrain.errors import RecipeError, RequestError
 from bigtrain.recipe import Recipe
 
 Where = dict[str, str]  # dotted key → "file:line" or "override …"
@@ -97,6 +97,26 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+# What may change between two starts of a run: none of it changes which weights a step makes of which samples.
+HARMLESS = ("name", "track", "slurm", "data.workers", "engine.kind", "engine.offload", "engine.device", "engine.micro_batch",
+            "engine.activation_checkpointing", "engine.compile", "train.steps", "train.eval_every", "train.checkpoint_every",
+            "train.keep", "train.log_every", "train.max_skips")  # fmt: skip
+
+
+def changes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str, str]:
+    """What differs, as key → "old → new". Raises RequestError for a key that is neither harmless nor allowed."""
+    old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
+    found = {k: f"{old.get(k)} → {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)}
+    refused = [key for key in found if not any(f"{key}.".startswith(f"{ok}.") for ok in (*HARMLESS, *allowed))]
+    if refused:
+        raise RequestError(
+            "the recipe has changed since this run began:\n" + "\n".join(f"  {key}: {found[key]}" for key in refused),
+            "the same recipe, to go on with the same curve",
+            " ".join(f"--allow-change {key}" for key in refused) + ", or --fresh to start anew",
+        )
+    return found
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from bigtrain.checkpoint import State
 from bigtrain.data import Corpus, eval_batches
 from bigtrain.data.stream import Piece
 from bigtrain.engine import Engine
-from bigtrain.errors import StoppedEarly
+from bigtrain.errors import StoppedEarly, TrainingFailed
 from bigtrain.optim import learning_rate
 from bigtrain.recipe import Recipe
 from bigtrain.rundir import RunDir
@@ -43,27 +43,46 @@ def train(t: Training) -> dict[str, float]:
     settings, state = t.recipe.train, t.state
     results: dict[str, float] = {}
     while state.step < settings.steps:
-        stopping = _step(t)
+        stopping, saving = _step(t)
         last = state.step == settings.steps
+        if state.skips >= settings.max_skips:
+            good = [path.name for path in checkpoint.committed(t.run)][-1:] or ["none"]
+            raise TrainingFailed(
+                f"{state.skips} steps in a row had a loss or gradient that is not finite (step {state.step})",
+                "finite numbers",
+                f"a lower optim.lr, or other data; the last good checkpoint is {good[0]}",
+            )
         if last or state.step % settings.eval_every == 0:
             results = evaluate(t.engine, t.task, t.corpus)
             t.tracker.log({"kind": "eval", "step": state.step, **results})
-        if last or stopping or state.step % settings.checkpoint_every == 0:
-            path = checkpoint.save(t.engine, t.run, state, settings.keep)
-            t.tracker.event(state.step, "checkpoint", path=str(path))
+        # While steps are skipped, the checkpoint before them is the one to keep.
+        if last or stopping or saving or (state.step % settings.checkpoint_every == 0 and not state.skips):
+            _save(t)
         if stopping and not last:
-            t.tracker.event(state.step, "stopped", signal=t.stop.received or "on another rank")
+            t.tracker.event(state.step, "stopped", reason=t.stop.received or "asked for on another rank")
             raise StoppedEarly(f"stopped at step {state.step} of {settings.steps}; the same command goes on from there")
     return results
 
 
-def _step(t: Training) -> bool:
-    """One optimizer step; returns whether any rank was asked to stop."""
+def _save(t: Training) -> None:
+    """Commit a checkpoint. One that cannot be written is reported, and training goes on: the last one is still there."""
+    try:
+        path = checkpoint.save(t.engine, t.run, t.state, t.recipe.train.keep)
+        t.tracker.event(t.state.step, "checkpoint", path=str(path))
+    except checkpoint.NotSavedError as problem:
+        t.tracker.event(t.state.step, "checkpoint FAILED", reason=str(problem))
+    if t.engine.main:
+        for wish in ("STOP", "SAVE"):  # granted
+            (t.run.path / wish).unlink(missing_ok=True)
+
+
+def _step(t: Training) -> tuple[bool, bool]:
+    """One optimizer step; returns whether any rank was asked to stop, or to save."""
     began = time.perf_counter()
     engine, task, state, recipe = t.engine, t.task, t.state, t.recipe
     pieces = next(t.batches)
     local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
-    weight, stopping = engine.sum(local, t.stop.received is not None)
+    weight, stopping, saving = engine.sum(local, *t.stop.wanted(t.run))
     rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
     engine.model.train()
     loss = torch.zeros((), device=engine.device)
@@ -79,6 +98,7 @@ def _step(t: Training) -> bool:
     (total,) = engine.sum(loss)
     state.step += 1
     state.applied += result.applied
+    state.skips = 0 if result.applied else state.skips + 1
     state.samples += engine.plan.global_batch
     state.weight += int(weight)
     if state.step % recipe.train.log_every == 0 or state.step == recipe.train.steps:
@@ -99,7 +119,7 @@ def _step(t: Training) -> bool:
                 "peak_memory_bytes": engine.peak_memory(),
             }
         )
-    return bool(stopping)
+    return bool(stopping), bool(saving)
 
 
 def _seed_draws(seed: int, step: int, rank: int) -> None:

@@ -131,6 +131,7 @@ class Train(Section):
     checkpoint_every: PositiveInt = Field(default=50, description="steps between checkpoints (and one at the end)")
     keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
     log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
+    max_skips: PositiveInt = Field(default=10, description="steps in a row with a loss or gradient that is not finite")
     label_smoothing: Fraction = Field(default=0.0, description="for losses over classes or tokens, in training only")
 
 

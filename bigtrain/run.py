@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -12,11 +13,12 @@ from rich.console import Console
 from bigtrain import checkpoint, dsconfig, engine, export, models
 from bigtrain.data import Corpus, prepare, train_batches
 from bigtrain.errors import RequestError
-from bigtrain.load import Loaded, flatten, to_yaml
+from bigtrain.load import Loaded, changes, flatten, load_recipe, to_yaml
 from bigtrain.loop import Training, train
 from bigtrain.optim import make_optimizer
 from bigtrain.plan import Plan, make_plan
-from bigtrain.rundir import RunDir, run_directory, write_atomic
+from bigtrain.recipe import Recipe
+from bigtrain.rundir import RunDir, release_ownership, run_directory, take_ownership, write_atomic
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
 from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, console
@@ -24,9 +26,12 @@ from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, co
 Settings = dict[str, dict[str, Any]]
 
 
-def run_recipe(loaded: Loaded, fresh: bool = False, as_json: bool = False) -> dict[str, Any]:
+def run_recipe(
+    loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] = (), as_json: bool = False
+) -> dict[str, Any]:
     """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
     recipe = loaded.recipe
+    changed = {} if fresh else _changes_since(run_directory(recipe.name), recipe, list(allow_change))
     device = engine.find_device(recipe.engine.device)
     launcher = dsconfig.read_launcher(os.environ)
     dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins)
@@ -50,11 +55,30 @@ def run_recipe(loaded: Loaded, fresh: bool = False, as_json: bool = False) -> di
             _try_forward(model, task, corpus)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
-        settings = _settings(loaded, plan, planned, ds_config, launcher.source)
+        settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _micro_batch_dependence(model)
         run = _open_run(loaded, ranks, settings, fresh)
-        return _train(loaded, run, ranks, task, corpus, settings, parameters, console(as_json))
+        try:
+            return _train(loaded, run, ranks, task, corpus, settings, changed, parameters, console(as_json))
+        finally:
+            if ranks.main:
+                release_ownership(run)
     finally:
         ranks.close()
+
+
+def _changes_since(run: RunDir, recipe: Recipe, allowed: list[str]) -> dict[str, str]:
+    """How the recipe differs from the one this run began with; RequestError for what may not differ."""
+    if not run.recipe.is_file() or not checkpoint.committed(run):
+        return {}
+    return changes(load_recipe(str(run.recipe)).recipe, recipe, allowed)
+
+
+def _micro_batch_dependence(model: torch.nn.Module) -> Settings:
+    """Normalisation over the micro-batch makes the loss depend on how the global batch is cut: say so."""
+    found = sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__})
+    if not found:
+        return {}
+    return {"normalisation": {"value": "depends on the micro-batch", "origin": f"model ({', '.join(found)})"}}
 
 
 def _train(
@@ -64,6 +88,7 @@ def _train(
     task: Task,
     corpus: Corpus,
     settings: Settings,
+    changed: dict[str, str],
     parameters: int,
     screen: Console,
 ) -> dict[str, Any]:
@@ -73,8 +98,12 @@ def _train(
     if ranks.main:
         _announce(screen, run, settings, corpus, parameters, path)
     tracker = _tracker(loaded, run, ranks, task, settings, screen)
+    if "normalisation" in settings:
+        tracker.event(state.step, "normalisation", **settings["normalisation"])
     for line in broken:
-        tracker.event(state.step, "checkpoint left out", reason=line)
+        tracker.event(state.step, "checkpoint set aside", reason=line)
+    if path and changed:
+        tracker.event(state.step, "recipe changed", **changed)
     if path:
         tracker.event(state.step, "resumed", path=str(path), **({"moved": moved} if moved else {}))
     batches = train_batches(
@@ -143,12 +172,18 @@ def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: di
 
 def _open_run(loaded: Loaded, ranks: engine.Engine, settings: Settings, fresh: bool) -> RunDir:
     """The run directory, with recipe.yaml and effective.json in it: the first thing that is written."""
-    run: RunDir = ranks.gather(run_directory(loaded.recipe.name, fresh))[0]
+    run, refused = run_directory(loaded.recipe.name, fresh), None
     if ranks.main:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.recipe, to_yaml(loaded.recipe))
-        run.write_json(run.effective, settings)
-    ranks.barrier()
+        try:
+            take_ownership(run)
+            write_atomic(run.recipe, to_yaml(loaded.recipe))
+            run.write_json(run.effective, settings)
+        except RequestError as problem:
+            refused = problem
+    run, refused = ranks.gather((run, refused))[0]
+    if refused is not None:
+        raise refused
     return run
 
 

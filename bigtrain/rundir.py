@@ -5,10 +5,14 @@ The run directory is the source of truth: everything a later command shows is re
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
+from filelock import FileLock
 
 from bigtrain.errors import RequestError
 
@@ -70,6 +74,54 @@ class RunDir:
 
     def write_json(self, path: Path, value: Any) -> None:
         write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def take_ownership(run: RunDir) -> None:
+    """Write who runs this run into `runs/NAME/lock`; a dead owner's lock is taken over.
+
+    Raises RequestError, and writes nothing, when the owner lives, or may live on another host.
+    """
+    lock = run.path / "lock"
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id(), "started": _started(os.getpid())}
+    me["job"] = os.environ.get("SLURM_JOB_ID")
+    with FileLock(run.path / ".lock.guard"):  # two starts at once: one looks, then the other
+        try:
+            owner = json.loads(lock.read_text())
+        except (OSError, ValueError):
+            owner = None
+        if isinstance(owner, dict) and _lives(owner, me):
+            raise RequestError(
+                f"{run.path} is being trained by process {owner.get('pid')} on {owner.get('host')}"
+                + (f", Slurm job {owner['job']}" if owner.get("job") else ""),
+                "one process per run",
+                f"wait for it, --fresh, or if you know that it is dead: rm {lock}",
+            )
+        write_atomic(lock, json.dumps(me))
+
+
+def _lives(owner: dict[str, Any], me: dict[str, Any]) -> bool:
+    if owner.get("host") != me["host"]:
+        return not (me["job"] and owner.get("job") == me["job"])  # a requeued job has its number, and is alone with it
+    if owner.get("boot") != me["boot"] or owner.get("pid") == me["pid"]:
+        return False
+    return _started(int(owner.get("pid") or 0)) == owner.get("started") is not None
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _started(pid: int) -> float | None:
+    """When a process began; None if there is none. A number that was given to another process begins later."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def release_ownership(run: RunDir) -> None:
+    (run.path / "lock").unlink(missing_ok=True)
 
 
 def run_directory(name: str, fresh: bool = False) -> RunDir:

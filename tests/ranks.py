@@ -149,7 +149,7 @@ def build(case: dict[str, Any]) -> tuple[Training, Collect]:
         batches(recipe, ranks, task, corpus, 0),
         Everyone(collect),
         checkpoint.State(),
-        SimpleNamespace(received=None),  # type: ignore[arg-type]
+        SimpleNamespace(received=None, wanted=lambda run: (False, False)),  # type: ignore[arg-type]
     ), collect
 
 

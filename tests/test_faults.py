@@ -1,0 +1,302 @@
+"""Promise 2: what a run survives. Each test makes one fault happen for real."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TESTS, bigtrain, torchrun
+from safetensors.torch import load_file
+
+from bigtrain.checkpoint import committed, verify
+from bigtrain.rundir import RunDir, read_metrics
+
+STEPS = [
+    "train.steps=12",
+    "train.eval_every=12",
+    "train.checkpoint_every=4",
+    "track.wandb=off",
+    "optim.schedule=constant",
+]
+CNN = ["digits-cnn", *STEPS]
+
+
+def losses(folder: Path, name: str = "digits-cnn") -> dict[int, float]:
+    """The curve: where a step was done twice, the later line counts."""
+    return {line["step"]: line["loss"] for line in read_metrics(folder / "runs" / name / "metrics.jsonl", "train")}
+
+
+def events(folder: Path, name: str = "digits-cnn") -> dict[str, dict[str, Any]]:
+    return {line["event"]: line for line in read_metrics(folder / "runs" / name / "metrics.jsonl", "event")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run with checkpoints at steps 8 and 12."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = bigtrain("train", *CNN, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def copy_run(whole: Path, to: Path) -> RunDir:
+    shutil.copytree(whole / "runs", to / "runs")
+    return RunDir(to / "runs" / "digits-cnn")
+
+
+def test_any_change_to_any_file_of_a_checkpoint_is_found(whole: Path, tmp_path: Path) -> None:
+    """100 random mutations: a bit flipped, a file cut, a file removed."""
+    source = committed(RunDir(whole / "runs" / "digits-cnn"))[-1]
+    draw = random.Random(0)
+    files = sorted(path.name for path in source.iterdir())
+    for number in range(100):
+        victim = tmp_path / f"step-{number:08d}"
+        shutil.copytree(source, victim)
+        name = draw.choice(files)
+        content = bytearray((victim / name).read_bytes())
+        kind = draw.choice(("flip", "cut", "remove"))
+        if kind == "remove":
+            (victim / name).unlink()
+        elif kind == "cut":
+            (victim / name).write_bytes(content[: draw.randrange(len(content))])
+        else:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            (victim / name).write_bytes(content)
+        problems = verify(victim)
+        shutil.rmtree(victim)
+        # the manifest's own text may change in a place that says nothing (a version); then nothing is wrong with the rest
+        assert problems or (name == "manifest.json" and kind == "flip"), (name, kind)
+
+
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    shard = run.checkpoints / "step-00000012" / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    done = bigtrain("train", *CNN, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step-00000008" in done.stdout
+    assert "step-00000012 does not verify and is set aside" in done.stdout
+    assert (run.checkpoints / "broken-step-00000012").is_dir()
+    assert losses(tmp_path) == losses(whole)
+
+
+class Canary:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (Path(self.path), "sang"))
+
+
+def test_no_pickle_in_a_checkpoint_is_ever_run(whole: Path, tmp_path: Path) -> None:
+    """A canary in every file in turn, with a manifest that vouches for it, as an attacker would write it."""
+    from blake3 import blake3
+
+    song = tmp_path / "song"
+    for name in ("rank-00000.safetensors", "state.json", "manifest.json"):
+        run = copy_run(whole, tmp_path / name)
+        for path in committed(run):
+            (path / name).write_bytes(pickle.dumps(Canary(song)))
+            if name != "manifest.json":
+                manifest = json.loads((path / "manifest.json").read_text())
+                content = (path / name).read_bytes()
+                manifest["files"][name] = {"size": len(content), "blake3": blake3(content).hexdigest()}
+                (path / "manifest.json").write_text(json.dumps(manifest))
+        bigtrain("train", *CNN, cwd=tmp_path / name)
+        assert not song.exists(), name
+    pickle.loads(pickle.dumps(Canary(song)))  # the canary does sing
+    assert song.exists()
+
+
+SAVE_AND_DIE = """
+import os, sys
+from pathlib import Path
+import bigtrain.checkpoint as c
+count = 0
+def counted(inner):
+    def call(*a, **k):
+        global count
+        count += 1
+        if count == int(sys.argv[1]):
+            os._exit(9)
+        return inner(*a, **k)
+    return call
+c.save_file = counted(c.save_file)
+c.os.fsync = counted(c.os.fsync)
+c.os.rename = counted(c.os.rename)
+Path.rename = counted(Path.rename)
+Path.write_text = counted(Path.write_text)
+Path.mkdir = counted(Path.mkdir)
+c.shutil.rmtree = counted(c.shutil.rmtree)
+from ranks import build
+import torch
+case = {"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 4}
+training, _ = build(case)
+count = 0
+run = c.RunDir(Path("run"))
+for step in (1, 2, 3):
+    training.state.step = step
+    c.save(training.engine, run, training.state, keep=1)
+    Path(f"saved-{step}").open("w").close()
+print("calls", count)
+"""
+
+
+def test_a_save_killed_at_any_write_fsync_or_rename_loses_nothing(tmp_path: Path) -> None:
+    """Three saves that keep one, killed before each of their calls in turn; what was committed still verifies."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    program = [sys.executable, "-c", SAVE_AND_DIE]
+    (tmp_path / "all").mkdir()
+    done = subprocess.run(
+        [*program, "0"], cwd=tmp_path / "all", env=environment, capture_output=True, text=True, check=True
+    )
+    calls = int(done.stdout.split()[-1])
+    assert calls > 30
+    for first in range(1, calls + 1, 4):  # four at a time: each costs a start
+        processes = []
+        for number in range(first, min(first + 4, calls + 1)):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            processes.append(subprocess.Popen([*program, str(number)], cwd=folder, env=environment))
+        for number, process in enumerate(processes, first):
+            assert process.wait(120) == 9
+            folder = tmp_path / str(number)
+            found = committed(RunDir(folder / "run"))
+            assert all(verify(path) == [] for path in found), number
+            saved = len(list(folder.glob("saved-*")))
+            newest = int(found[-1].name[5:]) if found else 0
+            assert newest >= saved, f"call {number}: step {saved} was committed, and {newest} is the newest"
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+    """Checkpoints on a file system with room for one and a half of them."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
+    target.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(target)], check=True)
+    try:
+        done = bigtrain("train", *CNN, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "bytes are free" in events(tmp_path)["checkpoint FAILED"]["reason"]
+        assert [verify(path) for path in committed(RunDir(target.parent))] == [[]]
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    arguments = [*CNN, "train.steps=100000", "train.checkpoint_every=100000", "train.eval_every=100000"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "bigtrain", "train", *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: (run.path / "lock").exists() and len(losses(tmp_path)) > 14)
+        recipe = run.recipe.read_text()
+        second = bigtrain("train", *arguments, "track.tags=[x]", cwd=tmp_path)
+        assert second.returncode == 2
+        assert f"is being trained by process {first.pid}" in second.stderr
+        assert run.recipe.read_text() == recipe, "the second start must write nothing"
+    finally:
+        first.kill()
+        first.wait()
+    assert (run.path / "lock").exists()
+    assert bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path).returncode == 0, "a dead owner's lock is taken over"
+    assert not (run.path / "lock").exists()
+
+
+def wait_for(true: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_a_changed_recipe_is_shown_and_must_be_allowed(whole: Path, tmp_path: Path) -> None:
+    copy_run(whole, tmp_path)
+    refused = bigtrain("train", *CNN, "optim.lr=1e-4", "train.eval_every=3", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "optim.lr: 0.003 → 0.0001" in refused.stderr
+    assert "--allow-change optim.lr" in refused.stderr
+    assert "eval_every" not in refused.stderr
+    allowed = [*CNN, "optim.lr=1e-4", "train.eval_every=13", "train.steps=13", "--allow-change", "optim.lr"]
+    assert bigtrain("train", *allowed, cwd=tmp_path).returncode == 0
+    assert events(tmp_path)["recipe changed"]["optim.lr"] == "0.003 → 0.0001"
+
+
+def test_files_stop_and_save(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    (run.path / "SAVE").touch()
+    (run.path / "STOP").touch()
+    arguments = [*CNN, "train.steps=40", "train.checkpoint_every=40", "train.eval_every=40"]
+    stopped = bigtrain("train", *arguments, cwd=tmp_path)
+    assert stopped.returncode == 75
+    assert "step-00000013" in [path.name for path in committed(run)]
+    assert not (run.path / "STOP").exists()
+    assert bigtrain("train", *arguments, cwd=tmp_path).returncode == 0
+
+
+def test_numbers_that_stay_broken_end_the_run_with_3(tmp_path: Path) -> None:
+    arguments = ["train", *CNN, "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0.0", "train.max_skips=3"]
+    done = bigtrain(*arguments, "train.steps=40", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "3 steps in a row" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_normalisation_over_the_micro_batch_is_said(tmp_path: Path) -> None:
+    assert bigtrain("train", "digits-resnet", "train.steps=2", "track.wandb=off", cwd=tmp_path).returncode == 0
+    assert "BatchNorm" in events(tmp_path, "digits-resnet")["normalisation"]["origin"]
+    effective = json.loads((tmp_path / "runs" / "digits-resnet" / "effective.json").read_text())
+    assert effective["normalisation"]["value"] == "depends on the micro-batch"
+
+
+def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(whole: Path, tmp_path: Path) -> None:
+    """kill -9 of one of two ranks under ZeRO-2; on to the end on one process; then further on two under ZeRO-3."""
+    quiet = [*CNN, "model.dropout=0.0"]  # dropout draws per rank
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    assert bigtrain("train", *quiet, "train.steps=16", cwd=straight).returncode == 0
+    metrics = tmp_path / "runs" / "digits-cnn" / "metrics.jsonl"
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    slow = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain", "train", *quiet]
+    process = subprocess.Popen(
+        [sys.executable, *slow, "engine.kind=zero2", "train.steps=100000"], cwd=tmp_path, env=environment
+    )
+    wait_for(lambda: metrics.exists() and b'"step": 9,' in metrics.read_bytes())
+    victims = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(victims[-1]), signal.SIGKILL)
+    assert process.wait(60) != 0
+    newest = int(committed(RunDir(metrics.parent))[-1].name[5:])
+    one = bigtrain("train", *quiet, f"train.steps={newest + 2}", "engine.kind=ddp", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert "engine zero2 → ddp, world_size 2 → 1" in one.stdout
+    steps = f"train.steps={newest + 4}"
+    two = torchrun(2, "-m", "bigtrain", "train", *quiet, steps, "engine.kind=zero3", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr[-3000:]
+    expected = losses(straight)
+    for step, loss in losses(tmp_path).items():
+        if step in expected:
+            assert loss == pytest.approx(expected[step], rel=1e-5), step
+
+
+def test_the_export_of_a_stopped_run_equals_the_straight_one(whole: Path, tmp_path: Path) -> None:
+    """Dropout and augmentation on; stopped at step 8; the same bits at the end."""
+    run = copy_run(whole, tmp_path)
+    shutil.rmtree(run.checkpoints / "step-00000012")
+    shutil.rmtree(run.export)
+    assert bigtrain("train", *CNN, cwd=tmp_path).returncode == 0
+    found, expected = (load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors") for f in (tmp_path, whole))
+    assert all((found[name] == expected[name]).all() for name in expected)
