@@ -142,7 +142,7 @@ def verify(path: Path) -> list[str]:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
         return [f"{MANIFEST}: cannot be read ({type(problem).__name__})"]
-    problems = []
+    problems = [f"{file.name}: not in the manifest" for file in path.iterdir() if file.name not in {*files, MANIFEST}]
     for name, entry in files.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):

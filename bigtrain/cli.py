@@ -47,7 +47,9 @@ def train(
 
 
 def _finished(summary: dict[str, Any]) -> None:
-    print(f"finished {summary['name']}: step {summary['step']:,}, {summary['samples']:,} samples")
+    skipped = summary["step"] - summary["applied"]
+    note = f", {skipped:,} of them SKIPPED (not finite)" if skipped else ""
+    print(f"finished {summary['name']}: {summary['step']:,} steps{note}, {summary['samples']:,} samples")
     for name, value in summary.items():
         if isinstance(value, float):
             print(f"  held-out {name.replace('_', ' ')}: {value:.4f}")
@@ -74,7 +76,7 @@ def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = Fals
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Argument(help="the text to go on from")] = "",
-    tokens: Annotated[int, typer.Option(help="tokens to write, at most")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to write, at most")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
     seed: Annotated[int, typer.Option(help="decides the sample")] = 0,
     as_json: Json = False,
@@ -114,6 +116,8 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     from bigtrain.rundir import find_run
 
     result = {path.name: check(path) for path in committed(find_run(run))}
+    if not result and not as_json:
+        print("no checkpoints")
     _print(result, as_json, lambda found: [print(name, "; ".join(p) if p else "ok") for name, p in found.items()])
     if any(result.values()):
         raise typer.Exit(1)
@@ -159,7 +163,9 @@ def schema() -> None:
 
 def _print(result: Any, as_json: bool, show: Any) -> None:
     if as_json:
-        print(json.dumps(result))
+        from bigtrain.rundir import to_json
+
+        print(to_json(result))
     else:
         show(result)
 
@@ -176,10 +182,14 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except BigtrainError as problem:
-        # Every rank finds the same fault in a recipe: one of them says so.
-        if not isinstance(problem, RecipeError) or os.environ.get("RANK", "0") == "0":
-            print(f"bigtrain: {problem}", file=sys.stderr)
+        # Every rank finds the same fault in a recipe, and every rank of a machine the same in its files.
+        rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+        if rank == "0" or (first and not isinstance(problem, RecipeError)):
+            print(f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
+    except (PermissionError, FileExistsError, NotADirectoryError) as problem:
+        print(f"bigtrain: {problem.filename} cannot be written: {problem.strerror}", file=sys.stderr)
+        sys.exit(2)
     except Exception as problem:
         if "torch" not in sys.modules:
             raise

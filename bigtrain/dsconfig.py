@@ -51,7 +51,11 @@ def read_launcher(environ: Mapping[str, str]) -> Launcher:
         part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") == "cpu"
         for part in ("OPTIMIZER", "PARAM")
     }
-    offload: Any = "params" if to_cpu["PARAM"] else "optimizer" if to_cpu["OPTIMIZER"] else None
+    if "nvme" in (environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE") for part in to_cpu):
+        raise RequestError(
+            "accelerate launch asks for NVMe offload", "offload to cpu", "--offload_optimizer_device cpu"
+        )
+    offload: Any = "params" if to_cpu["PARAM"] else "optimizer" if to_cpu["OPTIMIZER"] else "none"
     return Launcher(_STAGE.get(stage), offload, precision, None, f"accelerate launch (ZeRO stage {stage})")
 
 
@@ -69,17 +73,23 @@ def _from_file(path: Path, precision: Literal["bf16"] | None) -> Launcher:
     devices = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")}
     if "nvme" in devices.values():
         raise RequestError(f"{path}: asks for NVMe offload", 'offload to "cpu"', 'set "device": "cpu"')
-    offload: Any = "params" if devices["param"] == "cpu" else "optimizer" if devices["optimizer"] == "cpu" else None
+    if extra := [key for key in ("optimizer", "scheduler") if key in config]:
+        raise RequestError(
+            f"{path}: has a section {extra[0]}", "none: the recipe's optim decides", f"remove {extra[0]}"
+        )
+    offload: Any = "params" if devices["param"] == "cpu" else "optimizer" if devices["optimizer"] == "cpu" else "none"
     if config.get("bf16", {}).get("enabled") is True:
         precision = "bf16"
     return Launcher(kind, offload, precision, config, str(path))
 
 
-def refuse_contradictions(launcher: Launcher, engine: Engine, origins: Mapping[str, str]) -> None:
+def refuse_contradictions(
+    launcher: Launcher, engine: Engine, origins: Mapping[str, str], environ: Mapping[str, str]
+) -> None:
     """Raises RequestError naming both sides when recipe and launcher ask for different things."""
     pairs = [
         ("kind", engine.kind, launcher.kind),
-        ("offload", engine.offload if engine.offload != "none" else None, launcher.offload),
+        ("offload", None if origins.get("engine.offload") == "default" else engine.offload, launcher.offload),
         ("precision", engine.precision, launcher.precision),
     ]
     for key, asked, launched in pairs:
@@ -89,6 +99,13 @@ def refuse_contradictions(launcher: Launcher, engine: Engine, origins: Mapping[s
                 "one of the two, or both the same",
                 f"engine.{key}={launched}, or another launcher configuration",
             )
+    accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise RequestError(
+            f"accelerate launch asks for {accumulation} accumulation steps",
+            "engine.global_batch and engine.micro_batch in the recipe",
+            "leave --gradient_accumulation_steps out",
+        )
     if launcher.kind == "ddp" and launcher.config is not None:
         raise RequestError(
             f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)"

@@ -213,9 +213,11 @@ class Engine(ABC):
 
     def sync_buffers(self) -> None:
         """Give every rank the mean of all ranks' float buffers (BatchNorm's running statistics differ per rank)."""
-        if self.world_size > 1:
-            for buffer in self.module.buffers():
-                if buffer.is_floating_point():
+        if self.world_size == 1:
+            return
+        for module in self.module.modules():
+            if getattr(module, "track_running_stats", False):  # others are constants, which a mean could move by a bit
+                for buffer in (b for b in module.buffers(recurse=False) if b.is_floating_point()):
                     torch.distributed.all_reduce(buffer)
                     buffer.div_(self.world_size)
 
@@ -283,9 +285,9 @@ def _accelerator(device: Device, **settings: Any) -> Any:
 def _compute_options(model: Any, plan: Plan) -> None:
     """Activation checkpointing and compilation, as the plan has them."""
     if plan.activation_checkpointing:
-        if not hasattr(model, "gradient_checkpointing_enable"):
+        if not getattr(model, "supports_gradient_checkpointing", False):
             raise RequestError(
-                f"engine.activation_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable",
+                f"engine.activation_checkpointing: {type(model).__name__} does not support it",
                 "a transformers model",
                 "engine.activation_checkpointing=false",
             )

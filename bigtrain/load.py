@@ -246,7 +246,8 @@ def _place(loc: tuple[int | str, ...], raw: Any) -> tuple[str, ...]:
     place: list[str] = []
     value = raw
     for position, part in enumerate(loc):
-        if isinstance(value, dict) and (part in value or position == len(loc) - 1):
+        tag = isinstance(part, str) and ("[" in part or part in ("str", "int", "bool", "Tokenizer"))
+        if isinstance(value, dict) and (part in value or (position == len(loc) - 1 and not tag)):
             place.append(str(part))
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
@@ -286,6 +287,8 @@ def _fields(annotation: Any) -> list[str]:
 def _expected(error: Any) -> str:
     if error["type"] == "string_pattern_mismatch":
         return "letters, digits, '.', '_' and '-', beginning with a letter or digit (100 at most)"
+    if error["type"] == "model_type":
+        return "a mapping"
     message: str = error["msg"]
     for opening in ("Input should be a valid ", "Input should be "):
         if message.startswith(opening):

@@ -9,6 +9,7 @@ import torch
 from bigtrain import checkpoint
 from bigtrain.checkpoint import State
 from bigtrain.data import Corpus, eval_batches
+from bigtrain.data.order import key
 from bigtrain.data.stream import Piece
 from bigtrain.engine import Engine
 from bigtrain.errors import StoppedEarly, TrainingFailed
@@ -52,7 +53,8 @@ def train(t: Training) -> dict[str, float]:
                 "finite numbers",
                 f"a lower optim.lr, or other data; the last good checkpoint is {good[0]}",
             )
-        if last or state.step % settings.eval_every == 0:
+        # Who is told to stop has seconds, not minutes.
+        if last or (state.step % settings.eval_every == 0 and not stopping):
             results = evaluate(t.engine, t.task, t.corpus)
             t.tracker.log({"kind": "eval", "step": state.step, **results})
         # While steps are skipped, the checkpoint before them is the one to keep.
@@ -124,7 +126,7 @@ def _step(t: Training) -> tuple[bool, bool]:
 
 def _seed_draws(seed: int, step: int, rank: int) -> None:
     """Dropout's draws are a function of (seed, step, rank): a resumed run draws what the undisturbed one would."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(int(key(seed, step, rank)) >> 1)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def learning_rate(step: int, steps: int, optim: Optim) -> float:
     Warm-up is linear and reaches the peak in step `warmup_steps - 1`. wsd: warm-up, stable, then linear decay
     (Hu et al. 2024, MiniCPM).
     """
-    warmup = min(optim.warmup_steps, steps)
+    warmup = optim.warmup_steps
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

@@ -88,7 +88,7 @@ def make_plan(
         "this device's faster one",
     )
     offload = engine.offload
-    if offload == "none" and launcher_offload:
+    if launcher_offload and launcher_offload != offload:
         offload, origins["engine.offload"] = launcher_offload, "launcher"
     global_batch = samples if engine.global_batch == "all" else engine.global_batch
     if engine.global_batch == "all":

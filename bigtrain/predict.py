@@ -20,9 +20,10 @@ from bigtrain.tasks import TASKS
 
 def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     """The metrics of the exported model on its held-out set (or on data named by an override), in one process."""
-    recipe = load_recipe(str(run.recipe), overrides).recipe
-    _exported(run)
-    corpus = prepare(recipe)
+    about = _exported(run)
+    kept = [f"data.tokenizer={run.export}"] if (run.export / "tokenizer.json").is_file() else []
+    recipe = load_recipe(str(run.recipe), [*overrides, *kept]).recipe
+    corpus = prepare(recipe, about)
     device = engines.find_device(recipe.engine.device)
     settings = recipe.engine.model_copy(update={"kind": "ddp", "offload": "none"})
     plan, _ = make_plan(
@@ -66,6 +67,10 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # Training saw an end-of-text token before every document, and after every source.
     ids = [tokenizer.eos_token_id, *ids] if task == "causal_lm" else [*ids, tokenizer.eos_token_id]
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or tokens + len(ids)
+    if len(ids) >= most:
+        raise RequestError(f"the prompt has {len(ids)} tokens", f"fewer than the model's {most} positions")
+    tokens = min(tokens, most - len(ids)) if task == "causal_lm" else tokens
     torch.manual_seed(seed)
     with torch.inference_mode():
         written = _write(model, torch.tensor([ids]), tokens, 0.0 if task == "seq2seq" else temperature, tokenizer)
@@ -81,7 +86,10 @@ def _load(run: RunDir, task: str) -> nn.Module:
 
         model: nn.Module = getattr(transformers, AUTO[task]).from_pretrained(run.export, dtype=torch.float32)
         return model
-    own = models.MODELS[config["architecture"]](**config["args"])
+    architecture = config["architecture"]
+    own = (models.MODELS[architecture] if architecture in models.MODELS else models.import_class(architecture))(
+        **config["args"]
+    )
     own.load_state_dict(load_file(run.export / "model.safetensors"), strict=False)
     return own
 

@@ -92,6 +92,12 @@ class Optim(Section):
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="largest gradient norm; 0 is off")
 
     @model_validator(mode="after")
+    def _momentum_is_of_sgd_and_rmsprop(self) -> "Optim":
+        if self.momentum and self.name not in ("sgd", "rmsprop"):
+            raise ValueError(f"momentum is for sgd and rmsprop; {self.name} has betas or none")
+        return self
+
+    @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "Optim":
         if self.nesterov and not (self.name == "sgd" and self.momentum > 0):
             raise ValueError("nesterov needs name: sgd and a momentum above 0")
@@ -168,3 +174,11 @@ class Recipe(Section):
     train: Train = Train()
     track: Track = Track()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> "Recipe":
+        if self.task != "image_classification" and self.data.augment != Augment():
+            raise ValueError("data.augment is for image_classification")
+        if self.task == "regression" and self.train.label_smoothing:
+            raise ValueError("train.label_smoothing is for losses over classes or tokens")
+        return self

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -21,7 +22,8 @@ from bigtrain.recipe import Recipe
 from bigtrain.rundir import RunDir, release_ownership, run_directory, take_ownership, write_atomic
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
-from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, console
+from bigtrain.tasks.base import outputs
+from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, console, logged_in
 
 Settings = dict[str, dict[str, Any]]
 
@@ -32,9 +34,13 @@ def run_recipe(
     """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
     recipe = loaded.recipe
     changed = {} if fresh else _changes_since(run_directory(recipe.name), recipe, list(allow_change))
+    if recipe.track.wandb == "online" and not logged_in():
+        raise RequestError(
+            "track.wandb is online, but W&B has no key", "a login", "wandb login, or track.wandb=offline"
+        )
     device = engine.find_device(recipe.engine.device)
     launcher = dsconfig.read_launcher(os.environ)
-    dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins)
+    dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins, os.environ)
     corpus = prepare(recipe)
     plan, planned = make_plan(
         recipe.engine,
@@ -51,10 +57,9 @@ def run_recipe(
     ranks = engine.start(plan, device, ds_config, recipe.optim.clip_norm)
     try:
         model = models.build(recipe, corpus, ranks.shard)
-        if ":" in recipe.model.name and plan.kind != "zero3":
-            _try_forward(model, task, corpus)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
+        _try_forward(ranks, task, corpus)
         settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _micro_batch_dependence(model)
         run = _open_run(loaded, ranks, settings, fresh)
         try:
@@ -111,7 +116,7 @@ def _train(
         ranks.plan,
         ranks.rank,
         recipe.seed,
-        state.step,
+        state.samples,
         task.collate,
         recipe.data.augment,
         recipe.data.workers,
@@ -136,20 +141,36 @@ def _last_results(training: Training) -> dict[str, float]:
     return evaluate(training.engine, training.task, training.corpus)
 
 
-def _try_forward(model: torch.nn.Module, task: Task, corpus: Corpus) -> None:
-    """One example through a user's class before anything is written: its forward must fit the task."""
-    batch = task.collate([corpus.train[0], corpus.train[min(1, len(corpus.train) - 1)]])
+def _try_forward(ranks: engine.Engine, task: Task, corpus: Corpus) -> None:
+    """Two examples through the model before anything is written: it must fit the data and the task. A collective."""
+    longest = max(range(min(512, len(corpus.train))), key=lambda i: sum(map(np.size, corpus.train[i].values())))
+    batch = ranks.to_device(task.collate([corpus.train[longest], corpus.train[0]]))
+    name = type(ranks.module).__name__
+    ranks.model.eval()
     try:
-        with torch.no_grad():
-            task.loss_sum(model, batch)
+        with torch.no_grad(), ranks.autocast():
+            task.loss_sum(ranks.model, batch)
+            looks_ahead = task.name == "causal_lm" and _looks_ahead(ranks, task, batch)
     except RequestError:
         raise
-    except Exception as problem:
-        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items() if name != "labels")
+    except Exception as problem:  # whatever a model says of an input that does not fit it
+        given = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in batch.items() if key != "labels")
         raise RequestError(
-            f"{type(model).__name__}.forward does not fit task {task.name}: {type(problem).__name__}: {problem}",
+            f"{name}.forward does not fit task {task.name}: {type(problem).__name__}: {problem}",
             f"forward({given}) → logits",
+            "other model.args, or another model, for this data",
         ) from None
+    if looks_ahead:
+        raise RequestError(f"{name} sees the tokens it is to predict", "a causal language model (gpt2, llama, rnn …)")
+
+
+def _looks_ahead(ranks: engine.Engine, task: Task, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether another last token changes what is said of the tokens before it."""
+    ids = batch["input_ids"][:1]
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % (task.corpus.vocab_size or 2)
+    before, after = (outputs(ranks.model, input_ids=tokens)[:, :-1] for tokens in (ids, other))
+    return not torch.allclose(before, after, atol=1e-3, rtol=1e-2)
 
 
 def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: dict[str, Any], source: str) -> Settings:
@@ -218,8 +239,8 @@ def _tracker(
 def exit_code_of(problem: BaseException) -> int:
     """3 for what would fail again; 76 when the words are those of a collective that lost a peer."""
     lost = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket closed")
-    words = str(problem).lower()
-    if isinstance(problem, torch.distributed.DistError) or any(sign in words for sign in lost):
-        print(f"lost a peer: {problem}", file=sys.stderr)
-        return 76
-    return 3
+    alone = engine.world_from_environment()[1] == 1
+    if alone or not (isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in lost)):
+        return 3
+    print("bigtrain: lost a peer; the same command goes on from the last checkpoint", file=sys.stderr)
+    return 76

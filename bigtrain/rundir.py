@@ -4,6 +4,7 @@ The run directory is the source of truth: everything a later command shows is re
 """
 
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -26,6 +27,17 @@ def asset(folder: str, name: str) -> Path:
         if (path := root / folder / name).is_file():
             return path
     raise FileNotFoundError(f"{folder}/{name} is missing from this installation of bigtrain")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader understands: a number that is not finite becomes null."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: clean(inner) for key, inner in item.items()}
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(clean(value), indent=indent)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -73,7 +85,7 @@ class RunDir:
         return self.path / "summary.json"
 
     def write_json(self, path: Path, value: Any) -> None:
-        write_atomic(path, json.dumps(value, indent=2) + "\n")
+        write_atomic(path, to_json(value, indent=2) + "\n")
 
 
 def take_ownership(run: RunDir) -> None:

@@ -1,6 +1,5 @@
 """Who is told what happens: metrics.jsonl always, the terminal, and Weights & Biases (imported here only)."""
 
-import json
 import math
 import netrc
 import os
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bigtrain.recipe import Track
-from bigtrain.rundir import RunDir
+from bigtrain.rundir import RunDir, to_json
 
 Record = dict[str, Any]
 
@@ -44,9 +43,7 @@ class MetricsFile:
             self.file.write("\n")  # the last run died in the middle of a line
 
     def log(self, record: Record) -> None:
-        # JSON has no NaN; null is what every reader understands
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
+        self.file.write(to_json(record) + "\n")
         self.file.flush()
 
     def close(self, summary: Record) -> None:
@@ -106,7 +103,7 @@ class WandB:
         id_file = run.path / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        mode: Any = track.wandb if track.wandb != "auto" else "online" if _logged_in() else "offline"
+        mode: Any = track.wandb if track.wandb != "auto" else "online" if logged_in() else "offline"
         self.run = wandb.init(
             project=track.project,
             group=track.group or recipe_name,
@@ -133,7 +130,8 @@ class WandB:
         self.run.finish()
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
+    """Whether W&B has a key for its server, in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

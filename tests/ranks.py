@@ -154,7 +154,8 @@ def build(case: dict[str, Any]) -> tuple[Training, Collect]:
 
 
 def batches(recipe: Recipe, ranks: engine.Engine, task: Any, corpus: Corpus, first: int) -> Any:
-    return train_batches(corpus.train, ranks.plan, ranks.rank, recipe.seed, first, task.collate, recipe.data.augment, 0)
+    start = first * GLOBAL_BATCH
+    return train_batches(corpus.train, ranks.plan, ranks.rank, recipe.seed, start, task.collate, recipe.data.augment, 0)
 
 
 def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Numbers:
         return 23
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": torch.full((1, 4, 4), float(index)), "label": index}
+        return {"image": 100.0 * index + torch.arange(16.0).view(1, 4, 4), "label": index}
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts(world: int, workers: int) -> None:
     seen: list[list[int]] = [[] for _ in range(4)]
     for rank in range(world):
-        stream = train_batches(Numbers(), plan(world, 10, 3), rank, 5, 2, collate, Augment(), workers)
+        stream = train_batches(Numbers(), plan(world, 10, 3), rank, 5, 20, collate, Augment(), workers)
         for step in range(4):
             for piece in next(stream):
                 seen[step] += piece.batch["labels"].tolist() if piece.counts else []
@@ -98,7 +98,7 @@ def test_augmentation_depends_on_the_position_alone() -> None:
             found += [piece.batch["pixel_values"] for piece in next(stream) if piece.counts]
         images.append(torch.cat(found))
     assert torch.equal(*images)
-    assert len({tuple((image == 0).flatten().tolist()) for image in images[0]}) > 3, "all shifted alike"
+    assert len({tuple((image % 100).flatten().tolist()) for image in images[0]}) > 3, "all shifted alike"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 24])
@@ -147,6 +147,12 @@ def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) ->
     assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     file.write_text(file.read_text() + '\n{"body": "one more", "kind": "third"}')
     assert prepare(recipe("text_classification", data)).classes == ["even", "odd", "third"]
+
+
+def test_a_lone_text_file_can_be_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(900)))
+    corpus = prepare(recipe("causal_lm", {"train": str(tmp_path / "book.txt"), "tokenizer": "bytes", "seq_len": 32}))
+    assert len(corpus.train) > 5 * len(corpus.eval) > 0
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -209,6 +215,11 @@ def one_document(tmp_path: Path) -> dict[str, Any]:
     return {"train": str(tmp_path / "*.txt"), "tokenizer": "bytes"}
 
 
+def no_target(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "t.csv").write_text("x,target\n1,2\n3,\n5,6\n")
+    return {"train": str(tmp_path / "t.csv")}
+
+
 def wrong_columns(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}')
     return {"train": str(tmp_path / "a.jsonl")}
@@ -233,6 +244,8 @@ def latin1(tmp_path: Path) -> dict[str, Any]:
         ("image_classification", lambda p: {"train": "diabetes"}, "does not serve task"),
         ("causal_lm", empty_file, "is empty"),
         ("causal_lm", one_document, "is empty"),
+        ("causal_lm", lambda p: {"train": "python-stdlib", "columns": {"txt": "body"}}, "has no such field"),
+        ("regression", no_target, "nothing, or not a finite number"),
         ("causal_lm", wrong_columns, "has no column text; it has: body"),
         ("causal_lm", not_json, "cannot be read as json"),
         ("causal_lm", latin1, "not UTF-8"),
@@ -244,6 +257,6 @@ def latin1(tmp_path: Path) -> dict[str, Any]:
 )
 def test_bad_data_is_explained(task: str, make: Any, expected: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
-        prepare(recipe(task, make(tmp_path), "cnn" if "image" in task else "rnn"))
+        prepare(recipe(task, make(tmp_path), {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn")))
     assert expected in str(caught.value)
     assert "try:" in str(caught.value) or "expected:" in str(caught.value)

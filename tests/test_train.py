@@ -224,6 +224,14 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp
             ["digits-cnn", "model.name=misfits:WrongArguments", "model.args={}", "model.dropout=null"],
             "forward(pixel_values",
         ),
+        (["digits-cnn", "model.args={channels: [8, 8, 8, 8, 8, 8]}"], "does not fit task"),
+        (
+            ["tiny-lm", "model.name=xlnet", "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}"],
+            "sees the tokens",
+        ),
+        (["diabetes", "train.label_smoothing=0.1"], "label_smoothing is for losses over classes"),
+        (["digits-resnet", "model.dropout=0.5"], "resnet has no dropout"),
+        (["digits-mlp", "track.wandb=online"], "W&B has no key"),
         (["digits-cnn", "model.name=misfits:WrongResult", "model.args={}", "model.dropout=null"], "returned dict"),
     ],
 )
@@ -235,6 +243,21 @@ def test_a_wrong_request_ends_with_2_a_message_and_nothing_written(
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_learns_nothing_finite_is_not_reported_as_perfect(tmp_path: Path) -> None:
+    done = bigtrain("train", "diabetes", "optim.lr=1e30", "train.steps=5", "track.wandb=off", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] is None or json.loads(done.stdout)["loss"] > 1e6
+
+
+def test_other_data_is_judged_with_the_models_own_tokenizer(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("import os\n" * 500)
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    done = bigtrain("evaluate", "tiny-lm", f"data.eval={tmp_path}/*.txt", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training a bpe tokenizer" not in done.stderr
+    assert json.loads(done.stdout)["bits_per_byte"] < 8
 
 
 def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:

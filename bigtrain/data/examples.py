@@ -45,8 +45,16 @@ class Corpus:
     notes: list[str] = field(default_factory=list)  # what the user should know before training
 
 
-def prepare(recipe: Recipe) -> Corpus:
-    """Open, split and (for text) tokenise the data. Raises RequestError for data that cannot be trained on."""
+def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> Corpus:
+    """Open, split and (for text) tokenise the data. Raises RequestError for data that cannot be trained on.
+
+    `trained`: what an export says of the data its model has seen; classes and normalisation are then taken from
+    there, so that other data is shown to the model as it learnt to see.
+    """
+    if unknown := set(recipe.data.columns) - set(FIELDS[recipe.task]):
+        raise RequestError(
+            f"data.columns.{min(unknown)}: task {recipe.task} has no such field", " or ".join(FIELDS[recipe.task])
+        )
     source = open_source(recipe.data.train, recipe.task, recipe.data)
     evaluation = open_source(recipe.data.eval, recipe.task, recipe.data) if recipe.data.eval else None
     kind = FIELDS[recipe.task][0]
@@ -54,7 +62,9 @@ def prepare(recipe: Recipe) -> Corpus:
         corpus = _text(recipe, source, evaluation)
     else:
         train, held = _split(recipe, source, evaluation)
-        corpus = _images(recipe, train, held) if kind == "image" else _table(recipe, train, held)
+        corpus = (_images if kind == "image" else _table)(recipe, train, held, trained)
+    if trained is not None and corpus.classes != trained["classes"]:
+        raise RequestError(f"the data has classes {corpus.classes}", f"those of the model: {trained['classes']}")
     if "label" in FIELDS[recipe.task] and len(corpus.classes) < 2:
         raise RequestError(f"{recipe.data.train} has one class only ({corpus.classes[0]})", "two classes at least")
     return corpus
@@ -202,13 +212,16 @@ class Images:
 
 
 def _pixels(image: Any, size: int | None) -> torch.Tensor:
-    """Resize the shorter side to `size`, cut the middle, scale to 0 … 1. Grey arrays stay one channel."""
+    """Resize the shorter side to `size`, cut the middle, scale to 0 … 1.
+
+    Arrays are grey; files are read as colour, so that grey ones may stand among them.
+    """
     from PIL import Image
 
     if isinstance(image, np.ndarray):
         picture = Image.fromarray(image)
     else:
-        picture = image if image.mode == "L" else image.convert("RGB")
+        picture = image.convert("RGB")
     if size is not None and picture.size != (size, size):
         width, height = picture.size
         scale = size / min(width, height)
@@ -221,7 +234,7 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
 
 
-def _images(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
+def _images(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
     sets = [Images(part, {}, recipe.data.image_size) for part in (train, held)]
     shapes, labels = _look_at_all(sets)
     classes = sorted(labels)
@@ -232,6 +245,8 @@ def _images(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
     channels, height, width = shape = shapes.pop()
     sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(train), max(1, len(train) // 2000))])
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+    if trained is not None:
+        mean, std = torch.tensor(trained["image_mean"]), torch.tensor(trained["image_std"])
     small = (len(train) + len(held)) * channels * height * width * 4 <= _IN_MEMORY
     for images in sets:
         images.numbers.update({name: number for number, name in enumerate(classes)})
@@ -278,7 +293,7 @@ class Table:
         return {"features": self.features[index], self.name: self.answers[index].item()}
 
 
-def _table(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
+def _table(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
     answer = FIELDS[recipe.task][1]
     rows = [np.stack([part[i]["features"] for i in range(len(part))]) for part in (train, held)]
     answers = [[part[i][answer] for i in range(len(part))] for part in (train, held)]
@@ -293,6 +308,8 @@ def _table(recipe: Recipe, train: _Part, held: _Part) -> Corpus:
             raise RequestError("regression target is not a number", "numbers in every row") from None
     mean, std = rows[0].mean(0), rows[0].std(0)
     std[std == 0] = 1
+    if trained is not None:
+        mean, std = (np.asarray(trained[f"feature_{name}"], np.float32) for name in ("mean", "std"))
     sets = [Table((r - mean) / std, column, answer) for r, column in zip(rows, columns, strict=True)]
     return Corpus(
         sets[0],

@@ -9,6 +9,8 @@ import ast
 import datetime
 import glob
 import json
+import math
+import os
 import random
 import sys
 import sysconfig
@@ -87,15 +89,29 @@ def _from_files(task: str, data: Data, files: list[Path]) -> Source:
         )
 
     def read() -> Iterable[Record]:
+        root = os.path.commonpath([path.resolve().parent for path in files])
         for path in files:
             try:
-                yield {"text": path.read_text(encoding="utf-8"), "group": str(path)}
+                text, name = path.read_text(encoding="utf-8"), os.path.relpath(path.resolve(), root)
+                # A lone file is cut at line ends, or there would be nothing to hold out.
+                parts = [text] if len(files) > 1 else _cut(text, max(1, len(text) // 100))
+                yield from ({"text": part, "group": f"{name} {number}"} for number, part in enumerate(parts))
             except UnicodeDecodeError as problem:
                 raise RequestError(
                     f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
                 ) from None
 
     return Source(_stamp(files), read)
+
+
+def _cut(text: str, least: int) -> list[str]:
+    """`text` in parts of whole lines, each of at least `least` characters but for the last."""
+    parts = [""]
+    for line in text.splitlines(keepends=True):
+        if len(parts[-1]) >= least:
+            parts.append("")
+        parts[-1] += line
+    return parts
 
 
 def _stamp(files: list[Path]) -> str:
@@ -192,9 +208,16 @@ def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
             f"data.columns.{answer}=NAME_OF_A_COLUMN",
         )
     rows = np.stack([np.asarray(table[name], np.float32) for name in inputs], axis=1)
-    bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        raise RequestError(f"row {bad[0][0]}, column {inputs[bad[0][1]]}: not a finite number", "numbers in every cell")
+    bad = [(row, inputs[at]) for row, at in np.argwhere(~np.isfinite(rows))]
+    bad += [
+        (row, column)
+        for row, value in enumerate(table[column])
+        if value is None or (isinstance(value, float) and not math.isfinite(value))
+    ]
+    if bad:
+        raise RequestError(
+            f"row {bad[0][0]}, column {bad[0][1]}: nothing, or not a finite number", "a value in every cell"
+        )
     return [{"features": row, answer: value} for row, value in zip(rows, table[column], strict=True)]
 
 

@@ -1,5 +1,6 @@
 """Batches for one rank: its slices of every global batch, in the one order there is."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,49 +28,44 @@ class Piece:
 
 
 def train_batches(
-    examples: Examples,
-    plan: Plan,
-    rank: int,
-    seed: int,
-    first_step: int,
-    collate: Collate,
-    augment: Augment,
-    workers: int,
+    examples: Examples, plan: Plan, rank: int, seed: int, first: int, collate: Collate, augment: Augment, workers: int
 ) -> Iterator[list[Piece]]:
-    """For each step from `first_step` on, this rank's micro-batches. Endless."""
+    """For each step, this rank's micro-batches, from position `first` of the stream of samples on. Endless."""
     pieces = plan.micro_batches(rank)
     loader = DataLoader(
         _Positions(examples, seed, collate, augment),
         batch_size=None,
-        sampler=_endless(plan, rank, first_step),
+        sampler=_Sampler(plan, rank, first),
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_rank,
     )
     batches = iter(loader)
     while True:
         yield [Piece(next(batches), len(piece) > 0) for piece in pieces]
 
 
-def _endless(plan: Plan, rank: int, first_step: int) -> "_Sampler":
-    return _Sampler(plan, rank, first_step)
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Slurm and Ctrl-C reach every process of a job; a worker that died of it would cost the last checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class _Sampler:
-    """Ranges of global positions: step × global batch + the rank's offsets."""
+    """Ranges of positions: where the step begins, and the rank's offsets from there."""
 
     plan: Plan
     rank: int
-    first_step: int
+    first: int
 
     def __iter__(self) -> Iterator[range]:
-        step = self.first_step
+        start = self.first
         while True:
-            start = step * self.plan.global_batch
             for piece in self.plan.micro_batches(self.rank):
                 # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
                 yield range(start + piece.start, start + piece.stop) if piece else range(start, start + 1)
-            step += 1
+            start += self.plan.global_batch
 
 
 class _Positions(Dataset[Batch]):

@@ -179,7 +179,7 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
     if isinstance(spec, dict):
         note.print(f"training a {spec['train']} tokenizer of {spec['vocab_size']:,} entries")
     tokenizer = _make_tokenizer(spec, training_texts)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and task != "text_classification":
         raise RequestError(f"data.tokenizer: {spec} has no end-of-text token", "a tokenizer with eos_token")
     tokenizer.save_pretrained(folder / "tokenizer")
     meta = _encode(folder, task, data, tokenizer, parts(), fields, note)
@@ -195,7 +195,7 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
 
 def _check_text(record: Record, task: str, index: int) -> Record:
     for field in FIELDS[task]:
-        if field != "label" and not isinstance(record[field], str):
+        if record[field] is None or (field != "label" and not isinstance(record[field], str)):
             raise RequestError(f"record {index}: {field} is {type(record[field]).__name__}", "text in every record")
     return record
 
@@ -211,7 +211,7 @@ def _encode(
 ) -> dict[str, Any]:
     """Write every record's ids; returns what is known of them."""
     writers = {
-        (part, f): _RaggedWriter(folder / f"{part}-{f}", len(tokenizer)) for part in ("train", "eval") for f in fields
+        (part, f): _RaggedWriter(folder / f"{part}-{f}", _size(tokenizer)) for part in ("train", "eval") for f in fields
     }
     labels: dict[str, list[str]] = {"train": [], "eval": []}
     records = {"train": 0, "eval": 0}
@@ -242,13 +242,18 @@ def _encode(
     numbers = {name: number for number, name in enumerate(classes)}
     for part, names in labels.items():
         np.save(folder / f"{part}-label.npy", np.asarray([numbers[name] for name in names], np.int64))
-    return {"records": records, "classes": classes, "cut": cut, "vocab_size": len(tokenizer), **text.summary()}
+    return {"records": records, "classes": classes, "cut": cut, "vocab_size": _size(tokenizer), **text.summary()}
 
 
-def _fit(ids: list[int], most: int, eos: int, ends: bool) -> list[int]:
+def _size(tokenizer: Any) -> int:
+    """Ids up to the largest there is: some tokenizers have more of them than entries."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def _fit(ids: list[int], most: int, eos: int | None, ends: bool) -> list[int]:
     """At most `most` ids; with `ends` the last one is the end-of-text token."""
-    if ends and (not ids or ids[-1] != eos):
-        ids.append(eos)
+    if not ids or (ends and ids[-1] != eos):
+        ids.append(eos or 0)  # an empty text is one token, not none
     return [*ids[: most - 1], ids[-1]] if ends and len(ids) > most else ids[:most]
 
 

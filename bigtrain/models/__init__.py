@@ -34,7 +34,7 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None = None) -> nn.Modu
     if name in MODELS:
         model = _ours(recipe, corpus)
     elif ":" in name:
-        model = _custom(recipe, corpus)
+        model = _construct(import_class(name), recipe, corpus)
     else:
         from bigtrain.models import hf  # two seconds that our own models need not pay
 
@@ -85,23 +85,22 @@ def _ours(recipe: Recipe, corpus: Corpus) -> nn.Module:
     return _construct(MODELS[name], recipe, corpus)
 
 
-def _custom(recipe: Recipe, corpus: Corpus) -> nn.Module:
-    module_name, _, class_name = recipe.model.name.partition(":")
+def import_class(name: str) -> type[nn.Module]:
+    """The class that `package.module:Class` stands for, found from here or along PYTHONPATH."""
+    module_name, _, class_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as problem:
+    except Exception as problem:  # the user's module may fail in any way
         raise RequestError(
-            f"model.name {recipe.model.name!r}: {problem}",
+            f"model.name {name!r}: {type(problem).__name__}: {problem}",
             "package.module:Class, importable from here",
             "PYTHONPATH=FOLDER",
         ) from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise RequestError(
-            f"model.name {recipe.model.name!r} is not a torch.nn.Module class", "a subclass of torch.nn.Module"
-        )
-    return _construct(found, recipe, corpus)
+        raise RequestError(f"model.name {name!r} is not a torch.nn.Module class", "a subclass of torch.nn.Module")
+    return found
 
 
 def _construct(cls: type[nn.Module], recipe: Recipe, corpus: Corpus) -> nn.Module:
@@ -123,9 +122,10 @@ def _construct(cls: type[nn.Module], recipe: Recipe, corpus: Corpus) -> nn.Modul
     torch.manual_seed(recipe.seed)  # modules are built in the same order everywhere, so the draws are the same
     try:
         model = cls(**args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as problem:
+    except Exception as problem:  # the constructor may refuse in any way
         raise RequestError(
-            f"model.args: {recipe.model.name} refuses {args}: {problem}", "arguments it accepts"
+            f"model.args: {recipe.model.name} refuses {args}: {type(problem).__name__}: {problem}",
+            "arguments it accepts",
         ) from None
     model.bigtrain_args = args  # type: ignore[assignment]  # what export writes down to build it again
     return model
@@ -161,4 +161,7 @@ def _load_own(model: nn.Module, folder: Path) -> None:
                 f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}",
                 "the same architecture",
             )
-    model.load_state_dict(weights, strict=False)  # tied tensors are stored once
+    lacking = model.load_state_dict(weights, strict=False).missing_keys
+    alike = {expected[name].data_ptr() for name in weights}  # tied tensors are stored once
+    if lacking := [name for name in lacking if expected[name].data_ptr() not in alike]:
+        raise RequestError(f"model.pretrained: {path} has no {lacking[0]}", "the same architecture")

@@ -1,7 +1,8 @@
 """Models of transformers, by model type and arguments, or from pretrained safetensors. Remote code is never run."""
 
 import difflib
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 import transformers
@@ -77,7 +78,10 @@ def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
         if vocab_size < corpus.vocab_size:
             raise vocabulary_error(corpus.vocab_size, vocab_size)
         facts["vocab_size"] = vocab_size
-    settings = facts | _dropouts(default, recipe.model.dropout) | args
+    dropouts = _dropouts(default, recipe.model.dropout)
+    if recipe.model.dropout is not None and not dropouts:
+        raise RequestError(f"model.dropout: {name} has no dropout", "leave model.dropout out")
+    settings = facts | dropouts | args
     try:
         if recipe.model.pretrained:
             config = AutoConfig.from_pretrained(recipe.model.pretrained, trust_remote_code=False, **settings)
@@ -125,8 +129,11 @@ def _facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if corpus.tokenizer is not None:
         pad, end = corpus.tokenizer.pad_token_id, corpus.tokenizer.eos_token_id
-        facts |= {"vocab_size": corpus.vocab_size, "pad_token_id": pad, "eos_token_id": end}
-        facts |= {"bos_token_id": end if corpus.tokenizer.bos_token_id is None else corpus.tokenizer.bos_token_id}
+        start = end if corpus.tokenizer.bos_token_id is None else corpus.tokenizer.bos_token_id
+        ids = {"pad_token_id": pad, "eos_token_id": end, "bos_token_id": start}
+        facts |= {"vocab_size": corpus.vocab_size} | {key: number for key, number in ids.items() if number is not None}
+        if recipe.task == "causal_lm":
+            facts["is_decoder"] = True  # else BERT and its family look ahead
         if recipe.task == "seq2seq":
             facts["decoder_start_token_id"] = pad
     if corpus.classes:
@@ -165,14 +172,25 @@ def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
 def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(recipe.seed)  # for a new head
     try:
-        return auto.from_pretrained(
-            recipe.model.pretrained, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        model, report = auto.from_pretrained(
+            recipe.model.pretrained,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as problem:
         raise RequestError(
             f"model.pretrained: {recipe.model.pretrained} cannot be loaded: {str(problem).splitlines()[0]}",
             "safetensors of this architecture and shape",
         ) from None
+    # A new head for a new task is drawn; a layer that the file does not have would be a silent lie.
+    if lacking := [name for name in report["missing_keys"] if any(part.isdigit() for part in name.split("."))]:
+        raise RequestError(
+            f"model.pretrained: {recipe.model.pretrained} has no {lacking[0]}", "all layers of the model"
+        )
+    return model
 
 
 def materialise(model: PreTrainedModel, seed: int, shard: Shard | None = None) -> None:
@@ -186,6 +204,7 @@ def materialise(model: PreTrainedModel, seed: int, shard: Shard | None = None) -
     with torch.no_grad():
         _materialise(model, "", model, seed, shard, {})
     model.tie_weights()
+    _all_drawn(model)
     if shard is not None:
         shard(list(model.parameters()))
 
@@ -196,7 +215,7 @@ def _materialise(
     owner = module if isinstance(module, PreTrainedModel) else owner
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta:
-            fresh = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+            fresh = nn.Parameter(torch.full_like(parameter, math.nan, device="cpu"), parameter.requires_grad)
             module._parameters[key] = made.setdefault(id(parameter), fresh)
     for key, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta:
@@ -204,6 +223,16 @@ def _materialise(
     for key, child in module.named_children():
         _materialise(child, f"{name}.{key}", owner, seed, shard, made)
         if shard is not None and isinstance(module, nn.ModuleList):
+            _all_drawn(child)
             shard(list(child.parameters()))
     torch.manual_seed(int.from_bytes(blake3(f"{seed}{name}".encode()).digest(7), "big"))
     owner._init_weights(module)
+    if hasattr(module, "reset_parameters") and any(p.isnan().any() for p in module.parameters(recurse=False)):
+        cast(
+            Any, module
+        ).reset_parameters()  # transformers has no rule for it (RegNet's squeeze-and-excitation, for one)
+
+
+def _all_drawn(module: nn.Module) -> None:
+    if left := [name for name, parameter in module.named_parameters() if parameter.isnan().any()]:
+        raise RequestError(f"nothing gives {left[0]} of {type(module).__name__} a starting value", "another model type")

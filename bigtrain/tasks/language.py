@@ -84,7 +84,7 @@ class LanguageEvaluator:
     def __init__(self, task: _TokenTask, device: torch.device, text_bytes: int | None) -> None:
         self.task, self.text_bytes = task, text_bytes
         self.nll, self.tokens = exact_sum(device), exact_sum(device)
-        self.exact = MeanMetric().to(device)
+        self.exact = MeanMetric(nan_strategy="disable").to(device)
 
     def update(self, model: Callable[..., Any], batch: Batch) -> None:
         logits, labels = self.task.logits(model, batch), batch["labels"]

@@ -1,5 +1,6 @@
 """Regression: one number per row, squared error."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,4 +54,6 @@ class RegressionEvaluator:
 
     def compute(self) -> dict[str, float]:
         mse = float(self.squares.compute()) / float(self.count.compute())
-        return {"loss": mse, "mse": mse, "r2": float(self.r2.compute())}
+        # one row has no variance to explain
+        r2 = float(self.r2.compute()) if self.count.compute() > 1 else math.nan
+        return {"loss": mse, "mse": mse, "r2": r2}
