@@ -118,13 +118,13 @@ def test_the_export_loads_in_transformers_and_evaluates_alike(finished: Path) ->
 def test_verify_names_a_changed_file(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     assert bigtrain("verify", "tiny-lm", cwd=tmp_path).returncode == 0
-    victim = tmp_path / "runs" / "tiny-lm" / "checkpoints" / "step-00000012" / "model.safetensors"
+    victim = tmp_path / "runs" / "tiny-lm" / "checkpoints" / "step-00000012" / "rank-00000.safetensors"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     done = bigtrain("verify", "tiny-lm", "--json", cwd=tmp_path)
     assert done.returncode == 1
-    assert "model.safetensors: content does not match" in json.loads(done.stdout)["step-00000012"][0]
+    assert "rank-00000.safetensors: content does not match" in json.loads(done.stdout)["step-00000012"][0]
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> None:
@@ -226,7 +226,12 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp
         ),
         (["digits-cnn", "model.args={channels: [8, 8, 8, 8, 8, 8]}"], "does not fit task"),
         (
-            ["tiny-lm", "model.name=xlnet", "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}"],
+            [
+                "tiny-lm",
+                "train.steps=2",
+                "model.name=xlnet",
+                "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}",
+            ],
             "sees the tokens",
         ),
         (["diabetes", "train.label_smoothing=0.1"], "label_smoothing is for losses over classes"),

@@ -161,7 +161,7 @@ def _set_dropout(model: nn.Module, dropout: float | None) -> None:
 def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)
-    if recipe.task in ("causal_lm", "text_classification", "seq2seq") and most and recipe.data.seq_len > most:
+    if recipe.data.seq_len > (most or 0) > 0 and recipe.task in ("causal_lm", "text_classification", "seq2seq"):
         raise RequestError(
             f"data.seq_len is {recipe.data.seq_len}, but the model has {most} positions",
             f"data.seq_len of at most {most}",
