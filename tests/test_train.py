@@ -271,14 +271,12 @@ def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("recipe", "metric", "least"), [("breast-cancer", "accuracy", 0.95), ("digits-mlp", "accuracy", 0.965)]
-)
-def test_quick_recipes_reach_their_figures(recipe: str, metric: str, least: float, tmp_path: Path) -> None:
-    done = bigtrain("train", recipe, "track.wandb=off", "--json", cwd=tmp_path)
+def test_logistic_regression_reaches_its_figure(tmp_path: Path) -> None:
+    """The others take longer: benchmarks/recipes.py prints them all."""
+    done = bigtrain("train", "breast-cancer", "track.wandb=off", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert summary[metric] >= least
+    assert summary["accuracy"] >= 0.95
     assert {"recall", "f1"} <= set(summary)
 
 
