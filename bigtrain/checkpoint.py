@@ -7,19 +7,23 @@ rank 0 writes the manifest and renames. The rename is the commit.
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bigtrain.engine import Engine
 from bigtrain.errors import RequestError
+from bigtrain.load import to_yaml
+from bigtrain.recipe import Recipe
 from bigtrain.rundir import RunDir
 
 MANIFEST = "manifest.json"
@@ -28,64 +32,158 @@ _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers")
 
 @dataclass
 class State:
-    """Where a run stands; together with the engine's shards it decides the next step."""
+    """Where a run stands; together with weights and optimizer it decides the next step."""
 
     step: int = 0  # optimizer steps done, the skipped ones included
     applied: int = 0  # those that changed the weights; the learning rate follows this one
-    samples: int = 0
+    samples: int = 0  # the position in the stream of samples
     weight: int = 0  # target tokens or examples
     skips: int = 0  # steps in a row that were not applied
+    rewinds: int = 0  # since the last checkpoint
+    bad: int = 0  # samples that could not be read
+    recent: list[float] = field(default_factory=list)  # losses that a spike is measured against
+    evaluated: int = 0  # the step of the last evaluation
+    results: dict[str, float] = field(default_factory=dict)  # and what it found
+    best: float | None = None  # of train.keep_best, turned so that lower is better
+    best_step: int = 0
+    wandb_id: str = ""
 
 
-def save(engine: Engine, run: RunDir, state: State, keep: int) -> Path:
-    """Write and commit a checkpoint; then delete the oldest beyond `keep`. A collective.
+@dataclass(frozen=True)
+class Saved:
+    """What became of a checkpoint."""
 
-    Raises NotSavedError on every rank when one could not write: the checkpoints before it are untouched.
-    """
-    final = run.checkpoints / f"step-{state.step:08d}"
-    building = run.checkpoints / f".{final.name}.tmp"
-    engine.sync_buffers()
-    tensors = engine.snapshot()
-    _together(engine, lambda: _prepare(run, building) if engine.main else None)
-    entries = _together(engine, lambda: _write_shard(building / f"rank-{engine.rank:05d}.safetensors", tensors))
-    files = {name: entry for part in entries for name, entry in part.items()}
-    _together(engine, lambda: _commit(engine, building, final, files, state) if engine.main else None)
-    if engine.main:
-        _prune(run, keep)
-    return final
+    step: int
+    path: Path
+    seconds: float  # from the snapshot to the commit
+    blocked: float  # how much of that training had to wait
+    problem: str = ""
 
 
 class NotSavedError(Exception):
     """A checkpoint could not be written."""
 
 
-def _together(engine: Engine, act: Callable[[], Any]) -> list[Any]:
-    """What `act` returns on every rank; NotSavedError on every rank if the disk failed one of them."""
-    try:
-        outcome: tuple[Any, str | None] = (act(), None)
-    except (OSError, SafetensorError) as problem:
-        outcome = (None, f"rank {engine.rank}: {problem}")
-    outcomes = engine.gather(outcome)
-    if failed := [text for _, text in outcomes if text]:
-        raise NotSavedError("; ".join(failed))
-    return [value for value, _ in outcomes]
+class Checkpoints:
+    """Writes a run's checkpoints: from a snapshot, by a thread of each rank, committed by all ranks together.
 
+    One is under way at most. What fails on one rank fails on all, and leaves the checkpoints before it alone.
+    """
 
-def _prepare(run: RunDir, building: Path) -> None:
-    """An empty folder to write in, and the space for it: as much as the last checkpoint took."""
-    for left_over in run.checkpoints.glob(".step-*.tmp"):
-        shutil.rmtree(left_over)
-    building.mkdir(parents=True)
-    newest = committed(run)[-1:]
-    needed = sum(file.stat().st_size for path in newest for file in path.iterdir())
-    free = shutil.disk_usage(building).free
-    if free < needed:
-        raise OSError(f"{free:,} bytes are free in {run.checkpoints}, and the last checkpoint took {needed:,}")
+    def __init__(self, engine: Engine, run: RunDir, recipe: Recipe) -> None:
+        self.engine, self.run, self.settings = engine, run, recipe.train
+        self.recipe_hash = blake3(to_yaml(recipe).encode()).hexdigest()
+        self.writer: threading.Thread | None = None
+        self.state = State()
+        self.outcome: tuple[Any, str] = (None, "")
+        self.began = self.blocked = 0.0
 
+    @property
+    def final(self) -> Path:
+        return self.run.checkpoints / f"step-{self.state.step:08d}"
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
-    return {path.name: _settle(path)}
+    @property
+    def building(self) -> Path:
+        return self.run.checkpoints / f".{self.final.name}.tmp"
+
+    def begin(self, state: State) -> Saved | None:
+        """Copy everything to the host and start writing; returns what became of the one before. A collective."""
+        before = self.finish()
+        self.began = time.perf_counter()
+        state.rewinds = 0
+        self.state = replace(state, recent=list(state.recent), results=dict(state.results))
+        self.engine.sync_buffers()
+        tensors = self.engine.snapshot()
+        try:
+            self._together(lambda: self._prepare() if self.engine.main else None)
+        except NotSavedError as problem:
+            return before or Saved(state.step, self.final, 0.0, 0.0, str(problem))
+        path = self.building / f"rank-{self.engine.rank:05d}.safetensors"
+        self.writer = threading.Thread(target=self._write, args=(path, tensors), daemon=True)
+        self.writer.start()
+        self.blocked = time.perf_counter() - self.began
+        return before
+
+    def written(self) -> bool:
+        """Whether this rank's part of the checkpoint under way is on disk (or has failed)."""
+        return self.writer is not None and not self.writer.is_alive()
+
+    def finish(self) -> Saved | None:
+        """Wait for the checkpoint under way, if any, and commit it; then delete the oldest. A collective."""
+        if self.writer is None:
+            return None
+        waited = time.perf_counter()
+        self.writer.join()
+        self.writer = None
+        problem = ""
+        try:
+            parts = self._together(lambda: self.outcome[0], self.outcome[1])
+            files = {name: entry for part in parts for name, entry in part.items()}
+            self._together(lambda: self._commit(files) if self.engine.main else None)
+        except NotSavedError as failure:
+            problem = str(failure)
+        now = time.perf_counter()
+        return Saved(self.state.step, self.final, now - self.began, self.blocked + now - waited, problem)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        try:
+            save_file(tensors, path)
+            self.outcome = ({path.name: _settle(path)}, "")
+        except Exception as problem:  # whatever it is, the other ranks must hear of it
+            self.outcome = (None, str(problem) or type(problem).__name__)
+
+    def _together(self, act: Callable[[], Any], failed: str = "") -> list[Any]:
+        """What `act` returns on every rank; NotSavedError on every rank if the disk failed one of them."""
+        value = None
+        try:
+            value = None if failed else act()
+        except OSError as problem:
+            failed = str(problem)
+        outcomes = self.engine.gather((value, f"rank {self.engine.rank}: {failed}" if failed else ""))
+        if problems := [text for _, text in outcomes if text]:
+            raise NotSavedError("; ".join(problems))
+        return [value for value, _ in outcomes]
+
+    def _prepare(self) -> None:
+        """An empty folder to write in, and the space for it: as much as the last checkpoint took."""
+        for left_over in self.run.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(left_over)
+        self.building.mkdir(parents=True)
+        newest = committed(self.run)[-1:]
+        needed = sum(file.stat().st_size for path in newest for file in path.iterdir())
+        free = shutil.disk_usage(self.building).free
+        if free < needed:
+            raise OSError(f"{free:,} bytes are free in {self.run.checkpoints}, and the last checkpoint took {needed:,}")
+
+    def _commit(self, files: dict[str, Any]) -> None:
+        engine, building = self.engine, self.building
+        state_path = building / "state.json"
+        state_path.write_text(json.dumps(asdict(self.state)))
+        manifest = {
+            "files": files | {state_path.name: _settle(state_path)},
+            "world_size": engine.world_size,
+            "engine": engine.plan.kind,
+            "offload": engine.plan.offload,
+            "precision": engine.plan.precision,
+            "recipe": self.recipe_hash,
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+        path = building / MANIFEST
+        path.write_text(json.dumps(manifest | {"seal": seal(manifest)}, indent=1))
+        _settle(path)
+        _sync_folder(building)
+        if self.final.exists():  # written again after a resume from an older one
+            shutil.rmtree(self.final)
+        building.rename(self.final)
+        _sync_folder(self.run.checkpoints)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete all but the newest `keep` and the best: only now that a newer one is committed."""
+        for path in committed(self.run)[: -self.settings.keep]:
+            if not (self.settings.keep_best and path.name == f"step-{self.state.best_step:08d}"):
+                # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
 
 
 def _settle(path: Path) -> dict[str, Any]:
@@ -93,28 +191,6 @@ def _settle(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "blake3": blake3().update_mmap(path).hexdigest()}
-
-
-def _commit(engine: Engine, building: Path, final: Path, files: dict[str, Any], state: State) -> None:
-    state_path = building / "state.json"
-    state_path.write_text(json.dumps(asdict(state)))
-    manifest = {
-        "files": files | {state_path.name: _settle(state_path)},
-        "world_size": engine.world_size,
-        "engine": engine.plan.kind,
-        "offload": engine.plan.offload,
-        "precision": engine.plan.precision,
-        "versions": {name: version(name) for name in _PACKAGES},
-    }
-    path = building / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1))
-    _settle(path)
-    for folder in {building, *(path for path in building.rglob("*") if path.is_dir())}:
-        _sync_folder(folder)
-    if final.exists():  # written again after a resume from an older one
-        shutil.rmtree(final)
-    building.rename(final)
-    _sync_folder(final.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -130,18 +206,20 @@ def committed(run: RunDir) -> list[Path]:
     return sorted(path for path in run.checkpoints.glob("step-????????") if path.is_dir())
 
 
-def _prune(run: RunDir, keep: int) -> None:
-    for path in committed(run)[:-keep]:
-        # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
+def seal(manifest: dict[str, Any]) -> str:
+    """The manifest's own hash: a changed bit in it is found too."""
+    return blake3(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def verify(path: Path) -> list[str]:
     """What is wrong with a checkpoint: missing, changed, unreadable or unexpected files. Empty: nothing."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        files, sealed = manifest["files"], manifest.pop("seal")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         return [f"{MANIFEST}: cannot be read ({type(problem).__name__})"]
+    if sealed != seal(manifest):
+        return [f"{MANIFEST}: content does not match its hash"]
     problems = [f"{file.name}: not in the manifest" for file in path.iterdir() if file.name not in {*files, MANIFEST}]
     for name, entry in files.items():
         file = path / name
@@ -157,23 +235,37 @@ def verify(path: Path) -> list[str]:
 
 
 def newest(engine: Engine, run: RunDir) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, the same on every rank, and a line about each newer one that does not."""
-    found: tuple[Path | None, list[str]] = (None, [])
+    """The newest checkpoint that verifies, the same on every rank, and a line about each that is not as it should be.
+
+    Raises RequestError when root would load what anybody could have written.
+    """
+    found: tuple[Path | None, list[str], str] = (None, [], "")
     if engine.main:
-        broken: list[str] = []
+        lines: list[str] = []
         for path in reversed(committed(run)):
-            if problems := verify(path):
-                aside = path.with_name(f"broken-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                broken.append(f"{path.name} does not verify and is set aside: {problems[0]}")
-                continue
-            found = (path, broken)
-            break
+            if not (problems := verify(path)):
+                found = (path, lines, _stranger(path))
+                break
+            aside = path.with_name(f"broken-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            lines.append(f"{path.name} does not verify and is set aside: {problems[0]}")
         else:
-            found = (None, broken)
-    result: tuple[Path | None, list[str]] = engine.gather(found)[0]
-    return result
+            found = (None, lines, "")
+    path_or_none, lines, stranger = engine.gather(found)[0]
+    if stranger and os.geteuid() == 0:
+        fix = f"chown -R root {path_or_none}; chmod -R o-w {path_or_none}"
+        raise RequestError(stranger, "a checkpoint of root's own, when root goes on from it", fix)
+    return path_or_none, [*lines, *filter(None, [stranger])]
+
+
+def _stranger(path: Path) -> str:
+    """A file of a checkpoint that somebody else may have written; empty: none."""
+    for file in (path, *path.iterdir()):
+        found = file.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002:
+            return f"{file} belongs to user {found.st_uid} and has mode {found.st_mode & 0o777:o}: others may write it"
+    return ""
 
 
 def load(engine: Engine, path: Path) -> tuple[State, str]:
@@ -203,6 +295,9 @@ class _Shards:
                 parameter, key, start = name.split("|")
                 place = None if start == "scalar" else int(start)
                 self.pieces.setdefault(parameter, {}).setdefault(key, []).append((place, file, name))
+
+    def parameters(self) -> set[str]:
+        return set(self.pieces)
 
     def keys_of(self, parameter: str) -> list[str]:
         return list(self.pieces.get(parameter, {}))

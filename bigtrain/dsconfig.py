@@ -6,27 +6,15 @@ never "auto": Accelerate fills "auto" itself, and adopts DeepSpeed's values wher
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from bigtrain.errors import RequestError
-from bigtrain.plan import Kind, Plan
+from bigtrain.plan import NO_LAUNCHER, Kind, Launcher, Offload, Plan
 from bigtrain.recipe import Engine
 from bigtrain.rundir import asset
 
 _STAGE: dict[int, Kind] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What `accelerate launch` asked for, read from the environment it sets; None where it was silent."""
-
-    kind: Kind | None = None
-    offload: Literal["none", "optimizer", "params"] | None = None
-    precision: Literal["bf16"] | None = None
-    config: dict[str, Any] | None = None  # the --deepspeed_config_file
-    source: str = ""
 
 
 def read_launcher(environ: Mapping[str, str]) -> Launcher:
@@ -45,42 +33,41 @@ def read_launcher(environ: Mapping[str, str]) -> Launcher:
         return Launcher(precision=precision, source="accelerate launch --mixed_precision" if precision else "")
     path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     if path and path != "none":
-        return _from_file(Path(path), precision)
-    stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    to_cpu = {
-        part: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") == "cpu"
-        for part in ("OPTIMIZER", "PARAM")
-    }
-    if "nvme" in (environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE") for part in to_cpu):
+        config, source = _read(Path(path)), path
+    else:
+        stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        config, source = None, f"accelerate launch (ZeRO stage {stage})"
+    said = config or {"zero_optimization": {"stage": stage} | {
+        f"offload_{part}": {"device": environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")}
+        for part in ("param", "optimizer")
+    }}  # fmt: skip
+    zero = said["zero_optimization"]
+    devices = [zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")]
+    if "nvme" in devices:
         raise RequestError(
-            "accelerate launch asks for NVMe offload", "offload to cpu", "--offload_optimizer_device cpu"
+            f"{source}: asks for NVMe offload", "offload to cpu", '--offload_optimizer_device cpu, or "device": "cpu"'
         )
-    offload: Any = "params" if to_cpu["PARAM"] else "optimizer" if to_cpu["OPTIMIZER"] else "none"
-    return Launcher(_STAGE.get(stage), offload, precision, None, f"accelerate launch (ZeRO stage {stage})")
+    if said.get("fp16", {}).get("enabled") is True:
+        raise RequestError(f"{source}: asks for fp16", "bf16 or fp32", '"bf16": {"enabled": true}')
+    offload: Offload = "params" if devices[0] == "cpu" else "optimizer" if devices[1] == "cpu" else "none"
+    if said.get("bf16", {}).get("enabled") is True:
+        precision = "bf16"
+    return Launcher(_STAGE.get(zero.get("stage", 0)), offload, precision, config, source)
 
 
-def _from_file(path: Path, precision: Literal["bf16"] | None) -> Launcher:
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
-        zero = config.get("zero_optimization", {})
-        kind = _STAGE[zero.get("stage", 0)]
+        _STAGE[config.setdefault("zero_optimization", {}).get("stage", 0)]
     except (OSError, ValueError, KeyError, AttributeError) as problem:
         raise RequestError(
             f"{path}: not a usable DeepSpeed configuration ({problem})", "JSON with zero_optimization.stage 1, 2 or 3"
         ) from None
-    if config.get("fp16", {}).get("enabled") is True:
-        raise RequestError(f"{path}: asks for fp16", "bf16 or fp32", '"bf16": {"enabled": true}')
-    devices = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")}
-    if "nvme" in devices.values():
-        raise RequestError(f"{path}: asks for NVMe offload", 'offload to "cpu"', 'set "device": "cpu"')
     if extra := [key for key in ("optimizer", "scheduler") if key in config]:
         raise RequestError(
             f"{path}: has a section {extra[0]}", "none: the recipe's optim decides", f"remove {extra[0]}"
         )
-    offload: Any = "params" if devices["param"] == "cpu" else "optimizer" if devices["optimizer"] == "cpu" else "none"
-    if config.get("bf16", {}).get("enabled") is True:
-        precision = "bf16"
-    return Launcher(kind, offload, precision, config, str(path))
+    return dict(config)
 
 
 def refuse_contradictions(
@@ -118,7 +105,7 @@ def base_config(plan: Plan) -> dict[str, Any]:
     return dict(json.loads(asset("ds_configs", name).read_text()))
 
 
-def render(plan: Plan, clip_norm: float, launcher: Launcher = Launcher()) -> dict[str, Any]:
+def render(plan: Plan, clip_norm: float, launcher: Launcher = NO_LAUNCHER) -> dict[str, Any]:
     """The DeepSpeed configuration in force: the launcher's file or the shipped one, with the plan's numbers.
 
     Raises RequestError where a number in the launcher's file contradicts the plan.

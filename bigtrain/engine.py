@@ -82,6 +82,7 @@ class Fragment:
 class Tensors(Protocol):
     """Where `restore` reads: the files of all ranks of a checkpoint as one (checkpoint.py)."""
 
+    def parameters(self) -> set[str]: ...
     def keys_of(self, parameter: str) -> list[str]: ...
     def is_scalar(self, parameter: str, key: str) -> bool: ...
     def scalar(self, parameter: str, key: str) -> Tensor: ...
@@ -99,6 +100,7 @@ class Engine(ABC):
         self.model: Any = None  # what to call for a forward pass
         self.module: Any = None  # the user's module below it
         self.optimizer: Any = None
+        self._host: dict[str, Tensor] = {}  # the last snapshot's memory, used again: fresh pages cost six times more
 
     @property
     def main(self) -> bool:
@@ -139,6 +141,7 @@ class Engine(ABC):
         """This rank's share of all that training changes, copied to the host: `parameter|key|start` → flat values.
 
         The names say nothing of engine, stage or rank, so any engine on any number of ranks can read them back.
+        The next snapshot overwrites this one.
         """
         found: dict[str, Tensor] = {}
         for part in self._to_save():
@@ -152,14 +155,22 @@ class Engine(ABC):
                     found[f"{part.name}|{key}|scalar"] = torch.as_tensor(value)
         if self.main:
             found |= {f"{name}|buffer|scalar": buffer for name, buffer in self._persistent_buffers().items()}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+        cuda = self.device.type == "cuda"
+        for name, tensor in found.items():
+            if name not in self._host or self._host[name].shape != tensor.shape:
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+            self._host[name].copy_(tensor.detach(), non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return {name: self._host[name] for name in found}
 
     def restore(self, source: "Tensors") -> None:
         """Take back what any engine's `snapshot` held. Raises RequestError where it is of another model."""
-        parts = self.fragments()
-        for part in parts:
-            if "weight" not in source.keys_of(part.name):
-                raise RequestError(f"the checkpoint has no parameter {part.name}", "a checkpoint of the same model")
+        ours = {name for name, _ in self._trained()} | set(self._persistent_buffers())
+        if other := sorted(ours ^ source.parameters()):
+            side = "no" if other[0] in ours else "a"
+            raise RequestError(f"the checkpoint has {side} tensor {other[0]}", "a checkpoint of the same model")
+        for part in self.fragments():
             state = self._base().state[part.flat]
             for key in source.keys_of(part.name):
                 if source.is_scalar(part.name, key):
@@ -175,6 +186,10 @@ class Engine(ABC):
 
     def _to_save(self) -> list["Fragment"]:
         return self.fragments()
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        """A parameter that is not trained is what it was at the start, and is not saved."""
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _base(self) -> torch.optim.Optimizer:
         """torch's optimizer below DeepSpeed's."""
@@ -350,7 +365,7 @@ class _DDP(Engine):
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def fragments(self) -> list[Fragment]:
-        return [Fragment(name, 0, p.data.view(-1), p, 0) for name, p in self.module.named_parameters()]
+        return [Fragment(name, 0, p.data.view(-1), p, 0) for name, p in self._trained()]
 
     def _to_save(self) -> list[Fragment]:
         """Every rank holds everything, so each writes its share of the parameters."""
@@ -453,7 +468,7 @@ class _DeepSpeed(Engine):
     def fragments(self) -> list[Fragment]:
         zero, found = self.model.optimizer, []
         if self.plan.kind == "zero3":
-            for name, p in self.module.named_parameters():
+            for name, p in self._trained():
                 group, offset, size = zero.grad_position[zero.get_param_id(p)]
                 start = self.rank * p.partition_numel()
                 size = max(0, min(size, p.ds_numel - start))  # the last rank's part is padded
@@ -462,7 +477,7 @@ class _DeepSpeed(Engine):
             return found
         # BF16_Optimizer (ZeRO-1 in bf16) has another name for the same thing
         flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
-        for name, p in self.module.named_parameters():
+        for name, p in self._trained():
             if (part := p._hp_mapping) is not None:
                 flat, offset = flats[part.param_group_index], part.hp_fragment_address.start
                 master = flat.data[offset : offset + part.hp_fragment_address.numel]

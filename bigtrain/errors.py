@@ -31,6 +31,10 @@ class RecipeError(RequestError):
     """The recipe or an override is wrong. Every rank finds the same, so only rank 0 prints it."""
 
 
+class BadSampleError(RequestError):
+    """One sample cannot be read; `data.max_bad` of them may be left out."""
+
+
 class TrainingFailed(BigtrainError):
     """Training failed and would fail again."""
 

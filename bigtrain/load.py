@@ -102,7 +102,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 # What may change between two starts of a run: none of it changes which weights a step makes of which samples.
 HARMLESS = ("name", "track", "slurm", "data.workers", "engine.kind", "engine.offload", "engine.device", "engine.micro_batch",
             "engine.activation_checkpointing", "engine.compile", "train.steps", "train.eval_every", "train.checkpoint_every",
-            "train.keep", "train.log_every", "train.max_skips")  # fmt: skip
+            "train.keep", "train.keep_best", "train.async_save", "train.log_every", "train.max_skips", "train.on_spike",
+            "data.max_bad")  # fmt: skip
 
 
 def changes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str, str]:

@@ -1,24 +1,31 @@
 """The one loop: every task, every engine."""
 
+import math
+import random
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bigtrain import checkpoint
-from bigtrain.checkpoint import State
-from bigtrain.data import Corpus, eval_batches
-from bigtrain.data.order import key
+from bigtrain.checkpoint import Checkpoints, State
+from bigtrain.data import eval_batches
+from bigtrain.data.order import key, mix
 from bigtrain.data.stream import Piece
 from bigtrain.engine import Engine
 from bigtrain.errors import StoppedEarly, TrainingFailed
 from bigtrain.optim import learning_rate
 from bigtrain.recipe import Recipe
-from bigtrain.rundir import RunDir
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import Task
 from bigtrain.track import Everyone
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse")
+_WINDOW = 32  # losses that a spike is measured against
 
 
 @dataclass
@@ -26,14 +33,22 @@ class Training:
     """All that the loop moves; built by run.py."""
 
     recipe: Recipe
-    run: RunDir
     engine: Engine
     task: Task
-    corpus: Corpus
     batches: Iterator[list[Piece]]
     tracker: Everyone
     state: State
     stop: StopFlag
+    checkpoints: Checkpoints
+
+
+class Wishes(NamedTuple):
+    """What any rank was asked to do, and what each has done: numbers that ranks add up once per step."""
+
+    stop: float = 0.0
+    save: float = 0.0
+    bad: float = 0.0  # samples that could not be read
+    written: float = 0.0  # ranks whose part of the checkpoint under way is on disk
 
 
 def train(t: Training) -> dict[str, float]:
@@ -42,100 +57,210 @@ def train(t: Training) -> dict[str, float]:
     Raises StoppedEarly after a signal, once a checkpoint is committed.
     """
     settings, state = t.recipe.train, t.state
-    results: dict[str, float] = {}
-    while state.step < settings.steps:
-        stopping, saving = _step(t)
-        last = state.step == settings.steps
-        if state.skips >= settings.max_skips:
-            good = [path.name for path in checkpoint.committed(t.run)][-1:] or ["none"]
-            raise TrainingFailed(
-                f"{state.skips} steps in a row had a loss or gradient that is not finite (step {state.step})",
-                "finite numbers",
-                f"a lower optim.lr, or other data; the last good checkpoint is {good[0]}",
-            )
-        # Who is told to stop has seconds, not minutes.
-        if last or (state.step % settings.eval_every == 0 and not stopping):
-            results = evaluate(t.engine, t.task, t.corpus)
-            t.tracker.log({"kind": "eval", "step": state.step, **results})
+    stopping = _evaluate_if_due(t)  # a run may have been stopped before its last evaluation
+    while state.step < settings.steps and not stopping:
+        wishes = _step(t)
+        _refuse_to_go_on_in_vain(t)
+        stopping = wishes.stop > 0
+        # Who is told to stop has seconds, not minutes: evaluation comes after the restart.
+        stopping = stopping or _evaluate_if_due(t)
         # While steps are skipped, the checkpoint before them is the one to keep.
-        if last or stopping or saving or (state.step % settings.checkpoint_every == 0 and not state.skips):
-            _save(t)
-        if stopping and not last:
-            t.tracker.event(state.step, "stopped", reason=t.stop.received or "asked for on another rank")
-            raise StoppedEarly(f"stopped at step {state.step} of {settings.steps}; the same command goes on from there")
-    return results
+        regular = state.step % settings.checkpoint_every == 0 and not state.skips
+        last = stopping or state.step == settings.steps
+        if last or wishes.save or regular or state.best_step == state.step:
+            _report(t, t.checkpoints.begin(state))
+            if last or wishes.save or not settings.async_save:
+                _report(t, t.checkpoints.finish())
+            t.stop.granted(stopping, wishes.save > 0)
+        elif wishes.written == t.engine.world_size:
+            _report(t, t.checkpoints.finish())
+    if stopping and state.evaluated < settings.steps:
+        t.tracker.event(state.step, "stopped", reason=t.stop.received or "asked for on another rank")
+        raise StoppedEarly(f"stopped at step {state.step} of {settings.steps}; the same command goes on from there")
+    return state.results
 
 
-def _save(t: Training) -> None:
-    """Commit a checkpoint. One that cannot be written is reported, and training goes on: the last one is still there."""
-    try:
-        path = checkpoint.save(t.engine, t.run, t.state, t.recipe.train.keep)
-        t.tracker.event(t.state.step, "checkpoint", path=str(path))
-    except checkpoint.NotSavedError as problem:
-        t.tracker.event(t.state.step, "checkpoint FAILED", reason=str(problem))
-    if t.engine.main:
-        for wish in ("STOP", "SAVE"):  # granted
-            (t.run.path / wish).unlink(missing_ok=True)
+def _refuse_to_go_on_in_vain(t: Training) -> None:
+    """Raises TrainingFailed after too many steps in a row that came to nothing."""
+    state, most = t.state, t.recipe.train.max_skips
+    if max(state.skips, state.rewinds) < most:
+        return
+    _report(t, t.checkpoints.finish())
+    good = [path.name for path in checkpoint.committed(t.checkpoints.run)][-1:] or ["none"]
+    raise TrainingFailed(
+        f"{most} steps in a row had a loss or gradient that is not finite (step {state.step})"
+        if state.skips >= most
+        else f"the loss rose {most} times since the last checkpoint (step {state.step})",
+        "finite numbers",
+        f"a lower optim.lr, or other data; the last good checkpoint is {good[0]}",
+    )
 
 
-def _step(t: Training) -> tuple[bool, bool]:
-    """One optimizer step; returns whether any rank was asked to stop, or to save."""
+def _report(t: Training, saved: checkpoint.Saved | None) -> None:
+    """A checkpoint that could not be written is reported, and training goes on: the one before is still there."""
+    if saved is None:
+        return
+    if saved.problem:
+        t.tracker.event(saved.step, "checkpoint FAILED", reason=saved.problem)
+        return
+    t.tracker.event(saved.step, "checkpoint", path=str(saved.path), seconds=saved.seconds, blocked=saved.blocked)
+    if saved.seconds > t.stop.grace:
+        t.tracker.event(
+            saved.step,
+            "checkpoint slower than the grace period",
+            seconds=saved.seconds,
+            reason=f"a signal leaves {t.stop.grace:.0f} s: ask for more (sbatch --signal=USR1@SECONDS)",
+        )
+
+
+def _step(t: Training) -> Wishes:
+    """One optimizer step; returns what all ranks together wish."""
     began = time.perf_counter()
     engine, task, state, recipe = t.engine, t.task, t.state, t.recipe
     pieces = next(t.batches)
     local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
-    weight, stopping, saving = engine.sum(local, *t.stop.wanted(t.run))
+    mine = Wishes(*t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written())
+    sums = engine.sum(local, _digest(pieces), *mine)  # read once the step has been waited for anyway
     rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
-    engine.model.train()
-    loss = torch.zeros((), device=engine.device)
-    _seed_draws(recipe.seed, state.step, engine.rank)
-    for number, piece in enumerate(pieces):
-        with engine.micro_batch(last=number == len(pieces) - 1):
-            with engine.autocast():
-                loss_sum = task.loss_sum(engine.model, engine.to_device(piece.batch))
-            loss_sum = loss_sum if piece.counts else loss_sum * 0.0
-            engine.backward(loss_sum, weight)
-        loss += loss_sum.detach()
+    loss, spiked = _gradients(t, pieces, sums[0].clamp(min=1))
     result = engine.step(rate)
-    (total,) = engine.sum(loss)
+    weight, samples, *wishes = sums.tolist()
     state.step += 1
     state.applied += result.applied
     state.skips = 0 if result.applied else state.skips + 1
     state.samples += engine.plan.global_batch
     state.weight += int(weight)
-    if state.step % recipe.train.log_every == 0 or state.step == recipe.train.steps:
+    if state.step % recipe.train.log_every == 0 or state.step == recipe.train.steps or spiked:
+        (total,) = engine.sum(loss).tolist()
         seconds = time.perf_counter() - began
         t.tracker.log(
             {
                 "kind": "train",
                 "step": state.step,
                 "samples": state.samples,
+                "samples_digest": int(samples),
                 "weight": state.weight,
-                "loss": float(total / weight),
+                "loss": total / max(weight, 1),
                 "lr": rate,
                 "grad_norm": result.grad_norm,
                 "applied": result.applied,
-                f"{task.unit}_per_s": float(weight) / seconds,
+                f"{task.unit}_per_s": weight / seconds,
                 "mfu": None,
                 "seconds": seconds,
                 "peak_memory_bytes": engine.peak_memory(),
             }
         )
-    return bool(stopping), bool(saving)
+        _watch(t, total / max(weight, 1), spiked)
+    if Wishes(*wishes).bad:
+        _count_bad(t, pieces)
+    return Wishes(*wishes)
 
 
-def _seed_draws(seed: int, step: int, rank: int) -> None:
-    """Dropout's draws are a function of (seed, step, rank): a resumed run draws what the undisturbed one would."""
-    torch.manual_seed(int(key(seed, step, rank)) >> 1)
+def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Forward and backward over this rank's micro-batches: its part of the summed loss; whether the step is spoilt."""
+    engine, task, spiked = t.engine, t.task, False
+    engine.model.train()
+    loss = torch.zeros((), device=engine.device)
+    for number, piece in enumerate(pieces):
+        last = number == len(pieces) - 1
+        _seed_draws(t.recipe.seed, piece.first)
+        with engine.micro_batch(last):
+            with engine.autocast():
+                loss_sum = task.loss_sum(engine.model, engine.to_device(piece.batch))
+            loss_sum = loss_sum if piece.counts else loss_sum * 0.0
+            loss += loss_sum.detach()
+            if last and t.recipe.train.on_spike != "warn":
+                spiked = is_spike(t.state.recent, float(engine.sum(loss)[0] / weight))
+                # Every engine leaves a step out when its gradient is not finite; so no engine needs another way.
+                loss_sum = loss_sum * math.nan if spiked else loss_sum
+            engine.backward(loss_sum, weight)
+    return loss, spiked
+
+
+def _seed_draws(seed: int, position: int) -> None:
+    """Dropout's draws are a function of (seed, the micro-batch's position in the stream of samples).
+
+    A resumed run draws what the undisturbed one would, and so does another number of ranks that cuts the global
+    batch into the same micro-batches.
+    """
+    drawn = int(key(seed, position)) >> 1
+    torch.manual_seed(drawn)
+    random.seed(drawn)
+    np.random.seed(drawn & 0xFFFFFFFF)
+
+
+def _digest(pieces: list[Piece]) -> float:
+    """A number made of which samples the pieces hold; those of all ranks add up to the same on any number of ranks."""
+    samples = [sample for piece in pieces if piece.counts for sample in piece.samples]
+    return float((mix(np.asarray(samples, np.uint64)) >> np.uint64(40)).sum())
+
+
+def _count_bad(t: Training, pieces: list[Piece]) -> None:
+    """Name the samples that no rank could read. Raises TrainingFailed beyond `data.max_bad`."""
+    bad = [text for texts in t.engine.gather([text for piece in pieces for text in piece.bad]) for text in texts]
+    t.state.bad += len(bad)
+    t.tracker.event(t.state.step, "bad samples left out", samples=bad)
+    if t.state.bad > t.recipe.data.max_bad:
+        raise TrainingFailed(bad[0], f"at most data.max_bad={t.recipe.data.max_bad} samples that cannot be read")
+
+
+def is_spike(recent: list[float], loss: float) -> bool:
+    """Whether a loss lies above the median of the last ones by more than six times what the 90th percentile does.
+
+    Both are robust, so a spike does not hide the next; heavy tails, as of small batches, widen the scale by themselves.
+    """
+    if len(recent) < _WINDOW or not math.isfinite(loss):
+        return False
+    middle, high = statistics.median(recent), statistics.quantiles(recent, n=10)[-1]
+    return loss > middle + 6 * max(high - middle, 0.02 * abs(middle))
+
+
+def _watch(t: Training, loss: float, spiked: bool) -> None:
+    """Say that the loss has spiked and do what the recipe wants; else remember the loss."""
+    state, policy = t.state, t.recipe.train.on_spike
+    if not (spiked or is_spike(state.recent, loss)):
+        if math.isfinite(loss):
+            state.recent = [*state.recent, loss][-_WINDOW:]
+        return
+    usual = statistics.median(state.recent)
+    t.tracker.event(state.step, "loss spike", loss=loss, usual=usual, policy=policy)
+    if policy == "rewind":
+        _report(t, t.checkpoints.finish())
+        path, _ = checkpoint.newest(t.engine, t.checkpoints.run)
+        if path is not None:
+            before, _ = checkpoint.load(t.engine, path)
+            # The data goes on: what led to the spike, and the spike itself, do not come again.
+            vars(state).update(vars(before) | {"samples": state.samples, "rewinds": state.rewinds + 1})
+            t.tracker.event(state.step, "rewound", path=str(path))
+
+
+def _evaluate_if_due(t: Training) -> bool:
+    """Evaluate at the steps that are for it, once; returns whether ranks were asked to stop before it was done."""
+    state, settings = t.state, t.recipe.train
+    due = state.step == settings.steps or (state.step > 0 and state.step % settings.eval_every == 0)
+    if not due or state.evaluated == state.step:
+        return False
+    results = evaluate(t.engine, t.task, t.stop)
+    if results is None:
+        return True
+    state.evaluated, state.results = state.step, results
+    t.tracker.log({"kind": "eval", "step": state.step, **results})
+    if settings.keep_best:
+        value = results[settings.keep_best] * (1 if settings.keep_best in LOWER_IS_BETTER else -1)
+        if state.best is None or value < state.best:
+            state.best, state.best_step = value, state.step
+    return False
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, task: Task, corpus: Corpus) -> dict[str, float]:
-    """The task's metrics over the held-out set, each example counted once. A collective."""
+def evaluate(engine: Engine, task: Task, stop: StopFlag | None = None) -> dict[str, float] | None:
+    """The task's metrics over the held-out set, each example counted once; None if a stop came first. A collective."""
     engine.sync_buffers()
     engine.model.eval()
     evaluator = task.evaluator(engine.device)
-    for piece in eval_batches(corpus.eval, engine.plan, engine.rank, task.collate):
+    for number, piece in enumerate(eval_batches(task, engine.plan, engine.rank)):
+        if stop is not None and number % 8 == 0 and engine.sum(stop.wanted()[0]) > 0:
+            return None
         batch = engine.to_device(piece.batch)
         with engine.autocast():
             if piece.counts:

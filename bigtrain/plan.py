@@ -5,12 +5,14 @@ because every piece weighs what its samples weigh, the cut never shows in the lo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 from bigtrain.errors import RequestError
 from bigtrain.recipe import Engine
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "params"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Plan:
     """Everything the engine needs to know, as numbers and names; nothing is `auto` any more."""
 
     kind: Kind
-    offload: Literal["none", "optimizer", "params"]
+    offload: Offload
     precision: Literal["fp32", "bf16"]
     world_size: int
     global_batch: int  # samples per optimizer step, over all ranks
@@ -53,16 +55,27 @@ def _cut(whole: range, pieces: int) -> list[range]:
     return [whole[starts[i] : starts[i + 1]] for i in range(pieces)]
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """What `accelerate launch` asked for, read from the environment it sets (dsconfig.py); None where it was silent."""
+
+    kind: Kind | None = None
+    offload: Offload | None = None
+    precision: Literal["bf16"] | None = None
+    config: dict[str, Any] | None = None  # the --deepspeed_config_file
+    source: str = ""
+
+
+NO_LAUNCHER = Launcher()
+
+
 def make_plan(
     engine: Engine,
-    *,
     world_size: int,
     samples: int,
     sample_cost: int,
     bf16_is_fast: bool,
-    launcher_kind: Kind | None = None,
-    launcher_offload: Literal["none", "optimizer", "params"] | None = None,
-    launcher_precision: Literal["bf16"] | None = None,
+    launcher: Launcher = NO_LAUNCHER,
 ) -> tuple[Plan, dict[str, str]]:
     """Resolve every `auto` of the recipe's engine section.
 
@@ -72,24 +85,17 @@ def make_plan(
     """
     origins: dict[str, str] = {}
 
-    def decide(key: str, asked: object, launcher: object, default: object, why: str) -> object:
+    def decide(key: str, default: T, why: str) -> T:
+        asked, launched = getattr(engine, key), getattr(launcher, key, None)
         if asked != "auto":
-            return asked
-        origins[f"engine.{key}"] = "launcher" if launcher else f"plan ({why})"
-        return launcher or default
+            return cast(T, asked)
+        origins[f"engine.{key}"] = "launcher" if launched else f"plan ({why})"
+        return cast(T, launched or default)
 
-    plain = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}[engine.offload]
-    kind = decide("kind", engine.kind, launcher_kind, plain, "the fastest that fits the request")
-    precision = decide(
-        "precision",
-        engine.precision,
-        launcher_precision,
-        "bf16" if bf16_is_fast else "fp32",
-        "this device's faster one",
-    )
+    plain: dict[Offload, Kind] = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}
     offload = engine.offload
-    if launcher_offload and launcher_offload != offload:
-        offload, origins["engine.offload"] = launcher_offload, "launcher"
+    if launcher.offload and launcher.offload != offload:
+        offload, origins["engine.offload"] = launcher.offload, "launcher"
     global_batch = samples if engine.global_batch == "all" else engine.global_batch
     if engine.global_batch == "all":
         origins["engine.global_batch"] = "plan (all training samples)"
@@ -100,18 +106,15 @@ def make_plan(
             f"engine.global_batch={world_size} (or fewer ranks)",
         )
     share = -(-global_batch // world_size)
-    micro_batch = decide("micro_batch", engine.micro_batch, None, _micro_batch(share, sample_cost), "about 16k tokens")
     plan = Plan(
-        kind=kind,  # type: ignore[arg-type]
+        kind=decide("kind", plain[engine.offload], "the fastest that fits the request"),
         offload=offload,
-        precision=precision,  # type: ignore[arg-type]
+        precision=decide("precision", "bf16" if bf16_is_fast else "fp32", "this device's faster one"),
         world_size=world_size,
         global_batch=global_batch,
-        micro_batch=min(int(micro_batch), share),  # type: ignore[call-overload]
-        activation_checkpointing=bool(
-            decide("activation_checkpointing", engine.activation_checkpointing, None, False, "off unless asked")
-        ),
-        compile=bool(decide("compile", engine.compile, None, False, "off unless asked")),
+        micro_batch=min(decide("micro_batch", _micro_batch(share, sample_cost), "about 16k tokens"), share),
+        activation_checkpointing=decide("activation_checkpointing", False, "off unless asked"),
+        compile=decide("compile", False, "off unless asked"),
     )
     return plan, origins
 

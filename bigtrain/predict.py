@@ -26,18 +26,12 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     corpus = prepare(recipe, about)
     device = engines.find_device(recipe.engine.device)
     settings = recipe.engine.model_copy(update={"kind": "ddp", "offload": "none"})
-    plan, _ = make_plan(
-        settings,
-        world_size=1,
-        samples=len(corpus.train),
-        sample_cost=corpus.sample_cost,
-        bf16_is_fast=device.bf16_is_fast,
-    )
+    plan, _ = make_plan(settings, 1, len(corpus.train), corpus.sample_cost, device.bf16_is_fast)
     ranks = engines.start(plan, device, {}, 0.0)
     bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": str(run.export)})})
     model = models.build(bare, corpus)
     ranks.prepare(model, lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
-    return evaluate(ranks, TASKS[recipe.task](recipe.task, corpus), corpus)
+    return evaluate(ranks, TASKS[recipe.task](recipe.task, corpus)) or {}
 
 
 def _exported(run: RunDir) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Data(Section):
     seq_len: PositiveInt = Field(default=256, description="tokens per sample (packed) or at most (cut)")
     image_size: PositiveInt | None = Field(default=None, description="pixels per side; null keeps the images' own")
     augment: Augment = Augment()
+    max_bad: Count = Field(default=0, description="samples that cannot be read, and may be left out")
     workers: Count = Field(default=0, description="data loading processes per rank")
 
 
@@ -136,8 +137,20 @@ class Train(Section):
     eval_every: PositiveInt = Field(default=50, description="steps between evaluations (and one at the end)")
     checkpoint_every: PositiveInt = Field(default=50, description="steps between checkpoints (and one at the end)")
     keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
+    keep_best: (
+        Literal["loss", "perplexity", "bits_per_byte", "mse", "accuracy", "recall", "f1", "exact_match", "r2"] | None
+    ) = Field(
+        default=None, description="keep the checkpoint with the best value of this metric too, and export that one"
+    )
+    async_save: bool = Field(
+        default=True, description="write checkpoints in the background, from a copy in host memory"
+    )
     log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
     max_skips: PositiveInt = Field(default=10, description="steps in a row with a loss or gradient that is not finite")
+    on_spike: Literal["warn", "skip", "rewind"] = Field(
+        default="warn",
+        description="a loss far above the last ones: say so, leave the step out, or go back and round it",
+    )
     label_smoothing: Fraction = Field(default=0.0, description="for losses over classes or tokens, in training only")
 
 

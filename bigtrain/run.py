@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 
 from bigtrain import checkpoint, dsconfig, engine, export, models
-from bigtrain.data import Corpus, prepare, train_batches
+from bigtrain.checkpoint import Checkpoints, State
+from bigtrain.data import prepare, train_batches
 from bigtrain.errors import RequestError
 from bigtrain.load import Loaded, changes, flatten, load_recipe, to_yaml
-from bigtrain.loop import Training, train
+from bigtrain.loop import Training, evaluate, train
 from bigtrain.optim import make_optimizer
 from bigtrain.plan import Plan, make_plan
 from bigtrain.recipe import Recipe
@@ -23,7 +24,7 @@ from bigtrain.rundir import RunDir, release_ownership, run_directory, take_owner
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
 from bigtrain.tasks.base import outputs
-from bigtrain.track import Everyone, MetricsFile, NoTracker, Terminal, WandB, console, logged_in
+from bigtrain.track import Everyone, MetricsFile, Terminal, WandB, console, logged_in
 
 Settings = dict[str, dict[str, Any]]
 
@@ -42,28 +43,21 @@ def run_recipe(
     launcher = dsconfig.read_launcher(os.environ)
     dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins, os.environ)
     corpus = prepare(recipe)
+    world_size = engine.world_from_environment()[1]
     plan, planned = make_plan(
-        recipe.engine,
-        world_size=engine.world_from_environment()[1],
-        samples=len(corpus.train),
-        sample_cost=corpus.sample_cost,
-        bf16_is_fast=device.bf16_is_fast,
-        launcher_kind=launcher.kind,
-        launcher_offload=launcher.offload,
-        launcher_precision=launcher.precision,
+        recipe.engine, world_size, len(corpus.train), corpus.sample_cost, device.bf16_is_fast, launcher
     )
     ds_config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm, launcher)
     task = TASKS[recipe.task](recipe.task, corpus, recipe.train.label_smoothing)
     ranks = engine.start(plan, device, ds_config, recipe.optim.clip_norm)
     try:
         model = models.build(recipe, corpus, ranks.shard)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
-        _try_forward(ranks, task, corpus)
-        settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _micro_batch_dependence(model)
+        _try_forward(ranks, task)
+        settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _facts_of(model)
         run = _open_run(loaded, ranks, settings, fresh)
         try:
-            return _train(loaded, run, ranks, task, corpus, settings, changed, parameters, console(as_json))
+            return _train(loaded, run, ranks, task, settings, changed, console(as_json))
         finally:
             if ranks.main:
                 release_ownership(run)
@@ -78,12 +72,13 @@ def _changes_since(run: RunDir, recipe: Recipe, allowed: list[str]) -> dict[str,
     return changes(load_recipe(str(run.recipe)).recipe, recipe, allowed)
 
 
-def _micro_batch_dependence(model: torch.nn.Module) -> Settings:
-    """Normalisation over the micro-batch makes the loss depend on how the global batch is cut: say so."""
-    found = sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__})
-    if not found:
-        return {}
-    return {"normalisation": {"value": "depends on the micro-batch", "origin": f"model ({', '.join(found)})"}}
+def _facts_of(model: torch.nn.Module) -> Settings:
+    """Its size; and whether its loss depends on how the global batch is cut, as with BatchNorm."""
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    facts: Settings = {"parameters": {"value": size, "origin": "model"}}
+    if found := sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}):
+        facts["normalisation"] = {"value": "depends on the micro-batch", "origin": f"model ({', '.join(found)})"}
+    return facts
 
 
 def _train(
@@ -91,41 +86,37 @@ def _train(
     run: RunDir,
     ranks: engine.Engine,
     task: Task,
-    corpus: Corpus,
     settings: Settings,
     changed: dict[str, str],
-    parameters: int,
     screen: Console,
 ) -> dict[str, Any]:
-    recipe = loaded.recipe
-    path, broken = checkpoint.newest(ranks, run)
-    state, moved = checkpoint.load(ranks, path) if path else (checkpoint.State(), "")
+    recipe, corpus = loaded.recipe, task.corpus
+    path, lines = checkpoint.newest(ranks, run)
+    state, moved = checkpoint.load(ranks, path) if path else (State(), "")
+    tracker = Everyone()
     if ranks.main:
-        _announce(screen, run, settings, corpus, parameters, path)
-    tracker = _tracker(loaded, run, ranks, task, settings, screen)
+        _announce(screen, run, settings, task, path)
+        tracker = _tracker(loaded, run, task, settings, screen, state)
     if "normalisation" in settings:
         tracker.event(state.step, "normalisation", **settings["normalisation"])
-    for line in broken:
-        tracker.event(state.step, "checkpoint set aside", reason=line)
+    for line in lines:
+        tracker.event(state.step, "checkpoint not as it should be", reason=line)
+    if corpus.bad:
+        tracker.event(state.step, "bad samples left out", samples=corpus.bad)
     if path and changed:
         tracker.event(state.step, "recipe changed", **changed)
     if path:
         tracker.event(state.step, "resumed", path=str(path), **({"moved": moved} if moved else {}))
-    batches = train_batches(
-        corpus.train,
-        ranks.plan,
-        ranks.rank,
-        recipe.seed,
-        state.samples,
-        task.collate,
-        recipe.data.augment,
-        recipe.data.workers,
-    )
-    training = Training(recipe, run, ranks, task, corpus, batches, tracker, state, StopFlag())
-    summary: dict[str, Any] = {"name": run.name, "parameters": parameters}
+    batches = train_batches(task, recipe, ranks.plan, ranks.rank, state.samples)
+    checkpoints = Checkpoints(ranks, run, recipe)
+    training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints)
+    summary: dict[str, Any] = {"name": run.name, "parameters": settings["parameters"]["value"]}
     try:
-        results = train(training) or _last_results(training)
-        summary |= {"status": "finished", **asdict(state), **results, "baselines": corpus.baselines}
+        results = train(training)
+        if recipe.train.keep_best:
+            results = _take_the_best(training, run) or results
+        counts = {key: value for key, value in asdict(state).items() if isinstance(value, int)}
+        summary |= {"status": "finished", **counts, **results, "baselines": corpus.baselines}
         export.write(ranks, recipe, corpus, run, summary)
         if ranks.main:
             run.write_json(run.summary, summary)
@@ -134,21 +125,26 @@ def _train(
     return summary
 
 
-def _last_results(training: Training) -> dict[str, float]:
-    """The results of a run that had nothing left to do."""
-    from bigtrain.loop import evaluate
+def _take_the_best(t: Training, run: RunDir) -> dict[str, float] | None:
+    """Put the weights of the best checkpoint in place, to be exported; its results, or None if the last is the best."""
+    best = run.checkpoints / f"step-{t.state.best_step:08d}"
+    usable = t.engine.gather(t.engine.main and best.is_dir() and not checkpoint.verify(best))[0]
+    if t.state.best_step == t.state.step or not usable:
+        return None
+    checkpoint.load(t.engine, best)
+    t.tracker.event(t.state.step, "best checkpoint exported", path=str(best), metric=t.recipe.train.keep_best)
+    return evaluate(t.engine, t.task)
 
-    return evaluate(training.engine, training.task, training.corpus)
 
-
-def _try_forward(ranks: engine.Engine, task: Task, corpus: Corpus) -> None:
+def _try_forward(ranks: engine.Engine, task: Task) -> None:
     """Two examples through the model before anything is written: it must fit the data and the task. A collective."""
-    if corpus.tokenizer is not None:  # the longest text: positions may run out
-        size = lambda i: sum(len(value) for value in corpus.train[i].values() if isinstance(value, np.ndarray))  # noqa: E731
-        longest = max(range(min(512, len(corpus.train))), key=size)
+    train = task.corpus.train
+    if task.corpus.tokenizer is not None:  # the longest text: positions may run out
+        size = lambda i: sum(len(value) for value in train[i].values() if isinstance(value, np.ndarray))  # noqa: E731
+        longest = max(range(min(512, len(train))), key=size)
     else:
-        longest = len(corpus.train) - 1
-    batch = ranks.to_device(task.collate([corpus.train[longest], corpus.train[0]]))
+        longest = len(train) - 1
+    batch = ranks.to_device(task.collate([train[longest], train[0]]))
     name = type(ranks.module).__name__
     ranks.model.eval()
     try:
@@ -211,32 +207,42 @@ def _open_run(loaded: Loaded, ranks: engine.Engine, settings: Settings, fresh: b
     return run
 
 
-def _announce(screen: Console, run: RunDir, settings: Settings, corpus: Corpus, parameters: int, path: Any) -> None:
+def _announce(screen: Console, run: RunDir, settings: Settings, task: Task, path: Any) -> None:
     """The settings in force, grouped by who set them; then what is about to happen."""
     groups: dict[str, list[str]] = {}
     for key, setting in settings.items():
         groups.setdefault(setting["origin"].split(":")[0].split(" ")[0], []).append(f"{key}={setting['value']}")
     for origin, texts in groups.items():
         screen.print(f"[bold]{origin}[/]: " + "  ".join(text.replace("[", r"\[") for text in texts), highlight=False)
-    for note in corpus.notes:
+    notes = task.corpus.notes + _waste(settings["engine.global_batch"]["value"], settings["engine.world_size"]["value"])
+    for note in notes:
         screen.print(f"note: {note}", highlight=False)
     begin = f"going on from {path.name}" if path else "starting"
     screen.print(
-        f"{begin}: {run.path}  {parameters:,} parameters, "
-        f"{len(corpus.train):,} training and {len(corpus.eval):,} held-out samples",
+        f"{begin}: {run.path}  {settings['parameters']['value']:,} parameters, "
+        f"{len(task.corpus.train):,} training and {len(task.corpus.eval):,} held-out samples",
         highlight=False,
     )
 
 
-def _tracker(
-    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, screen: Console
-) -> Everyone:
-    if not ranks.main:
-        return Everyone(NoTracker())
+def _waste(global_batch: int, ranks: int) -> list[str]:
+    """What uneven shares cost: the ranks with one sample less wait for the others."""
+    idle = -global_batch % ranks
+    if not idle:
+        return []
+    lost = idle / (global_batch + idle)
+    return [f"{global_batch} samples over {ranks} ranks are uneven: exact, but {lost:.1%} of the ranks' time is idle"]
+
+
+def _tracker(loaded: Loaded, run: RunDir, task: Task, settings: Settings, screen: Console, state: State) -> Everyone:
     recipe = loaded.recipe
-    config = {key: setting["value"] for key, setting in settings.items()}
-    wandb = NoTracker() if recipe.track.wandb == "off" else WandB(recipe.track, run, recipe.name, config)
-    return Everyone(MetricsFile(run), Terminal(recipe.train.steps, task.unit, screen), wandb)
+    everyone = Everyone(MetricsFile(run), Terminal(recipe.train.steps, task.unit, screen))
+    if recipe.track.wandb != "off":
+        config = {key: setting["value"] for key, setting in settings.items()}
+        wandb = WandB(recipe.track, run, recipe.name, config, state.wandb_id)
+        state.wandb_id = wandb.id
+        everyone.trackers.append(wandb)
+    return everyone
 
 
 def exit_code_of(problem: BaseException) -> int:

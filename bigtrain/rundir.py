@@ -8,7 +8,6 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,39 +49,14 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-@dataclass(frozen=True)
 class RunDir:
     """The files of one run below `runs/NAME`."""
 
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def effective(self) -> Path:
-        return self.path / "effective.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.recipe, self.effective = path / "recipe.yaml", path / "effective.json"
+        self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
+        self.checkpoints, self.export = path / "checkpoints", path / "export"
 
     def write_json(self, path: Path, value: Any) -> None:
         write_atomic(path, to_json(value, indent=2) + "\n")

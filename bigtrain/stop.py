@@ -1,5 +1,6 @@
-"""Signals and files only raise a wish; the loop looks at it at a step boundary, where all ranks can agree."""
+"""Signals and files only raise a wish; the loop looks at it where all ranks can agree."""
 
+import os
 import signal
 from types import FrameType
 
@@ -9,18 +10,29 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1; a second signal changes nothing."""
+    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file STOP in the run directory; a second signal changes nothing."""
 
-    def __init__(self) -> None:
+    # Slurm gives KillWait (30 s) after SIGTERM; slurm/train.sbatch says how long before the end it sends SIGUSR1.
+    grace = float(os.environ.get("BIGTRAIN_GRACE_SECONDS") or 30)
+
+    def __init__(self, run: RunDir, main: bool = True) -> None:
+        """Only the `main` rank looks for files: a shared disk should not be asked by all."""
+        self.run, self.main = run, main
         self.received: str | None = None
         for number in _SIGNALS:
             signal.signal(number, self._receive)
 
-    def wanted(self, run: RunDir) -> tuple[bool, bool]:
+    def wanted(self) -> tuple[bool, bool]:
         """Whether this rank is asked to (stop, save): by a signal, or by a file STOP or SAVE in the run directory."""
-        if self.received is None and (run.path / "STOP").exists():
+        if self.received is None and self.main and (self.run.path / "STOP").exists():
             self.received = "the file STOP"
-        return self.received is not None, (run.path / "SAVE").exists()
+        return self.received is not None, self.main and (self.run.path / "SAVE").exists()
+
+    def granted(self, stop: bool, save: bool) -> None:
+        """The files have been obeyed: the next start must not stop at once."""
+        for name, obeyed in (("STOP", stop), ("SAVE", save)):
+            if obeyed and self.main:
+                (self.run.path / name).unlink(missing_ok=True)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:

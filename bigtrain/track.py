@@ -24,16 +24,6 @@ class Tracker(Protocol):
     def close(self, summary: Record) -> None: ...
 
 
-class NoTracker:
-    """Nowhere: the other ranks, and `wandb: off`."""
-
-    def log(self, record: Record) -> None:
-        pass
-
-    def close(self, summary: Record) -> None:
-        pass
-
-
 class MetricsFile:
     """metrics.jsonl: append-only, one JSON object a line, on disk after every line."""
 
@@ -97,19 +87,21 @@ def _line(record: Record) -> str:
 class WandB:
     """One W&B run per bigtrain run; steps are our own, so that a resumed run continues its curves."""
 
-    def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any]) -> None:
+    def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any], known_id: str) -> None:
+        """`known_id`: from the checkpoint, should the run directory have lost its own."""
         import wandb
 
         id_file = run.path / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(known_id or secrets.token_hex(4))
+        self.id = id_file.read_text().strip()
         mode: Any = track.wandb if track.wandb != "auto" else "online" if logged_in() else "offline"
         self.run = wandb.init(
             project=track.project,
             group=track.group or recipe_name,
             tags=track.tags,
             name=run.name,
-            id=id_file.read_text().strip(),
+            id=self.id,
             resume="allow" if mode == "online" else None,
             config=config,
             dir=str(run.path),
@@ -142,10 +134,10 @@ def logged_in() -> bool:
 
 
 class Everyone:
-    """Records to all trackers, in order."""
+    """Records to all trackers, in order; ranks other than the first have none."""
 
     def __init__(self, *trackers: Tracker) -> None:
-        self.trackers = trackers
+        self.trackers = list(trackers)
 
     def log(self, record: Record) -> None:
         for tracker in self.trackers:

@@ -1,10 +1,19 @@
 """Shared by all tests: no network, a cache of their own, one thread per rank."""
 
+import atexit
+import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,23 +34,75 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     """Run a program on `ranks` real processes with one thread each."""
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+@cache
+def _server() -> Any:
+    """The process that forks (forks.py), started when first needed."""
+    command = [sys.executable, str(TESTS / "forks.py")]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    atexit.register(lambda: (server.stdin and server.stdin.close(), server.wait(10)))
+    return server
+
+
+class Started:
+    """A bigtrain command line that runs: its process id, and then its exit code and output."""
+
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
+        self.files = Path(tempfile.mkdtemp(prefix="started-"))
+        asked = {"arguments": arguments, "cwd": str(cwd), "environment": environment, "files": str(self.files)}
+        _server().stdin.write(json.dumps(asked) + "\n")
+        _server().stdin.flush()
+        wait_for((self.files / "pid").exists)
+        self.pid = int((self.files / "pid").read_text())
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        try:
+            wait_for((self.files / "code").exists, timeout)
+        except AssertionError:
+            self.signal(signal.SIGKILL)
+            raise
+        out, err = ((self.files / name).read_text(errors="replace") for name in ("out", "err"))
+        code = int((self.files / "code").read_text())
+        shutil.rmtree(self.files)
+        return subprocess.CompletedProcess(["bigtrain"], code, out, err)
+
+
+def start(*arguments: str, cwd: Path, **environment: str) -> Started:
+    """Start the command line as a user would."""
+    return Started(arguments, cwd, os.environ | environment)
+
+
+def start_ranks(count: int, *arguments: str, cwd: Path, **environment: str) -> list[Started]:
+    """Start it on several ranks, with the environment that torchrun sets, and nobody who watches over them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)} | environment
+    return [start(*arguments, cwd=cwd, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(count)]
 
 
 def bigtrain(*arguments: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
-    command = [sys.executable, "-m", "bigtrain", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return start(*arguments, cwd=cwd, **environment).wait(timeout)
+
+
+def on_ranks(count: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it on several ranks; what the first of them says."""
+    ends = [started.wait() for started in start_ranks(count, *arguments, cwd=cwd, **environment)]
+    assert len({end.returncode for end in ends}) == 1, [(end.returncode, end.stderr[-2000:]) for end in ends]
+    return ends[0]
+
+
+def wait_for(true: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)

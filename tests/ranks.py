@@ -113,6 +113,9 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
     )
 
 
+KEPT = ("step", "loss", "grad_norm", "applied", "weight", "lr", "samples_digest")
+
+
 class Collect:
     """A tracker that keeps the training lines."""
 
@@ -121,14 +124,14 @@ class Collect:
 
     def log(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
-            self.lines.append({key: record[key] for key in ("step", "loss", "grad_norm", "applied", "weight", "lr")})
+            self.lines.append({key: record[key] for key in KEPT})
 
     def close(self, summary: dict[str, Any]) -> None:
         pass
 
 
-def build(case: dict[str, Any]) -> tuple[Training, Collect]:
-    """A run without files, ready to step."""
+def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[Training, Collect]:
+    """A run whose checkpoints go to `folder`, ready to step."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -140,22 +143,33 @@ def build(case: dict[str, Any]) -> tuple[Training, Collect]:
     ranks = engine.start(plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm)
     ranks.prepare(models.build(recipe, corpus, ranks.shard), lambda module: make_optimizer(module, recipe.optim))
     task, collect = TASKS[recipe.task](recipe.task, corpus), Collect()
+    run = RunDir(folder)
     return Training(
         recipe,
-        RunDir(Path("unused")),
         ranks,
         task,
-        corpus,
-        batches(recipe, ranks, task, corpus, 0),
+        train_batches(task, recipe, ranks.plan, ranks.rank, 0),
         Everyone(collect),
         checkpoint.State(),
-        SimpleNamespace(received=None, wanted=lambda run: (False, False)),  # type: ignore[arg-type]
+        SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
+        checkpoint.Checkpoints(ranks, run, recipe),
     ), collect
 
 
-def batches(recipe: Recipe, ranks: engine.Engine, task: Any, corpus: Corpus, first: int) -> Any:
-    start = first * GLOBAL_BATCH
-    return train_batches(corpus.train, ranks.plan, ranks.rank, recipe.seed, start, task.collate, recipe.data.augment, 0)
+def save(training: Training) -> Path:
+    """Commit a checkpoint now."""
+    training.checkpoints.begin(training.state)
+    saved = training.checkpoints.finish()
+    assert saved is not None and not saved.problem, saved
+    return saved.path
+
+
+def go_on(training: Training, path: Path) -> str:
+    """Load a checkpoint, and take the samples that come next."""
+    training.state, moved = checkpoint.load(training.engine, path)
+    ranks = training.engine
+    training.batches = train_batches(training.task, training.recipe, ranks.plan, ranks.rank, training.state.samples)
+    return moved
 
 
 def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -163,7 +177,7 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     training, collect = build(case)
     for _ in range(training.recipe.train.steps):
         _step(training)
-    results = evaluate(training.engine, training.task, training.corpus)
+    results = evaluate(training.engine, training.task)
     return {
         "lines": collect.lines,
         "eval": results,
@@ -178,14 +192,12 @@ def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     for _ in range(8):
         _step(straight)
     expected = straight.engine.whole_weights()
-    half, _ = build(case)
+    half, _ = build(case, folder)
     for _ in range(4):
         _step(half)
-    run = RunDir(folder)
-    path = checkpoint.save(half.engine, run, half.state, keep=1)
+    path = save(half)
     resumed, more = build(case)
-    resumed.state, moved = checkpoint.load(resumed.engine, path)
-    resumed.batches = batches(resumed.recipe, resumed.engine, resumed.task, resumed.corpus, resumed.state.step)
+    moved = go_on(resumed, path)
     for _ in range(4):
         _step(resumed)
     found = resumed.engine.whole_weights()
@@ -199,10 +211,10 @@ def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def run_save(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train 4 steps and save where another world size finds it."""
-    training, _ = build(case)
+    training, _ = build(case, Path(case["folder"]))
     for _ in range(4):
         _step(training)
-    checkpoint.save(training.engine, RunDir(Path(case["folder"])), training.state, keep=1)
+    save(training)
     return {}
 
 
@@ -210,8 +222,7 @@ def run_go_on(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Load what `run_save` of another engine or world size left, and train 4 more steps."""
     training, collect = build(case)
     (path,) = checkpoint.committed(RunDir(Path(case["folder"])))
-    training.state, moved = checkpoint.load(training.engine, path)
-    training.batches = batches(training.recipe, training.engine, training.task, training.corpus, 4)
+    moved = go_on(training, path)
     for _ in range(4):
         _step(training)
     return {"lines": collect.lines, "moved": moved}

@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TESTS, bigtrain, torchrun
+from conftest import TESTS, bigtrain, on_ranks, start, torchrun, wait_for
 from safetensors.torch import load_file
 
 from bigtrain.rundir import read_metrics
@@ -140,13 +139,12 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> 
     straight.mkdir()
     stopped.mkdir()
     assert bigtrain(*arguments, cwd=straight).returncode == 0
-    process = subprocess.Popen([sys.executable, "-m", "bigtrain", *arguments], cwd=stopped, stdout=subprocess.DEVNULL)
+    process = start(*arguments, cwd=stopped)
     metrics = stopped / "runs" / "digits-cnn" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 5)
+    process.signal(signal.SIGTERM)
+    process.signal(signal.SIGINT)  # a second one, of another kind, changes nothing
+    assert process.wait().returncode == 75
     again = bigtrain(*arguments, cwd=stopped)
     assert again.returncode == 0
     assert "going on from step-" in again.stdout
@@ -266,7 +264,8 @@ def test_other_data_is_judged_with_the_models_own_tokenizer(finished: Path, tmp_
 
 
 def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:
-    done = torchrun(2, "-m", "bigtrain", "train", "digits-mlp", "engine.global_batch=1", cwd=tmp_path)
+    done = on_ranks(2, "train", "digits-mlp", "engine.global_batch=1", cwd=tmp_path)
+    assert done.returncode == 2
     assert "2 ranks share a global batch of 1 samples" in done.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -308,7 +307,7 @@ def test_pretrained_weights_are_where_training_starts(finished: Path, tmp_path: 
         "engine.precision=fp32",
     ]
     assert bigtrain("train", *arguments, "name=one", cwd=tmp_path).returncode == 0
-    done = torchrun(2, "-m", "bigtrain", "train", *arguments, "name=two", "engine.kind=zero3", cwd=tmp_path)
+    done = on_ranks(2, "train", *arguments, "name=two", "engine.kind=zero3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("one", "two"):
         (line,) = read_metrics(tmp_path / "runs" / name / "metrics.jsonl", "eval")

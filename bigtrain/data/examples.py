@@ -4,6 +4,7 @@ import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from bigtrain.data.sources import FIELDS, Record, Source, open_source
-from bigtrain.data.tokens import Ragged, held_out, open_cache
-from bigtrain.errors import RequestError
+from bigtrain.data.tokens import Ragged, held_out, open_cache, refuse_empty
+from bigtrain.errors import BadSampleError, RequestError
 from bigtrain.recipe import Recipe
 
 Example = dict[str, Any]
@@ -43,6 +44,7 @@ class Corpus:
     baselines: dict[str, float] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)  # what export must tell users of the model
     notes: list[str] = field(default_factory=list)  # what the user should know before training
+    bad: list[str] = field(default_factory=list)  # records that could not be read and are left out
 
 
 def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> Corpus:
@@ -82,13 +84,7 @@ def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple["
         out = [held_out({}, index, "", fraction) for index in range(len(everything))]
         train = _Part(everything, [i for i, o in enumerate(out) if not o])
         held = _Part(everything, [i for i, o in enumerate(out) if o])
-    for name, part in (("train", train), ("eval", held)):
-        if not len(part):
-            raise RequestError(
-                f"data.{name} is empty ({len(everything)} records in {recipe.data.train})",
-                "at least one record in each part",
-                "data.eval_fraction=0.2",
-            )
+    refuse_empty({"train": len(train), "eval": len(held)})
     return train, held
 
 
@@ -150,10 +146,12 @@ class Sequences:
 def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
     data = recipe.data
     cache = open_cache(recipe.task, data, recipe.model.pretrained, source, evaluation)
+    refuse_bad(cache.meta["bad"], recipe)
     facts: dict[str, Any] = {
         "tokenizer": cache.tokenizer,
         "vocab_size": cache.meta["vocab_size"],
         "sample_cost": data.seq_len,
+        "bad": cache.meta["bad"],
     }
     if recipe.task == "causal_lm":
         parts = [cache.field(part, "text").flat for part in ("train", "eval")]
@@ -196,9 +194,8 @@ class Images:
             image = record["image"]
             pixels = _pixels(image, self.size)
         except (OSError, SyntaxError, ValueError) as problem:
-            raise RequestError(
-                f"image {index} does not decode: {problem}", "readable images", "remove it, or replace it"
-            ) from None
+            number = self.records.indices[index]
+            raise BadSampleError(f"image {number} does not decode: {problem}") from None
         return pixels, str(record["label"])
 
     def __getitem__(self, index: int) -> Example:
@@ -236,14 +233,16 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
 
 def _images(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
     sets = [Images(part, {}, recipe.data.image_size) for part in (train, held)]
-    shapes, labels = _look_at_all(sets)
+    shapes, labels, bad = _look_at_all(sets)
+    refuse_bad(bad, recipe)
+    refuse_empty({"train": len(sets[0]), "eval": len(sets[1])}, bad)
     classes = sorted(labels)
     if len(shapes) > 1:
         raise RequestError(
             f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224"
         )
     channels, height, width = shape = shapes.pop()
-    sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(train), max(1, len(train) // 2000))])
+    sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(sets[0]), max(1, len(sets[0]) // 2000))])
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
     if trained is not None:
         mean, std = torch.tensor(trained["image_mean"]), torch.tensor(trained["image_std"])
@@ -258,21 +257,43 @@ def _images(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] |
         classes=classes,
         image=shape,
         preprocessing={"image_mean": mean.tolist(), "image_std": std.tolist(), "image_size": [height, width]},
+        bad=bad,
     )
 
 
-def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str]]:
-    """Decode every image once before training: a broken one is found now, not in the third hour."""
+def refuse_bad(bad: list[str], recipe: Recipe) -> None:
+    """Raises RequestError for more bad records than the recipe allows."""
+    if len(bad) > recipe.data.max_bad:
+        more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
+        raise RequestError(
+            f"{bad[0]}{more}", "data that can be read", f"mend it, or data.max_bad={len(bad)} to leave it out"
+        )
+
+
+def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str], list[str]]:
+    """Decode every image once before training: a broken one is found now, not in the third hour, and left out."""
     shapes: set[tuple[int, int, int]] = set()
     labels: set[str] = set()
+    bad: list[str] = []
+
+    def look(images: Images, index: int) -> int | None:
+        try:
+            pixels, label = images.raw(index)
+        except BadSampleError as problem:
+            bad.append(problem.found)
+            return None
+        shapes.add(tuple(pixels.shape))  # type: ignore[arg-type]
+        labels.add(label)
+        return index
+
     with ThreadPoolExecutor() as pool:
         for images in sets:
-            found = pool.map(images.raw, range(len(images)))
+            found = pool.map(partial(look, images), range(len(images)))
             quiet = not sys.stderr.isatty() or len(images) < 5000
-            for pixels, label in track(found, "checking images", total=len(images), transient=True, disable=quiet):
-                shapes.add(tuple(pixels.shape))  # type: ignore[arg-type]
-                labels.add(label)
-    return shapes, labels
+            seen = list(track(found, "checking images", total=len(images), transient=True, disable=quiet))
+            good = [images.records.indices[index] for index in seen if index is not None]
+            images.records = _Part(images.records.records, good)
+    return shapes, labels, sorted(bad)
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
@@ -295,8 +316,24 @@ class Table:
 
 def _table(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
     answer = FIELDS[recipe.task][1]
-    rows = [np.stack([part[i]["features"] for i in range(len(part))]) for part in (train, held)]
-    answers = [[part[i][answer] for i in range(len(part))] for part in (train, held)]
+    good: list[list[Record]] = [[], []]
+    bad: list[str] = []
+    for part, kept in zip((train, held), good, strict=True):
+        for index in range(len(part)):
+            record = part[index]
+            value = record[answer]
+            if (
+                not np.isfinite(record["features"]).all()
+                or value is None
+                or (isinstance(value, float) and not math.isfinite(value))
+            ):
+                bad.append(f"row {part.indices[index]}: nothing, or not a finite number, in one of its columns")
+            else:
+                kept.append(record)
+    refuse_bad(bad, recipe)
+    refuse_empty({"train": len(good[0]), "eval": len(good[1])}, bad)
+    rows = [np.stack([record["features"] for record in part]) for part in good]
+    answers = [[record[answer] for record in part] for part in good]
     classes: list[str] = []
     if answer == "label":
         classes = sorted({str(a) for part in answers for a in part})
@@ -318,4 +355,5 @@ def _table(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | 
         classes=classes,
         features=rows[0].shape[1],
         preprocessing={"feature_mean": mean.tolist(), "feature_std": std.tolist()},
+        bad=bad,
     )

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from bigtrain.data.examples import Example, Examples
 from bigtrain.data.order import key, mix, samples_at
+from bigtrain.errors import BadSampleError
 from bigtrain.plan import Plan
-from bigtrain.recipe import Augment
+from bigtrain.recipe import Augment, Recipe
+
+if TYPE_CHECKING:
+    from bigtrain.tasks import Task
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[Example]], Batch]
@@ -21,28 +25,28 @@ Collate = Callable[[list[Example]], Batch]
 
 @dataclass(frozen=True)
 class Piece:
-    """A micro-batch; `counts` is false where a rank has nothing left and runs along with weight zero."""
+    """A micro-batch, and what it is made of."""
 
     batch: Batch
-    counts: bool
+    counts: bool  # false where a rank has nothing left and runs along with weight zero
+    first: int = 0  # position in the stream of samples
+    samples: tuple[int, ...] = ()
+    bad: tuple[str, ...] = ()  # samples that could not be read and are left out
 
 
-def train_batches(
-    examples: Examples, plan: Plan, rank: int, seed: int, first: int, collate: Collate, augment: Augment, workers: int
-) -> Iterator[list[Piece]]:
+def train_batches(task: "Task", recipe: Recipe, plan: Plan, rank: int, first: int) -> Iterator[list[Piece]]:
     """For each step, this rank's micro-batches, from position `first` of the stream of samples on. Endless."""
-    pieces = plan.micro_batches(rank)
     loader = DataLoader(
-        _Positions(examples, seed, collate, augment),
+        _Stream(task.corpus.train, recipe.seed, task.collate, recipe.data.augment),
         batch_size=None,
         sampler=_Sampler(plan, rank, first),
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        num_workers=recipe.data.workers,
+        persistent_workers=recipe.data.workers > 0,
         worker_init_fn=_leave_signals_to_the_rank,
     )
-    batches = iter(loader)
+    pieces = iter(loader)
     while True:
-        yield [Piece(next(batches), len(piece) > 0) for piece in pieces]
+        yield [next(pieces) for _ in range(plan.accumulation)]
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
@@ -59,30 +63,45 @@ class _Sampler:
     rank: int
     first: int
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[tuple[range, bool]]:
         start = self.first
         while True:
             for piece in self.plan.micro_batches(self.rank):
                 # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
-                yield range(start + piece.start, start + piece.stop) if piece else range(start, start + 1)
+                yield range(start + piece.start, start + max(piece.stop, piece.start + 1)), len(piece) > 0
             start += self.plan.global_batch
 
 
-class _Positions(Dataset[Batch]):
-    """A range of positions → the collated, augmented batch."""
+class _Stream(Dataset[Piece]):
+    """A range of positions → the collated, augmented micro-batch."""
 
     def __init__(self, examples: Examples, seed: int, collate: Collate, augment: Augment) -> None:
         self.examples, self.seed, self.collate, self.augment = examples, seed, collate, augment
 
-    def __getitem__(self, positions: range) -> Batch:  # type: ignore[override]
-        indices = samples_at(positions, len(self.examples), self.seed)
-        batch = self.collate([self.examples[index] for index in indices])
+    def __getitem__(self, asked: tuple[range, bool]) -> Piece:  # type: ignore[override]
+        positions, counts = asked
+        drawn = samples_at(positions, len(self.examples), self.seed)
+        found, bad = self._read(list(zip(positions, drawn, strict=True)))
+        if not found:  # all are bad: any good one, for a forward pass that weighs nothing
+            others = ((positions.start, index) for index in range(len(self.examples)))
+            found, counts = next([f] for o in others for f in self._read([o])[0]), False
+        batch = self.collate([example for _, _, example in found])
         if "pixel_values" in batch and (self.augment.crop or self.augment.flip):
-            batch["pixel_values"] = _augmented(batch["pixel_values"], self.augment, positions, self.seed)
-        return batch
+            places = [position for position, _, _ in found]
+            batch["pixel_values"] = _augmented(batch["pixel_values"], self.augment, places, self.seed)
+        return Piece(batch, counts, positions.start, tuple(index for _, index, _ in found), tuple(bad))
+
+    def _read(self, wanted: list[tuple[int, int]]) -> tuple[list[tuple[int, int, Example]], list[str]]:
+        found, bad = [], []
+        for position, index in wanted:
+            try:
+                found.append((position, index, self.examples[index]))
+            except BadSampleError as problem:
+                bad.append(problem.found)
+        return found, bad
 
 
-def _augmented(images: Tensor, augment: Augment, positions: range, seed: int) -> Tensor:
+def _augmented(images: Tensor, augment: Augment, positions: list[int], seed: int) -> Tensor:
     """Random crop after padding, and random flip, of [batch, channels, height, width].
 
     The draws are a function of (seed, position): the same on any number of ranks, and after a resume.
@@ -100,11 +119,12 @@ def _augmented(images: Tensor, augment: Augment, positions: range, seed: int) ->
     return images
 
 
-def eval_batches(examples: Examples, plan: Plan, rank: int, collate: Collate) -> Iterator[Piece]:
+def eval_batches(task: "Task", plan: Plan, rank: int) -> Iterator[Piece]:
     """Every example once over all ranks, in the same number of pieces on each (sharded engines move in step)."""
+    examples = task.corpus.eval
     mine = range(rank, len(examples), plan.world_size)
     most = -(-len(examples) // plan.world_size)
     size = plan.micro_batch
     for start in range(0, most, size):
         piece: Any = mine[start : start + size]
-        yield Piece(collate([examples[index] for index in piece or [0]]), len(piece) > 0)
+        yield Piece(task.collate([examples[index] for index in piece or [0]]), len(piece) > 0)

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from bigtrain.data.sources import FIELDS, Record, Source
 from bigtrain.errors import RequestError
 from bigtrain.recipe import Data, Tokenizer
 
-_VERSION = 1  # of the cache's format and of how text becomes ids
+_VERSION = 2  # of the cache's format and of how text becomes ids
 PAD, EOS = "<pad>", "<eos>"
 
 
@@ -167,12 +167,16 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
     first = FIELDS[task][0]
     note = Console(stderr=True)
 
+    bad: set[str] = set()
+
     def parts() -> Iterator[tuple[str, Record]]:
-        for index, record in enumerate(source.records()):
-            held = evaluation is None and held_out(record, index, first, data.eval_fraction)
-            yield ("eval" if held else "train"), _check_text(record, task, index)
-        for index, record in enumerate(evaluation.records() if evaluation else []):
-            yield "eval", _check_text(record, task, index)
+        for part, origin in (("train", source), ("eval", evaluation)):
+            for index, record in enumerate(origin.records() if origin else []):
+                if problem := _bad_text(record, task):
+                    bad.add(f"record {index} of data.{part}: {problem}")
+                    continue
+                held = part == "eval" or (evaluation is None and held_out(record, index, first, data.eval_fraction))
+                yield ("eval" if held else "train"), record
 
     fields = [field for field in FIELDS[task] if field != "label"]
     training_texts = (record[field] for part, record in parts() if part == "train" for field in fields)
@@ -183,21 +187,26 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
         raise RequestError(f"data.tokenizer: {spec} has no end-of-text token", "a tokenizer with eos_token")
     tokenizer.save_pretrained(folder / "tokenizer")
     meta = _encode(folder, task, data, tokenizer, parts(), fields, note)
-    if not meta["records"]["train"] or not meta["records"]["eval"]:
-        empty = "train" if not meta["records"]["train"] else "eval"
-        raise RequestError(
-            f"data.{empty} is empty ({meta['records']} records)",
-            "at least one record in each part",
-            "data.eval_fraction=0.2",
-        )
-    (folder / "meta.json").write_text(json.dumps(meta))
+    refuse_empty(meta["records"], bad)
+    (folder / "meta.json").write_text(json.dumps(meta | {"bad": sorted(bad)}))
 
 
-def _check_text(record: Record, task: str, index: int) -> Record:
-    for field in FIELDS[task]:
-        if record[field] is None or (field != "label" and not isinstance(record[field], str)):
-            raise RequestError(f"record {index}: {field} is {type(record[field]).__name__}", "text in every record")
-    return record
+def refuse_empty(records: dict[str, int], bad: Collection[str] = ()) -> None:
+    """Raises RequestError if a part has no record."""
+    for part, count in records.items():
+        if not count:
+            unreadable = f"; {len(bad)} cannot be read, e.g. {min(bad)}" if bad else ""
+            raise RequestError(
+                f"data.{part} is empty ({records} records{unreadable})",
+                "at least one record in each part",
+                "data.eval_fraction=0.2",
+            )
+
+
+def _bad_text(record: Record, task: str) -> str:
+    """What is wrong with a record; empty: nothing."""
+    wrong = (f for f in FIELDS[task] if record[f] is None or (f != "label" and not isinstance(record[f], str)))
+    return next((f"{field} is {type(record[field]).__name__}, not text" for field in wrong), "")
 
 
 def _encode(

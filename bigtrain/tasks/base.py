@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.aggregation import SumMetric
 
@@ -15,17 +16,11 @@ Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a position that does not count, as torch's cross_entropy has it
 
 
-class Evaluator(Protocol):
-    """Metrics over a whole evaluation set, on any number of ranks (torchmetrics adds up the ranks' states)."""
-
-    def update(self, model: Callable[..., Any], batch: Batch) -> None: ...
-    def compute(self) -> dict[str, float]: ...
-
-
 class Task(ABC):
     """One way of judging a model; holds no state of the run."""
 
     unit = "samples"  # what metrics.jsonl counts the rate in
+    shape = "[batch, classes]"  # of the model's output, in words
 
     def __init__(self, name: str, corpus: Corpus, label_smoothing: float = 0.0) -> None:
         self.name, self.corpus, self.label_smoothing = name, corpus, label_smoothing
@@ -34,17 +29,63 @@ class Task(ABC):
     def collate(self, examples: list[Example]) -> Batch:
         """Examples → tensors; keys that are the model's arguments, and `labels`."""
 
-    @abstractmethod
     def weight(self, batch: Batch) -> int:
         """What the batch counts: target tokens, images or rows."""
+        return len(batch["labels"])
 
-    @abstractmethod
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The model's output in fp32. Raises RequestError if it does not have the task's shape."""
+        found = outputs(model, **{name: x for name, x in batch.items() if name != "labels"})
+        if found.shape != (expected := self.output_shape(found, batch["labels"])):
+            raise RequestError(
+                f"the model's output has shape {tuple(found.shape)}",
+                f"{self.shape} = {tuple(expected)}",
+                "check model.args and the task",
+            )
+        return found
+
+    def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
+        """The shape that `found` should have."""
+        return (len(labels), len(self.corpus.classes))
+
+    def judge(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The loss summed (not averaged) over the batch: a scalar, fp32."""
+        flat = logits.flatten(0, -2), labels.flatten()
+        return F.cross_entropy(*flat, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+
     def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The training loss summed (not averaged) over the batch: a scalar, fp32."""
+        """What training minimises, summed over the batch."""
+        return self.judge(self.logits(model, batch), batch["labels"], self.label_smoothing)
 
     @abstractmethod
-    def evaluator(self, device: torch.device) -> Evaluator:
+    def evaluator(self, device: torch.device) -> "Evaluator":
         """A fresh evaluator whose states live on `device`."""
+
+
+class Evaluator:
+    """Metrics over a whole evaluation set, on any number of ranks (torchmetrics adds up the ranks' states)."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self.task, self.total, self.count = task, exact_sum(device), exact_sum(device)
+
+    def update(self, model: Callable[..., Any], batch: Batch) -> None:
+        """Add a batch of examples that nobody else adds."""
+        logits, labels = self.task.logits(model, batch), batch["labels"]
+        self.total.update(self.task.judge(logits, labels))
+        self.count.update(self.task.weight(batch))
+        self.add(logits, labels)
+
+    def compute(self) -> dict[str, float]:
+        """`loss`, per unit of weight, and the task's metrics by name. A collective."""
+        loss = float(self.total.compute()) / float(self.count.compute())
+        return {"loss": loss} | self.metrics(loss)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """What the task's own metrics make of a batch."""
+
+    def metrics(self, loss: float) -> dict[str, float]:
+        """The task's own metrics."""
+        return {}
 
 
 def outputs(model: Any, **inputs: Tensor) -> Tensor:
@@ -62,20 +103,9 @@ def outputs(model: Any, **inputs: Tensor) -> Tensor:
     return result.float()
 
 
-def expect_shape(found: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """Raises RequestError if the model's output does not have the shape its task needs."""
-    if tuple(found.shape) != expected:
-        raise RequestError(
-            f"the model's output has shape {tuple(found.shape)}",
-            f"{meaning} = {expected}",
-            "check model.args and the task",
-        )
-
-
 def exact_sum(device: torch.device) -> SumMetric:
     """A sum over batches and ranks in float64: the order of ranks must not show."""
-    metric = SumMetric(nan_strategy="disable").to(
-        device
-    )  # by default a NaN is left out, and all NaN is a perfect score
+    # by default a NaN is left out, and all NaN is a perfect score
+    metric = SumMetric(nan_strategy="disable").to(device)
     metric.set_dtype(torch.float64)
     return metric

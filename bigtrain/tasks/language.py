@@ -1,43 +1,26 @@
 """Tasks over sequences of target tokens: language modelling and sequence to sequence."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import MeanMetric
 
 from bigtrain.data.examples import Example
-from bigtrain.tasks.base import IGNORED, Batch, Task, exact_sum, expect_shape, outputs
+from bigtrain.tasks.base import IGNORED, Batch, Evaluator, Task
 
 
 class _TokenTask(Task):
     """Cross entropy over target tokens; a position labelled IGNORED weighs nothing."""
 
-    unit = "tokens"
+    unit, shape = "tokens", "[batch, target length, vocabulary]"
 
     def weight(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
-    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """[batch, length, vocabulary], fp32."""
-        logits = outputs(model, **{name: x for name, x in batch.items() if name != "labels"})
-        batch_size, length = batch["labels"].shape
-        expect_shape(logits, (batch_size, length, logits.shape[-1]), "[batch, target length, vocabulary]")
-        return logits
-
-    def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        logits = self.logits(model, batch)
-        return _nll_sum(logits, batch["labels"], self.label_smoothing)
-
-
-def _nll_sum(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+    def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
+        return (*labels.shape, found.shape[-1])
 
 
 class CausalLM(_TokenTask):
@@ -78,27 +61,22 @@ class Seq2Seq(_TokenTask):
         return LanguageEvaluator(self, device, None)
 
 
-class LanguageEvaluator:
+class LanguageEvaluator(Evaluator):
     """loss (nats per target token) and perplexity; bits per byte of text; or the share of exact sequences."""
 
     def __init__(self, task: _TokenTask, device: torch.device, text_bytes: int | None) -> None:
-        self.task, self.text_bytes = task, text_bytes
-        self.nll, self.tokens = exact_sum(device), exact_sum(device)
+        super().__init__(task, device)
+        self.text_bytes = text_bytes
         self.exact = MeanMetric(nan_strategy="disable").to(device)
 
-    def update(self, model: Callable[..., Any], batch: Batch) -> None:
-        logits, labels = self.task.logits(model, batch), batch["labels"]
-        self.nll.update(_nll_sum(logits, labels))
-        self.tokens.update((labels != IGNORED).sum())
+    def add(self, logits: Tensor, labels: Tensor) -> None:
         # All target tokens likeliest, given the target before them: then greedy decoding, which meets the same
         # prefixes, writes exactly the target; and the reverse. So no decoding is needed to count exact matches.
         right = (logits.argmax(-1) == labels) | (labels == IGNORED)
         self.exact.update(right.all(-1).float())
 
-    def compute(self) -> dict[str, float]:
-        nll, tokens = float(self.nll.compute()), float(self.tokens.compute())
-        exact = float(self.exact.compute())
-        result = {"loss": nll / tokens, "perplexity": math.exp(min(nll / tokens, 700.0))}
-        if self.text_bytes is not None:
-            return result | {"bits_per_byte": nll / math.log(2) / self.text_bytes}
-        return result | {"exact_match": exact}
+    def metrics(self, loss: float) -> dict[str, float]:
+        perplexity = {"perplexity": math.exp(min(loss, 700.0))}
+        if self.text_bytes is None:
+            return perplexity | {"exact_match": float(self.exact.compute())}
+        return perplexity | {"bits_per_byte": float(self.total.compute()) / math.log(2) / self.text_bytes}
