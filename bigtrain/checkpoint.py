@@ -57,6 +57,7 @@ class Saved:
     path: Path
     seconds: float  # from the snapshot to the commit
     blocked: float  # how much of that training had to wait
+    writing: float = 0.0  # how much of it went into writing, syncing and hashing, on the slowest rank
     problem: str = ""
 
 
@@ -97,7 +98,7 @@ class Checkpoints:
         try:
             self._together(lambda: self._prepare() if self.engine.main else None)
         except NotSavedError as problem:
-            return before or Saved(state.step, self.final, 0.0, 0.0, str(problem))
+            return before or Saved(state.step, self.final, 0.0, 0.0, problem=str(problem))
         path = self.building / f"rank-{self.engine.rank:05d}.safetensors"
         self.writer = threading.Thread(target=self._write, args=(path, tensors), daemon=True)
         self.writer.start()
@@ -115,20 +116,22 @@ class Checkpoints:
         waited = time.perf_counter()
         self.writer.join()
         self.writer = None
-        problem = ""
+        problem, writing = "", 0.0
         try:
             parts = self._together(lambda: self.outcome[0], self.outcome[1])
-            files = {name: entry for part in parts for name, entry in part.items()}
+            files = {name: entry for part, _ in parts for name, entry in part.items()}
+            writing = max(seconds for _, seconds in parts)
             self._together(lambda: self._commit(files) if self.engine.main else None)
         except NotSavedError as failure:
             problem = str(failure)
         now = time.perf_counter()
-        return Saved(self.state.step, self.final, now - self.began, self.blocked + now - waited, problem)
+        return Saved(self.state.step, self.final, now - self.began, self.blocked + now - waited, writing, problem)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        began = time.perf_counter()
         try:
             save_file(tensors, path)
-            self.outcome = ({path.name: _settle(path)}, "")
+            self.outcome = (({path.name: _settle(path)}, time.perf_counter() - began), "")
         except Exception as problem:  # whatever it is, the other ranks must hear of it
             self.outcome = (None, str(problem) or type(problem).__name__)
 

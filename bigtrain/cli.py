@@ -23,6 +23,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
 
 
 @app.command()
@@ -121,6 +122,44 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     _print(result, as_json, lambda found: [print(name, "; ".join(p) if p else "ok") for name, p in found.items()])
     if any(result.values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def prove(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="default: one per GPU; without GPUs two")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="of each run; the kill comes after half of them")] = 20,
+    launcher: Annotated[str, typer.Option(help="what starts {ranks} processes of python")] = LAUNCHER,
+    as_json: Json = False,
+) -> None:
+    """Prove on this machine that a killed run resumes exactly; exit 1 if it does not."""
+    from bigtrain.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if ranks is None:
+        import torch
+
+        ranks = torch.cuda.device_count() or 2
+    from bigtrain.prove import prove as make_proof
+
+    result = make_proof(loaded, recipe, overrides or [], ranks, steps, launcher)
+    _print(result, as_json, _proof)
+    if result["verdict"] != "PASS":
+        raise typer.Exit(1)
+
+
+def _proof(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"against {result['steps']} steps straight through on {result['ranks']} ranks")
+    for column in result["rows"][0]:
+        table.add_column(column)
+    for row in result["rows"]:
+        table.add_row(*row.values())
+    Console().print(table)
+    print(result["verdict"])
 
 
 @app.command()

@@ -18,6 +18,7 @@ from bigtrain.data.order import key, mix
 from bigtrain.data.stream import Piece
 from bigtrain.engine import Engine
 from bigtrain.errors import StoppedEarly, TrainingFailed
+from bigtrain.fault import strike
 from bigtrain.optim import learning_rate
 from bigtrain.recipe import Recipe
 from bigtrain.stop import StopFlag
@@ -103,7 +104,8 @@ def _report(t: Training, saved: checkpoint.Saved | None) -> None:
     if saved.problem:
         t.tracker.event(saved.step, "checkpoint FAILED", reason=saved.problem)
         return
-    t.tracker.event(saved.step, "checkpoint", path=str(saved.path), seconds=saved.seconds, blocked=saved.blocked)
+    times = {"seconds": saved.seconds, "blocked": saved.blocked, "writing": saved.writing}
+    t.tracker.event(saved.step, "checkpoint", path=str(saved.path), **times)
     if saved.seconds > t.stop.grace:
         t.tracker.event(
             saved.step,
@@ -117,6 +119,7 @@ def _step(t: Training) -> Wishes:
     """One optimizer step; returns what all ranks together wish."""
     began = time.perf_counter()
     engine, task, state, recipe = t.engine, t.task, t.state, t.recipe
+    strike(engine.rank, state.step + 1)
     pieces = next(t.batches)
     local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
     mine = Wishes(*t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written())

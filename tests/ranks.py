@@ -105,7 +105,7 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
                 "kind": case["kind"],
                 "offload": case.get("offload", "none"),
                 "precision": case["precision"],
-                "global_batch": GLOBAL_BATCH,
+                "global_batch": case.get("global_batch", GLOBAL_BATCH),
                 "micro_batch": case["micro_batch"],
             },
             "train": {"steps": case.get("steps", 8)},
@@ -121,10 +121,13 @@ class Collect:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.events: list[str] = []
 
     def log(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
             self.lines.append({key: record[key] for key in KEPT})
+        elif record["kind"] == "event":
+            self.events.append(record["event"])
 
     def close(self, summary: dict[str, Any]) -> None:
         pass
@@ -245,6 +248,35 @@ def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"applied": [line["applied"] for line in collect.lines], "finite": finite, "count": training.state.applied}
 
 
+def run_spike(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The second batch's loss is fifty times too high: left out, or gone back from and round."""
+    training, collect = build(case, folder)
+    inner, seen = training.task.loss_sum, []
+    policy = {"train": training.recipe.train.model_copy(update={"on_spike": case["on_spike"]})}
+    training.recipe = training.recipe.model_copy(update=policy)
+
+    def scaled(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return inner(model, batch) * (50 if training.state.samples == GLOBAL_BATCH else 1)
+
+    training.task.loss_sum = scaled  # type: ignore[method-assign]
+    training.state.recent = [4.0 + 0.01 * (i % 5) for i in range(32)]
+    for number in range(3):
+        _step(training)
+        seen.append((training.state.step, training.state.samples // GLOBAL_BATCH))
+        if number == 0:
+            save(training)
+    applied = [line["applied"] for line in collect.lines]
+    return {"applied": applied, "events": collect.events, "seen": seen, "count": training.state.applied}
+
+
+def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One rank is told to stop while all evaluate: all leave together."""
+    training, _ = build(case)
+    mine = training.engine.rank == training.engine.world_size - 1
+    stop: Any = SimpleNamespace(wanted=lambda: (mine, False))
+    return {"none": training.engine.gather(evaluate(training.engine, training.task, stop))}
+
+
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The starting weights, by a checksum per tensor."""
     training, _ = build(case)
@@ -257,6 +289,8 @@ RUN = {
     "go_on": run_go_on,
     "resume": run_resume,
     "skip": run_skip,
+    "spike": run_spike,
+    "stop_evaluation": run_stop_evaluation,
     "weights": run_weights,
 }
 

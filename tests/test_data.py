@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from PIL import Image
 
 from bigtrain.data import eval_batches, prepare, train_batches
 from bigtrain.data.order import key, permute, samples_at
-from bigtrain.errors import RequestError
+from bigtrain.errors import BadSampleError, RequestError
 from bigtrain.plan import Plan
-from bigtrain.recipe import Augment, Recipe
+from bigtrain.recipe import Recipe
 from bigtrain.tasks import TASKS
 
 
@@ -70,9 +71,26 @@ class Numbers:
         return {"image": 100.0 * index + torch.arange(16.0).view(1, 4, 4), "label": index}
 
 
+class Holed(Numbers):
+    """Every third of them cannot be read."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index % 3 == 0:
+            raise BadSampleError(f"sample {index} is broken")
+        return super().__getitem__(index)
+
+
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     labels = torch.tensor([e["label"] for e in examples])
     return {"labels": labels, "pixel_values": torch.stack([e["image"] for e in examples])}
+
+
+def stream(plan: Plan, rank: int, first: int, augment: Any = None, workers: int = 0, examples: Any = None) -> Any:
+    """train_batches over Numbers, seed 5."""
+    data = {"train": "digits", "workers": workers, "augment": augment or {}}
+    settings = recipe("image_classification", data, "cnn").model_copy(update={"seed": 5})
+    task: Any = SimpleNamespace(corpus=SimpleNamespace(train=examples or Numbers()), collate=collate)
+    return train_batches(task, settings, plan, rank, first)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -80,10 +98,11 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts(world: int, workers: int) -> None:
     seen: list[list[int]] = [[] for _ in range(4)]
     for rank in range(world):
-        stream = train_batches(Numbers(), plan(world, 10, 3), rank, 5, 20, collate, Augment(), workers)
+        pieces = stream(plan(world, 10, 3), rank, 20, workers=workers)
         for step in range(4):
-            for piece in next(stream):
+            for piece in next(pieces):
                 seen[step] += piece.batch["labels"].tolist() if piece.counts else []
+                assert piece.batch["labels"].tolist() == list(piece.samples)
     assert seen == [samples_at(range((2 + s) * 10, (3 + s) * 10), 23, 5) for s in range(4)]
 
 
@@ -92,20 +111,32 @@ def test_augmentation_depends_on_the_position_alone() -> None:
     for world, micro in ((1, 10), (2, 2)):
         found = []
         for rank in range(world):
-            stream = train_batches(
-                Numbers(), plan(world, 10, micro), rank, 5, 0, collate, Augment(crop=1, flip=True), 0
-            )
-            found += [piece.batch["pixel_values"] for piece in next(stream) if piece.counts]
+            pieces = next(stream(plan(world, 10, micro), rank, 0, augment={"crop": 1, "flip": True}))
+            found += [piece.batch["pixel_values"] for piece in pieces if piece.counts]
         images.append(torch.cat(found))
     assert torch.equal(*images)
     assert len({tuple((image % 100).flatten().tolist()) for image in images[0]}) > 3, "all shifted alike"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_cannot_be_read_are_left_out_and_ranks_stay_aligned(workers: int) -> None:
+    found, bad = [], []
+    for rank in range(2):
+        pieces = next(stream(plan(2, 12, 1), rank, 0, workers=workers, examples=Holed()))
+        assert len(pieces) == 6, "as many forward passes as without them"
+        found += [sample for piece in pieces if piece.counts for sample in piece.samples]
+        bad += [text for piece in pieces for text in piece.bad]
+    asked = samples_at(range(12), 23, 5)
+    assert found == [index for index in asked if index % 3]
+    assert bad == [f"sample {index} is broken" for index in asked if index % 3 == 0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 24])
 def test_evaluation_sees_every_example_once(world: int) -> None:
     seen, pieces = [], set()
     for rank in range(world):
-        batches = list(eval_batches(Numbers(), plan(world, 24, 4), rank, collate))
+        task: Any = SimpleNamespace(corpus=SimpleNamespace(eval=Numbers()), collate=collate)
+        batches = list(eval_batches(task, plan(world, 24, 4), rank))
         pieces.add(len(batches))
         seen += [label for piece in batches if piece.counts for label in piece.batch["labels"].tolist()]
     assert sorted(seen) == list(range(23))
@@ -260,3 +291,43 @@ def test_bad_data_is_explained(task: str, make: Any, expected: str, tmp_path: Pa
         prepare(recipe(task, make(tmp_path), {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn")))
     assert expected in str(caught.value)
     assert "try:" in str(caught.value) or "expected:" in str(caught.value)
+
+
+def null_text(tmp_path: Path) -> dict[str, Any]:
+    lines = [{"text": f"text number {i}"} for i in range(20)] + [{"text": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"train": str(tmp_path / "a.jsonl")}
+
+
+def torn_image(tmp_path: Path) -> dict[str, Any]:
+    for i in range(12):
+        picture(tmp_path / "ab"[i % 2] / f"{i}.png", i)
+    whole = tmp_path / "a" / "0.png"
+    whole.write_bytes(whole.read_bytes()[:-30])
+    return {"train": str(tmp_path), "eval_fraction": 0.4}
+
+
+def missing_cell(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "t.csv").write_text("x,target\n" + "\n".join(f"{i},{i}" for i in range(20)) + "\n3,\n")
+    return {"train": str(tmp_path / "t.csv"), "eval_fraction": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "count", "name"),
+    [
+        ("causal_lm", null_text, 20, "record 20 of data.train: text is NoneType"),
+        ("image_classification", torn_image, 11, "image 0 does not decode"),
+        ("regression", missing_cell, 20, "row 20: nothing, or not a finite number"),
+    ],
+)
+def test_bad_records_are_left_out_within_the_budget(
+    task: str, make: Any, count: int, name: str, tmp_path: Path
+) -> None:
+    data, model = make(tmp_path), {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn")
+    with pytest.raises(RequestError, match=r"data\.max_bad=1 to leave it out"):
+        prepare(recipe(task, data, model))
+    corpus = prepare(recipe(task, data | {"max_bad": 1}, model))
+    assert len(corpus.bad) == 1
+    assert name in corpus.bad[0]
+    if task != "causal_lm":
+        assert len(corpus.train) + len(corpus.eval) == count

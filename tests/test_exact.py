@@ -32,32 +32,49 @@ MICRO = {2: {1: 8, 2: 4, 3: 3, 4: 2}, 1: {1: GLOBAL_BATCH, 2: 8, 3: 5, 4: 4}}
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 
 
-def _cases(world: int) -> dict[str, dict[str, Any]]:
+def _curves(world: int) -> dict[str, dict[str, Any]]:
+    """The matrix: models × engines × precisions × accumulations."""
     cases = {}
     for model, engine, precision, steps in product(MODELS, ENGINES, TOLERANCE, MICRO[world]):
         if world == 1 and engine not in ("ddp", "zero3"):
             continue
-        if steps in (2, 4) and (precision == "bf16" or model == "twice"):
+        if steps in (2, 4) and (precision == "bf16" or model == "twice" or "offload" in engine):
+            continue
+        if engine in ("zero1-offload", "zero3-offload") and steps != 3:
             continue
         case = {"run": "exact", "model": model, "precision": precision, "micro_batch": MICRO[world][steps]}
         cases[f"{world}/{model}/{engine}/{precision}/{steps}"] = case | ENGINES[engine]
-    if world == 2:
-        for engine, precision in product(ENGINES, TOLERANCE):
-            case = {"run": "resume", "model": "transformer", "precision": precision, "micro_batch": 3}
-            cases[f"resume/{engine}/{precision}"] = case | ENGINES[engine]
-            cases[f"skip/{engine}/{precision}"] = case | ENGINES[engine] | {"run": "skip"}
-        for model, engine in product(MODELS, ("ddp", "zero1", "zero3")):
-            case = {"run": "weights", "model": model, "precision": "fp32", "micro_batch": 8}
-            cases[f"weights/{model}/{engine}"] = case | ENGINES[engine]
-        for optimizer in ("sgd", "adam", "rmsprop", "adagrad"):
-            optim = {"name": optimizer, "l1": 1e-3, "lr": 1e-2} | ({"momentum": 0.9} if optimizer == "sgd" else {})
-            for engine in ("ddp", "zero2", "zero3"):
-                case = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 4, "optim": optim}
-                cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
     return cases
 
 
-CASES = {1: _cases(1), 2: _cases(2)}
+def _deeds() -> dict[str, dict[str, Any]]:
+    """What two ranks do besides: resume, skip, go round a spike, stop, start, and other optimizers."""
+    cases = {}
+    for engine, precision in product(ENGINES, TOLERANCE):
+        case = {"model": "transformer", "precision": precision, "micro_batch": 3} | ENGINES[engine]
+        cases[f"resume/{engine}/{precision}"] = case | {"run": "resume", "dropout": 0.2}
+        cases[f"skip/{engine}/{precision}"] = case | {"run": "skip"}
+    for engine, policy in product(("ddp", "zero2-offload", "zero3"), ("skip", "rewind")):
+        case = {"run": "spike", "model": "rnn", "precision": "fp32", "micro_batch": 4, "on_spike": policy}
+        cases[f"spike/{engine}/{policy}"] = case | ENGINES[engine]
+    for model, engine in product(MODELS, ("ddp", "zero1", "zero3")):
+        case = {"run": "weights", "model": model, "precision": "fp32", "micro_batch": 8}
+        cases[f"weights/{model}/{engine}"] = case | ENGINES[engine]
+    for optimizer, engine in product(("sgd", "adam", "rmsprop", "adagrad"), ("ddp", "zero2", "zero3")):
+        optim = {"name": optimizer, "l1": 1e-3, "lr": 1e-2} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+        case = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 4, "optim": optim}
+        cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
+    case = {"run": "stop_evaluation", "model": "cnn", "precision": "fp32", "micro_batch": 4}
+    return cases | {"stop_evaluation": case | ENGINES["zero3"]}
+
+
+# 20 samples a step in pieces of 5: the same pieces on one rank and on two
+DROPOUT = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 5, "dropout": 0.3, "global_batch": 20}
+DROPOUTS = {f"dropout/{n}/{kind}": DROPOUT | {"kind": kind} for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))}
+CASES = {
+    1: _curves(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
+    2: _curves(2) | _deeds() | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
+}
 SAVED = {"ddp": 1, "zero3": 1, "zero2": 2, "zero3-offload": 2}  # engine → ranks it is saved on
 
 
@@ -140,9 +157,7 @@ def reference(model: str, optimizer: str = "adamw", l1: float = 0.0) -> tuple[li
     return losses, norms, [rate] * STEPS
 
 
-EXACT = [
-    name for cases in CASES.values() for name, case in cases.items() if case["run"] == "exact" and "optim" not in case
-]
+EXACT = [*_curves(1), *_curves(2)]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -192,6 +207,27 @@ def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(name: str, r
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("skip/")])
 def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: dict[str, Any]) -> None:
     assert results[name] == {"applied": [True, False, True], "finite": True, "count": 2}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2-offload", "zero3"])
+def test_a_loss_spike_is_left_out_or_gone_back_from(engine: str, results: dict[str, Any]) -> None:
+    skip, rewind = results[f"spike/{engine}/skip"], results[f"spike/{engine}/rewind"]
+    assert skip["applied"] == rewind["applied"] == [True, False, True]
+    assert skip["events"] == ["loss spike"]
+    assert skip["seen"] == [[1, 1], [2, 2], [3, 3]]  # (step, batches consumed)
+    assert rewind["events"] == ["loss spike", "rewound"]
+    assert rewind["seen"] == [[1, 1], [1, 2], [2, 3]], "the step is done again, with the data after the spike"
+    assert skip["count"] == rewind["count"] == 2
+
+
+def test_a_stop_within_an_evaluation_is_obeyed_by_all_ranks(results: dict[str, Any]) -> None:
+    assert results["stop_evaluation"] == {"none": [None, None]}
+
+
+def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_same(results: dict[str, Any]) -> None:
+    curves = [[line["loss"] for line in results[f"dropout/{case}"]["lines"]] for case in ("1/ddp", "2/ddp", "2/zero3")]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -17,6 +17,7 @@ from conftest import TESTS, bigtrain, on_ranks, start, start_ranks, wait_for
 from safetensors.torch import load_file
 
 from bigtrain.checkpoint import committed, seal, verify
+from bigtrain.load import HARMLESS, flatten, load_recipe
 from bigtrain.rundir import RunDir, read_metrics
 
 STEPS = [
@@ -236,6 +237,65 @@ def test_files_stop_and_save(whole: Path, tmp_path: Path) -> None:
     assert stopped.returncode == 75
     assert "step-00000013" in [path.name for path in committed(run)]
     assert not (run.path / "STOP").exists(), "granted: the next start must not stop at once"
+
+
+def test_checkpoints_that_anybody_could_have_written_are_refused_by_root(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    for path in committed(run):
+        (path / "state.json").chmod(0o666)
+    done = bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path)
+    if os.geteuid() == 0:
+        assert done.returncode == 2
+        assert "chmod -R o-w" in done.stderr
+    else:
+        assert done.returncode == 0
+        assert "others may write it" in done.stdout
+
+
+def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
+    """A learning rate that warms up until it destroys: the best is in the middle."""
+    rising = ["train.steps=12", "train.eval_every=1", "optim.warmup_steps=12", "optim.lr=1.0", "train.keep_best=loss"]
+    done = bigtrain("train", *CNN, *rising, "train.keep=1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary, run = json.loads(done.stdout), RunDir(tmp_path / "runs" / "digits-cnn")
+    evaluations = {line["step"]: line["loss"] for line in read_metrics(run.metrics, "eval")}
+    best = min(evaluations, key=evaluations.__getitem__)
+    assert 0 < best < 12
+    assert [path.name for path in committed(run)] == [f"step-{best:08d}", "step-00000012"]
+    assert summary["best_step"] == best
+    assert summary["loss"] == pytest.approx(evaluations[best], rel=1e-6)
+    found = json.loads(bigtrain("evaluate", "digits-cnn", "--json", cwd=tmp_path).stdout)
+    assert found["loss"] == pytest.approx(evaluations[best], rel=1e-5)
+
+
+def test_every_key_that_decides_a_step_needs_leave_to_change() -> None:
+    """Whatever decides which weights a step makes of which samples must not change unseen; the rest may."""
+    keys = flatten(load_recipe("digits-cnn").recipe.model_dump(mode="json"))
+    guarded = {key for key in keys if not any(f"{key}.".startswith(f"{each}.") for each in HARMLESS)}
+    sections = ("seed", "task", "model", "data", "optim")
+    deciding = {key for key in keys if key.split(".")[0] in sections} - {"data.workers", "data.max_bad"}
+    assert guarded == deciding | {"engine.precision", "engine.global_batch", "train.label_smoothing"}
+
+
+def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: Path) -> None:
+    done = bigtrain("prove", "digits-cnn", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert result["verdict"] == "PASS"
+    assert result["rows"][0]["final weights"] == "same"
+    assert all(row["sample ids"] == "same" for row in result["rows"])
+    assert list((tmp_path / "runs").iterdir()) == [], "what proves nothing more is removed"
+    # Python imports sitecustomize.py at its start: here one that makes the order depend on the rank.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, bigtrain.data.order as o\n"
+        "inner = o.samples_at\n"
+        "o.samples_at = lambda p, n, seed: inner(p, n, seed + int(os.environ.get('RANK', '0')))\n"
+    )
+    done = bigtrain("prove", "digits-cnn", "--json", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert rows[0]["sample ids"] == "same", "on as many ranks the order is wrong in the same way"
+    assert rows[1]["sample ids"].startswith("DIFFERENT")
 
 
 def test_numbers_that_stay_broken_end_the_run_with_3(tmp_path: Path) -> None:

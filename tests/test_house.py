@@ -6,12 +6,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "bigtrain"
 FLOORS = [
-    {"errors", "recipe", "load", "rundir"},
+    {"errors", "recipe", "load", "rundir", "fault"},
     {"plan", "dsconfig", "slurm", "compare"},
     {"models", "tasks", "data", "optim", "footprint"},
     {"engine"},
     {"loop", "checkpoint", "track", "stop"},
-    {"run", "export", "predict"},
+    {"run", "export", "predict", "prove"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,80 @@
+"""What a checkpoint costs: written in the background, at once, and beside a plain write of as many bytes.
+
+python benchmarks/checkpoints.py    (two ranks, a Transformer of 102 M parameters, below runs/ here; ten minutes)
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bigtrain.rundir import RunDir, read_metrics
+
+EVERY = 50  # steps between checkpoints
+SHAPE = "{num_hidden_layers: 14, hidden_size: 768, intermediate_size: 2048, num_attention_heads: 12}"
+RECIPE = ["tiny-lm", f"model.args={SHAPE}", "data.seq_len=64", "engine.global_batch=2", "engine.precision=fp32"]
+RECIPE += [f"train.steps={EVERY + 25}", f"train.checkpoint_every={EVERY}", f"train.eval_every={EVERY + 25}"]
+RECIPE += ["data.eval_fraction=0.001", "track.wandb=off", "optim.lr=1e-5"]
+PLAIN = """
+import os, sys, time
+content = open(sys.argv[1], "rb").read()
+began = time.perf_counter()
+with open(sys.argv[1] + ".plain", "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+print(time.perf_counter() - began)
+os.remove(sys.argv[1] + ".plain")
+"""
+
+
+def measure(name: str, background: bool) -> dict[str, Any]:
+    """Train; what the checkpoint in the middle cost."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain"]
+    command = [*launch, "train", *RECIPE, f"name={name}", f"train.async_save={str(background).lower()}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run = RunDir(Path("runs") / name)
+    seconds = {line["step"]: line["seconds"] for line in read_metrics(run.metrics, "train")}
+    saved = next(line for line in read_metrics(run.metrics, "event") if line["event"] == "checkpoint")
+    usual = statistics.median(seconds[step] for step in range(10, EVERY + 1))
+    # Steps under which the writing went on, and two more for what the disk still has to do.
+    busy = range(EVERY + 1, EVERY + 3 + int(saved["seconds"] / usual))
+    lost = saved["blocked"] + sum(seconds[step] - usual for step in busy)
+    shards = sorted((run.checkpoints / f"step-{EVERY:08d}").glob("rank-*.safetensors"))
+    size = sum(path.stat().st_size for path in shards)
+    return {"step": usual, "blocked": saved["blocked"], "lost": lost, "writing": saved["writing"], "size": size, "shards": shards}
+
+
+def plain_write(shards: list[Path]) -> float:
+    """Seconds for as many processes to write and sync as many bytes; the slowest of them, the median of five times."""
+    times = []
+    for _ in range(5):
+        writers = [subprocess.Popen([sys.executable, "-c", PLAIN, str(path)], stdout=subprocess.PIPE) for path in shards]
+        times.append(max(float(writer.communicate()[0]) for writer in writers))
+        time.sleep(1)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Both ways, one after the other, and the table."""
+    stamp = int(time.time())
+    found = {name: measure(f"checkpoints-{name}-{stamp}", name == "background") for name in ("background", "at-once")}
+    plain = plain_write(found["at-once"]["shards"])
+    size = found["at-once"]["size"]
+    print(f"{size / 2**20:,.0f} MiB by two ranks; a step takes {found['at-once']['step']:.2f} s")
+    print("| checkpoint written | training waits | lost per checkpoint | slowdown at one per 50 steps | writes |")
+    print("|---|---|---|---|---|")
+    for name, cost in found.items():
+        slower = cost["lost"] / (EVERY * cost["step"])
+        rate = size / cost["writing"] / 2**20
+        print(f"| {name} | {cost['blocked']:.3f} s | {cost['lost']:.2f} s | {slower:.2%} | {rate:,.0f} MiB/s |")
+    print(f"| plain write and sync | | | | {size / plain / 2**20:,.0f} MiB/s |")
+    ratio = found["background"]["blocked"] / found["at-once"]["blocked"]
+    print(json.dumps({"blocked, background ÷ at once": round(ratio, 3)}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

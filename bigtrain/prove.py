@@ -1,0 +1,120 @@
+"""The proof that a run resumes exactly, made with real processes and a real kill, on the user's own machine.
+
+The same recipe straight through, and again with one rank killed (SIGKILL, no warning) at a random step of the second
+half; that run is resumed on as many ranks, and a copy of it on half of them. Sample ids, learning rates, losses and
+final weights must be those of the first.
+"""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.load import Loaded
+from bigtrain.rundir import RUNS, RunDir, read_metrics
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # of losses, where another number of ranks adds up in another order
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How to start ranks, and the runs that are compared."""
+
+    recipe: str
+    overrides: list[str]
+    name: str
+    steps: int
+    launcher: str  # with {ranks}
+
+    def run(self, ranks: int, name: str, extra: list[str], fault: str = "") -> RunDir:
+        """A run from where it stands to its end, or to the fault. Raises TrainingFailed with its last words."""
+        settings = [f"name={name}", f"train.steps={self.steps}", f"train.eval_every={self.steps}", "train.log_every=1"]
+        settings += [f"train.checkpoint_every={self.steps // 4}", "track.wandb=off", *extra]
+        launch = shlex.split(self.launcher.format(ranks=ranks))
+        command = [*launch, "-m", "bigtrain", "train", self.recipe, *self.overrides, *settings]
+        environment = os.environ | {"BIGTRAIN_FAULT": fault}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if bool(done.returncode) != bool(fault):
+            raise TrainingFailed(f"{shlex.join(command)} ended with {done.returncode}\n{done.stderr[-2000:]}")
+        return RunDir(RUNS / name)
+
+
+def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int, launcher: str) -> dict[str, Any]:
+    """Run the legs and compare; `rows` for a table, and `verdict`. The runs are removed, unless something differs.
+
+    Raises RequestError where a run of that name is in the way.
+    """
+    name = f"{loaded.recipe.name}-prove"
+    proof = Proof(ref, overrides, name, steps, launcher)
+    legs = [RUNS / f"{name}-{leg}" for leg in ("straight", "resumed", "half")]
+    if there := [str(path) for path in legs if path.exists()]:
+        raise RequestError(
+            f"{', '.join(there)}: left from an earlier proof", "nothing there", f"rm -r {' '.join(there)}"
+        )
+    straight = proof.run(ranks, legs[0].name, [])
+    effective = _effective(straight)
+    # The pieces of a global batch stay the same on any number of ranks; so do the draws of dropout.
+    fixed = [f"engine.{key}={effective[f'engine.{key}']}" for key in ("micro_batch", "precision")]
+    kill_at = random.randrange(steps // 2, steps) + 1
+    proof.run(ranks, legs[1].name, fixed, fault=f"kill@{ranks - 1}:{kill_at}")
+    runs = {f"killed in step {kill_at}, resumed on {ranks}": legs[1]}
+    if ranks > 1:
+        shutil.copytree(legs[1], legs[2])
+        (legs[2] / "lock").unlink(missing_ok=True)
+        runs[f"the same, resumed on {ranks // 2}"] = legs[2]
+    rows = []
+    for leg, path in runs.items():
+        exact = path == legs[1]
+        done = proof.run(ranks if exact else ranks // 2, path.name, fixed)
+        tolerance = 0.0 if exact else TOLERANCE[effective["engine.precision"]]
+        rows.append({"run": leg, "from step": _resumed_at(done), **_compare(straight, done, tolerance)})
+    good = all(value == "same" or value.startswith("within") for row in rows for value in list(row.values())[2:])
+    for path in legs if good else []:
+        shutil.rmtree(path, ignore_errors=True)
+    return {"rows": rows, "steps": steps, "ranks": ranks, "verdict": "PASS" if good else "FAIL"}
+
+
+def _effective(run: RunDir) -> dict[str, Any]:
+    return {key: setting["value"] for key, setting in json.loads(run.effective.read_text()).items()}
+
+
+def _resumed_at(run: RunDir) -> str:
+    return next((str(line["step"]) for line in read_metrics(run.metrics, "event") if line["event"] == "resumed"), "0")
+
+
+def _compare(one: RunDir, other: RunDir, tolerance: float) -> dict[str, str]:
+    """What differs between two runs, by the later line of every step."""
+    curves = [{line["step"]: line for line in read_metrics(run.metrics, "train")} for run in (one, other)]
+    result = {}
+    columns = {"sample ids": ("samples_digest", 0.0), "learning rates": ("lr", 0.0), "losses": ("loss", tolerance)}
+    for title, (key, allowed) in columns.items():
+        values = [np.asarray([curve[step][key] for step in sorted(curve)], float) for curve in curves]
+        result[title] = _verdict(values[0], values[1], allowed)
+    weights = [_weights(run) for run in (one, other)]
+    # Weights drift further apart than losses: each step multiplies what differs.
+    result["final weights"] = _verdict(weights[0], weights[1], 100 * tolerance)
+    return result
+
+
+def _weights(run: RunDir) -> Any:
+    """All of the export's, one after the other."""
+    tensors = {n: t for file in sorted(run.export.glob("*.safetensors")) for n, t in load_file(file).items()}
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def _verdict(one: Any, other: Any, allowed: float) -> str:
+    if one.shape != other.shape:
+        return f"DIFFERENT: {len(one)} and {len(other)} of them"
+    if np.array_equal(one, other, equal_nan=True):
+        return "same"
+    difference = float(np.abs(one - other).max() / max(float(np.abs(one).max()), sys.float_info.min))
+    return f"within {difference:.1e}" if difference <= allowed else f"DIFFERENT by {difference:.1e}"
