@@ -45,14 +45,23 @@ def measure(name: str, background: bool) -> dict[str, Any]:
     lost = saved["blocked"] + sum(seconds[step] - usual for step in busy)
     shards = sorted((run.checkpoints / f"step-{EVERY:08d}").glob("rank-*.safetensors"))
     size = sum(path.stat().st_size for path in shards)
-    return {"step": usual, "blocked": saved["blocked"], "lost": lost, "writing": saved["writing"], "size": size, "shards": shards}
+    return {
+        "step": usual,
+        "blocked": saved["blocked"],
+        "lost": lost,
+        "writing": saved["writing"],
+        "size": size,
+        "shards": shards,
+    }
 
 
 def plain_write(shards: list[Path]) -> float:
     """Seconds for as many processes to write and sync as many bytes; the slowest of them, the median of five times."""
     times = []
     for _ in range(5):
-        writers = [subprocess.Popen([sys.executable, "-c", PLAIN, str(path)], stdout=subprocess.PIPE) for path in shards]
+        writers = [
+            subprocess.Popen([sys.executable, "-c", PLAIN, str(path)], stdout=subprocess.PIPE) for path in shards
+        ]
         times.append(max(float(writer.communicate()[0]) for writer in writers))
         time.sleep(1)
     return statistics.median(times)

@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import sys
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -244,6 +245,10 @@ class Engine(ABC):
 
     def close(self) -> None:
         if self.world_size > 1 and torch.distributed.is_initialized():
+            # A gloo thread lets go of the last collective's tensors under the GIL, after the collective is done. The
+            # group's destructor joins that thread while it holds the GIL: a deadlock, or at exit an abort. So leave
+            # the GIL to it first (pytorch#56297, #179291; seen in one of forty ends of a two-rank run).
+            time.sleep(0.1)
             torch.distributed.destroy_process_group()
 
     def _set_rate(self, rate: float) -> None:

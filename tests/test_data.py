@@ -248,7 +248,7 @@ def one_document(tmp_path: Path) -> dict[str, Any]:
 
 def no_target(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "t.csv").write_text("x,target\n1,2\n3,\n5,6\n")
-    return {"train": str(tmp_path / "t.csv")}
+    return {"train": str(tmp_path / "t.csv"), "eval_fraction": 0.5}
 
 
 def wrong_columns(tmp_path: Path) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def test_bad_data_is_explained(task: str, make: Any, expected: str, tmp_path: Pa
 def null_text(tmp_path: Path) -> dict[str, Any]:
     lines = [{"text": f"text number {i}"} for i in range(20)] + [{"text": None}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return {"train": str(tmp_path / "a.jsonl")}
+    return {"train": str(tmp_path / "a.jsonl"), "eval_fraction": 0.5}
 
 
 def torn_image(tmp_path: Path) -> dict[str, Any]:
