@@ -40,9 +40,7 @@ def main() -> None:
             unigram, gzip = baselines["unigram_bits_per_byte"], baselines["gzip_bits_per_byte"]
             result += f" (unigram {unigram:.2f}, gzip -9 {gzip:.2f})"
         size = f"{summary['parameters']:,}"
-        print(
-            f"| `{name}` | {ALL.get(name, '')} | {size} | {summary['step']:,} | {seconds:.0f} | {result} |", flush=True
-        )
+        print(f"| `{name}` | {ALL.get(name, '')} | {size} | {summary['step']:,} | {seconds:.0f} | {result} |", flush=True)
 
 
 if __name__ == "__main__":

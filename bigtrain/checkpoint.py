@@ -277,13 +277,13 @@ def load(engine: Engine, path: Path) -> tuple[State, str]:
     RequestError if it is of another model.
     """
     manifest = json.loads((path / MANIFEST).read_text())
-    engine.restore(_Shards(path))
+    engine.restore(Shards(path))
     asked = {"engine": engine.plan.kind, "world_size": engine.world_size, "precision": engine.plan.precision}
     moved = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
     return State(**json.loads((path / "state.json").read_text())), ", ".join(moved)
 
 
-class _Shards:
+class Shards:
     """All ranks' files of a checkpoint, read as whole parameters: any part of any of them, wherever it was written.
 
     safetensors only: a checkpoint holds no code, and none is run.

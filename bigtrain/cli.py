@@ -19,9 +19,7 @@ app = typer.Typer(
 )
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped recipe's name")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's name below runs/, or its directory")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
 

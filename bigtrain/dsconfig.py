@@ -20,14 +20,10 @@ _STAGE: dict[int, Kind] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
 def read_launcher(environ: Mapping[str, str]) -> Launcher:
     """Raises RequestError for engines bigtrain does not have and for a DeepSpeed file that cannot be used."""
     if environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise RequestError(
-            "accelerate launch asks for FSDP", "DeepSpeed or plain data parallel", "leave --use_fsdp out"
-        )
+        raise RequestError("accelerate launch asks for FSDP", "DeepSpeed or plain data parallel", "leave --use_fsdp out")
     if environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
         found = environ["ACCELERATE_MIXED_PRECISION"]
-        raise RequestError(
-            f"accelerate launch asks for {found}", "bf16 or no mixed precision", "--mixed_precision bf16"
-        )
+        raise RequestError(f"accelerate launch asks for {found}", "bf16 or no mixed precision", "--mixed_precision bf16")
     precision: Literal["bf16"] | None = "bf16" if environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else None
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
         return Launcher(precision=precision, source="accelerate launch --mixed_precision" if precision else "")
@@ -64,15 +60,11 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: not a usable DeepSpeed configuration ({problem})", "JSON with zero_optimization.stage 1, 2 or 3"
         ) from None
     if extra := [key for key in ("optimizer", "scheduler") if key in config]:
-        raise RequestError(
-            f"{path}: has a section {extra[0]}", "none: the recipe's optim decides", f"remove {extra[0]}"
-        )
+        raise RequestError(f"{path}: has a section {extra[0]}", "none: the recipe's optim decides", f"remove {extra[0]}")
     return dict(config)
 
 
-def refuse_contradictions(
-    launcher: Launcher, engine: Engine, origins: Mapping[str, str], environ: Mapping[str, str]
-) -> None:
+def refuse_contradictions(launcher: Launcher, engine: Engine, origins: Mapping[str, str], environ: Mapping[str, str]) -> None:
     """Raises RequestError naming both sides when recipe and launcher ask for different things."""
     pairs = [
         ("kind", engine.kind, launcher.kind),
@@ -94,9 +86,7 @@ def refuse_contradictions(
             "leave --gradient_accumulation_steps out",
         )
     if launcher.kind == "ddp" and launcher.config is not None:
-        raise RequestError(
-            f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)"
-        )
+        raise RequestError(f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)")
 
 
 def base_config(plan: Plan) -> dict[str, Any]:
@@ -121,9 +111,7 @@ def render(plan: Plan, clip_norm: float, launcher: Launcher = NO_LAUNCHER) -> di
     for key, value in ours.items():
         theirs = config.get(key, "auto")
         if launcher.config is not None and theirs not in ("auto", value):
-            raise RequestError(
-                f"{launcher.source}: {key} is {theirs}, but the recipe makes it {value}", '"auto" or the same'
-            )
+            raise RequestError(f"{launcher.source}: {key} is {theirs}, but the recipe makes it {value}", '"auto" or the same')
     config |= ours
     config["bf16"] = {"enabled": plan.precision == "bf16"}
     config["data_types"] = {"grad_accum_dtype": "fp32"}  # in bf16 too: DeepSpeed#1800, #2352

@@ -15,9 +15,9 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,16 +80,6 @@ class Fragment:
     offset: int
 
 
-class Tensors(Protocol):
-    """Where `restore` reads: the files of all ranks of a checkpoint as one (checkpoint.py)."""
-
-    def parameters(self) -> set[str]: ...
-    def keys_of(self, parameter: str) -> list[str]: ...
-    def is_scalar(self, parameter: str, key: str) -> bool: ...
-    def scalar(self, parameter: str, key: str) -> Tensor: ...
-    def read(self, parameter: str, key: str, start: int, into: Tensor) -> None: ...
-
-
 class Engine(ABC):
     """One rank's share of a training run."""
 
@@ -131,7 +121,7 @@ class Engine(ABC):
         """All parameters and buffers on the CPU of rank 0 (elsewhere: an empty dictionary). A collective."""
 
     @abstractmethod
-    def fragments(self) -> list["Fragment"]:
+    def fragments(self) -> list[Fragment]:
         """This rank's parts of the parameters, as views that can be read and written."""
 
     @abstractmethod
@@ -149,9 +139,7 @@ class Engine(ABC):
             found[f"{part.name}|weight|{part.start}"] = part.master
             for key, value in self._base().state[part.flat].items():
                 if value.shape == part.flat.shape:
-                    found[f"{part.name}|{key}|{part.start}"] = value.view(-1)[
-                        part.offset : part.offset + part.master.numel()
-                    ]
+                    found[f"{part.name}|{key}|{part.start}"] = value.view(-1)[part.offset : part.offset + part.master.numel()]
                 else:
                     found[f"{part.name}|{key}|scalar"] = torch.as_tensor(value)
         if self.main:
@@ -165,8 +153,8 @@ class Engine(ABC):
             torch.cuda.synchronize()
         return {name: self._host[name] for name in found}
 
-    def restore(self, source: "Tensors") -> None:
-        """Take back what any engine's `snapshot` held. Raises RequestError where it is of another model."""
+    def restore(self, source: Any) -> None:
+        """Take back what any engine's `snapshot` held (`source`: checkpoint.Shards). RequestError for another model's."""
         ours = {name for name, _ in self._trained()} | set(self._persistent_buffers())
         if other := sorted(ours ^ source.parameters()):
             side = "no" if other[0] in ours else "a"
@@ -185,7 +173,7 @@ class Engine(ABC):
             buffer.copy_(source.scalar(name, "buffer"))
         self._fragments_were_written()
 
-    def _to_save(self) -> list["Fragment"]:
+    def _to_save(self) -> list[Fragment]:
         return self.fragments()
 
     def _trained(self) -> list[tuple[str, Any]]:
@@ -264,9 +252,7 @@ def start(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: floa
         os.environ["DS_ACCELERATOR"] = "cpu"
     engine = _DDP(plan, device, clip_norm) if plan.kind == "ddp" else _DeepSpeed(plan, device, ds_config, clip_norm)
     if engine.world_size != plan.world_size:
-        raise TrainingFailed(
-            f"the process group has {engine.world_size} ranks", f"{plan.world_size}, as the launcher said"
-        )
+        raise TrainingFailed(f"the process group has {engine.world_size} ranks", f"{plan.world_size}, as the launcher said")
     if engine.device.type != device.kind:
         raise TrainingFailed(f"Accelerate chose {engine.device.type}", device.kind)
     return engine
@@ -345,10 +331,8 @@ class _DDP(Engine):
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16")
 
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync():
-            yield
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync()
 
     def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
         # DDP averages over ranks, so the sum is world_size times too small without this factor.
@@ -424,11 +408,7 @@ class _DeepSpeed(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
         _forget_in_transformers()
-        found = (
-            self.model.zero_optimization_stage(),
-            self.model.gradient_accumulation_steps(),
-            self.model.bfloat16_enabled(),
-        )
+        found = (self.model.zero_optimization_stage(), self.model.gradient_accumulation_steps(), self.model.bfloat16_enabled())
         asked = (int(self.plan.kind[-1]), self.plan.accumulation, self.plan.precision == "bf16")
         if found != asked:
             raise TrainingFailed(f"DeepSpeed runs (stage, accumulation, bf16) = {found}", str(asked))
@@ -437,10 +417,9 @@ class _DeepSpeed(Engine):
         else:
             self.model.optimizer.check_grad_overflow = True
 
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         self.model.set_gradient_accumulation_boundary(last)
-        yield
+        return contextlib.nullcontext()
 
     def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
         # DeepSpeed averages over ranks, as DDP does; scale_wrt_gas would divide by the accumulation once more.

@@ -45,9 +45,3 @@ class StoppedEarly(BigtrainError):
     """Stopped on request with a committed checkpoint; the same command goes on."""
 
     exit_code = 75
-
-
-class PeersLost(BigtrainError):
-    """Another rank died or fell silent; the same command goes on from the last checkpoint."""
-
-    exit_code = 76

@@ -1,12 +1,9 @@
 """The trained model as others load it: Hugging Face format, or safetensors and a small config for our own."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from bigtrain import models
 from bigtrain.data import Corpus
@@ -29,22 +26,12 @@ def write(engine: Engine, recipe: Recipe, corpus: Corpus, run: RunDir, summary: 
         model.tie_weights()  # type: ignore[operator]
         model.save_pretrained(run.export)  # type: ignore[operator]
     else:
-        _write_own(model, weights, recipe, run.export)
+        models.save_own(model, weights, recipe.model.name, run.export)
     if corpus.tokenizer is not None:
         corpus.tokenizer.save_pretrained(run.export)
     about = {"task": recipe.task, "classes": corpus.classes, "image": corpus.image, **corpus.preprocessing}
     (run.export / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
     (run.export / "README.md").write_text(_card(recipe, summary))
-
-
-def _write_own(model: nn.Module, weights: dict[str, Tensor], recipe: Recipe, folder: Path) -> None:
-    kept: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if not any(tensor.data_ptr() == other.data_ptr() and tensor.numel() for other in kept.values()):
-            kept[name] = tensor.contiguous()
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architecture": recipe.model.name, "args": model.bigtrain_args}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _card(recipe: Recipe, summary: dict[str, Any]) -> str:

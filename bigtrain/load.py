@@ -20,24 +20,22 @@ from bigtrain.recipe import Recipe
 
 Where = dict[str, str]  # dotted key → "file:line" or "override …"
 # What others call things, so that a newcomer's first guess finds ours.
-SYNONYMS = {
-    "learning_rate": "optim.lr",
-    "optimizer": "optim.name",
-    "lr_scheduler_type": "optim.schedule",
-    "max_grad_norm": "optim.clip_norm",
-    "gradient_clipping": "optim.clip_norm",
-    "batch_size": "engine.global_batch",
-    "train_batch_size": "engine.global_batch",
-    "gradient_accumulation_steps": "engine.micro_batch",
-    "zero_stage": "engine.kind",
-    "mixed_precision": "engine.precision",
-    "gradient_checkpointing": "engine.activation_checkpointing",
-    "max_steps": "train.steps",
-    "epochs": "train.steps",
-    "save_steps": "train.checkpoint_every",
-    "eval_steps": "train.eval_every",
-    "max_length": "data.seq_len",
+_ELSEWHERE = {
+    "optim.lr": "learning_rate",
+    "optim.name": "optimizer",
+    "optim.schedule": "lr_scheduler_type",
+    "optim.clip_norm": "max_grad_norm gradient_clipping",
+    "engine.global_batch": "batch_size train_batch_size",
+    "engine.micro_batch": "gradient_accumulation_steps",
+    "engine.kind": "zero_stage",
+    "engine.precision": "mixed_precision",
+    "engine.activation_checkpointing": "gradient_checkpointing",
+    "train.steps": "max_steps epochs",
+    "train.checkpoint_every": "save_steps",
+    "train.eval_every": "eval_steps",
+    "data.seq_len": "max_length",
 }
+SYNONYMS = {word: key for key, words in _ELSEWHERE.items() for word in words.split()}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -164,9 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
     except (YAMLError, ValueError, RecursionError) as problem:
         raise RecipeError(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME"
-        )
+        raise RecipeError(f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME")
     where: Where = {}
     errors: list[str] = []
     for key, line, first in keys:
@@ -301,14 +297,7 @@ def _expected(error: Any) -> str:
 
 def _kind(value: Any) -> str:
     """A value as an error shows it: itself and its type."""
-    names = {
-        str: "text",
-        bool: "true/false",
-        int: "a whole number",
-        float: "a number",
-        dict: "a mapping",
-        list: "a list",
-    }
+    names = {str: "text", bool: "true/false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
     if value is None:
         return "nothing (null)"
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "…"

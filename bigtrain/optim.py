@@ -46,9 +46,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, o: torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, fused=True),
     "adam": lambda groups, o: torch.optim.Adam(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
     "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
-    "rmsprop": lambda groups, o: torch.optim.RMSprop(
-        groups, lr=o.lr, alpha=o.smoothing, eps=o.eps, momentum=o.momentum
-    ),
+    "rmsprop": lambda groups, o: torch.optim.RMSprop(groups, lr=o.lr, alpha=o.smoothing, eps=o.eps, momentum=o.momentum),
     "adagrad": lambda groups, o: Adagrad(groups, lr=o.lr, eps=o.eps),
 }
 

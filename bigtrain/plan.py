@@ -70,12 +70,7 @@ NO_LAUNCHER = Launcher()
 
 
 def make_plan(
-    engine: Engine,
-    world_size: int,
-    samples: int,
-    sample_cost: int,
-    bf16_is_fast: bool,
-    launcher: Launcher = NO_LAUNCHER,
+    engine: Engine, world_size: int, samples: int, sample_cost: int, bf16_is_fast: bool, launcher: Launcher = NO_LAUNCHER
 ) -> tuple[Plan, dict[str, str]]:
     """Resolve every `auto` of the recipe's engine section.
 

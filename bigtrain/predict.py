@@ -4,8 +4,7 @@ import json
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigtrain import engine as engines
 from bigtrain import models
@@ -53,11 +52,9 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
 
     task = _exported(run)["task"]
     if task not in ("causal_lm", "seq2seq"):
-        raise RequestError(
-            f"{run.path} is a {task} model", "a causal_lm or seq2seq run", f"bigtrain evaluate {run.name}"
-        )
+        raise RequestError(f"{run.path} is a {task} model", "a causal_lm or seq2seq run", f"bigtrain evaluate {run.name}")
     tokenizer = load_tokenizer(str(run.export))
-    model = _load(run, task).eval()
+    model = models.load_exported(run.export, task).eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # Training saw an end-of-text token before every document, and after every source.
     ids = [tokenizer.eos_token_id, *ids] if task == "causal_lm" else [*ids, tokenizer.eos_token_id]
@@ -71,32 +68,11 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
     return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
-def _load(run: RunDir, task: str) -> nn.Module:
-    config = json.loads((run.export / "config.json").read_text())
-    if "architecture" not in config:
-        import transformers
-
-        from bigtrain.models.hf import AUTO
-
-        model: nn.Module = getattr(transformers, AUTO[task]).from_pretrained(run.export, dtype=torch.float32)
-        return model
-    architecture = config["architecture"]
-    own = (models.MODELS[architecture] if architecture in models.MODELS else models.import_class(architecture))(
-        **config["args"]
-    )
-    own.load_state_dict(load_file(run.export / "model.safetensors"), strict=False)
-    return own
-
-
 def _write(model: Any, ids: Tensor, tokens: int, temperature: float, tokenizer: Any) -> list[int]:
     if hasattr(model, "generate"):
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
-        )
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
         mask = torch.ones_like(ids)
-        found = model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling
-        )
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
         start = 0 if model.config.is_encoder_decoder else ids.shape[1]
         return list(found[0, start:].tolist())
     written: list[int] = []

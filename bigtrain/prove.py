@@ -57,9 +57,7 @@ def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int
     proof = Proof(ref, overrides, name, steps, launcher)
     legs = [RUNS / f"{name}-{leg}" for leg in ("straight", "resumed", "half")]
     if there := [str(path) for path in legs if path.exists()]:
-        raise RequestError(
-            f"{', '.join(there)}: left from an earlier proof", "nothing there", f"rm -r {' '.join(there)}"
-        )
+        raise RequestError(f"{', '.join(there)}: left from an earlier proof", "nothing there", f"rm -r {' '.join(there)}")
     straight = proof.run(ranks, legs[0].name, [])
     effective = _effective(straight)
     # The pieces of a global batch stay the same on any number of ranks; so do the draws of dropout.

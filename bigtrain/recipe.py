@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-TaskName = Literal[
-    "causal_lm", "seq2seq", "image_classification", "text_classification", "tabular_classification", "regression"
-]
+TaskName = Literal["causal_lm", "seq2seq", "image_classification", "text_classification", "tabular_classification", "regression"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -50,13 +48,10 @@ class Data(Section):
 
     train: str = Field(description="a built-in source, files (glob), an image folder, or a hub id")
     eval: str | None = Field(default=None, description="the same for evaluation; null holds a part of train out")
-    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.1, description="the part held out when eval is null"
-    )
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=0.1, description="the part held out when eval is null")
     columns: dict[str, str] = Field(default={}, description="field: column, e.g. {text: body, label: category}")
     tokenizer: Literal["auto", "bytes"] | Tokenizer | str = Field(
-        default="auto",
-        description="bytes, {train: bpe, …}, a folder or hub id; auto: the pretrained model's, else bytes",
+        default="auto", description="bytes, {train: bpe, …}, a folder or hub id; auto: the pretrained model's, else bytes"
     )
     seq_len: PositiveInt = Field(default=256, description="tokens per sample (packed) or at most (cut)")
     image_size: PositiveInt | None = Field(default=None, description="pixels per side; null keeps the images' own")
@@ -85,9 +80,7 @@ class Optim(Section):
     final_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0, description="last rate ÷ peak rate (linear, cosine, wsd)"
     )
-    decay_every: PositiveInt = Field(
-        default=100, description="steps per multiplication by decay_factor (step, exponential)"
-    )
+    decay_every: PositiveInt = Field(default=100, description="steps per multiplication by decay_factor (step, exponential)")
     decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=0.5, description="(step, exponential)")
     decay_steps: Count | None = Field(default=None, description="wsd: length of the decay; null is a fifth of the run")
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="largest gradient norm; 0 is off")
@@ -137,19 +130,14 @@ class Train(Section):
     eval_every: PositiveInt = Field(default=50, description="steps between evaluations (and one at the end)")
     checkpoint_every: PositiveInt = Field(default=50, description="steps between checkpoints (and one at the end)")
     keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
-    keep_best: (
-        Literal["loss", "perplexity", "bits_per_byte", "mse", "accuracy", "recall", "f1", "exact_match", "r2"] | None
-    ) = Field(
-        default=None, description="keep the checkpoint with the best value of this metric too, and export that one"
+    keep_best: Literal["loss", "perplexity", "bits_per_byte", "mse", "accuracy", "recall", "f1", "exact_match", "r2"] | None = (
+        Field(default=None, description="keep the checkpoint with the best value of this metric too, and export that one")
     )
-    async_save: bool = Field(
-        default=True, description="write checkpoints in the background, from a copy in host memory"
-    )
+    async_save: bool = Field(default=True, description="write checkpoints in the background, from a copy in host memory")
     log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
     max_skips: PositiveInt = Field(default=10, description="steps in a row with a loss or gradient that is not finite")
     on_spike: Literal["warn", "skip", "rewind"] = Field(
-        default="warn",
-        description="a loss far above the last ones: say so, leave the step out, or go back and round it",
+        default="warn", description="a loss far above the last ones: say so, leave the step out, or go back and round it"
     )
     label_smoothing: Fraction = Field(default=0.0, description="for losses over classes or tokens, in training only")
 

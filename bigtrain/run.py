@@ -29,24 +29,18 @@ from bigtrain.track import Everyone, MetricsFile, Terminal, WandB, console, logg
 Settings = dict[str, dict[str, Any]]
 
 
-def run_recipe(
-    loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] = (), as_json: bool = False
-) -> dict[str, Any]:
+def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] = (), as_json: bool = False) -> dict[str, Any]:
     """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
     recipe = loaded.recipe
     changed = {} if fresh else _changes_since(run_directory(recipe.name), recipe, list(allow_change))
     if recipe.track.wandb == "online" and not logged_in():
-        raise RequestError(
-            "track.wandb is online, but W&B has no key", "a login", "wandb login, or track.wandb=offline"
-        )
+        raise RequestError("track.wandb is online, but W&B has no key", "a login", "wandb login, or track.wandb=offline")
     device = engine.find_device(recipe.engine.device)
     launcher = dsconfig.read_launcher(os.environ)
     dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins, os.environ)
     corpus = prepare(recipe)
     world_size = engine.world_from_environment()[1]
-    plan, planned = make_plan(
-        recipe.engine, world_size, len(corpus.train), corpus.sample_cost, device.bf16_is_fast, launcher
-    )
+    plan, planned = make_plan(recipe.engine, world_size, len(corpus.train), corpus.sample_cost, device.bf16_is_fast, launcher)
     ds_config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm, launcher)
     task = TASKS[recipe.task](recipe.task, corpus, recipe.train.label_smoothing)
     ranks = engine.start(plan, device, ds_config, recipe.optim.clip_norm)
@@ -82,13 +76,7 @@ def _facts_of(model: torch.nn.Module) -> Settings:
 
 
 def _train(
-    loaded: Loaded,
-    run: RunDir,
-    ranks: engine.Engine,
-    task: Task,
-    settings: Settings,
-    changed: dict[str, str],
-    screen: Console,
+    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, changed: dict[str, str], screen: Console
 ) -> dict[str, Any]:
     recipe, corpus = loaded.recipe, task.corpus
     path, lines = checkpoint.newest(ranks, run)

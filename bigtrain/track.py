@@ -48,12 +48,7 @@ class Terminal:
         self.last = -math.inf
         self.bar: Progress | None = None
         if console.is_terminal:
-            columns = (
-                "{task.description}",
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-            )
+            columns = ("{task.description}", BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
             self.bar = Progress(*columns, console=console)
             self.task = self.bar.add_task("training", total=steps, text="")
             self.bar.start()

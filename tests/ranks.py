@@ -38,9 +38,7 @@ class Twice(nn.Module):
     def __init__(self, vocab_size: int, width: int = 32) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width)
-        self.block = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.block = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
 

@@ -165,12 +165,7 @@ def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) ->
     file = tmp_path / "a.jsonl"
     rows = [{"body": f"text number {i}", "kind": "odd" if i % 2 else "even"} for i in range(60)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    data = {
-        "train": str(file),
-        "columns": {"text": "body", "label": "kind"},
-        "tokenizer": {"vocab_size": 300},
-        "seq_len": 16,
-    }
+    data = {"train": str(file), "columns": {"text": "body", "label": "kind"}, "tokenizer": {"vocab_size": 300}, "seq_len": 16}
     first = prepare(recipe("text_classification", data))
     assert first.classes == ["even", "odd"]
     assert len(first.train) + len(first.eval) == 60
@@ -208,9 +203,7 @@ def picture(path: Path, shade: int, size: tuple[int, int] = (20, 16)) -> None:
 def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
     for i in range(20):
         picture(tmp_path / ("dark" if i % 2 else "light") / f"{i}.png", i)
-    corpus = prepare(
-        recipe("image_classification", {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.3}, "cnn")
-    )
+    corpus = prepare(recipe("image_classification", {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.3}, "cnn"))
     assert corpus.classes == ["dark", "light"]
     assert corpus.image == (3, 8, 8)
     assert corpus.train[0]["image"].shape == (3, 8, 8)
@@ -320,9 +313,7 @@ def missing_cell(tmp_path: Path) -> dict[str, Any]:
         ("regression", missing_cell, 20, "row 20: nothing, or not a finite number"),
     ],
 )
-def test_bad_records_are_left_out_within_the_budget(
-    task: str, make: Any, count: int, name: str, tmp_path: Path
-) -> None:
+def test_bad_records_are_left_out_within_the_budget(task: str, make: Any, count: int, name: str, tmp_path: Path) -> None:
     data, model = make(tmp_path), {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn")
     with pytest.raises(RequestError, match=r"data\.max_bad=1 to leave it out"):
         prepare(recipe(task, data, model))

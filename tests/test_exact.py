@@ -134,9 +134,7 @@ def reference(model: str, optimizer: str = "adamw", l1: float = 0.0) -> tuple[li
         for index in sample_ids(step):
             example = corpus.train[index]
             if model == "cnn":
-                total = total + F.cross_entropy(
-                    net(pixel_values=example["image"][None])[0], torch.tensor(example["label"])
-                )
+                total = total + F.cross_entropy(net(pixel_values=example["image"][None])[0], torch.tensor(example["label"]))
                 weight += 1
             else:
                 tokens = torch.from_numpy(example["tokens"])
@@ -181,9 +179,7 @@ def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(name: str, results
 
 @pytest.mark.parametrize("model", MODELS)
 def test_evaluation_counts_every_example_once_on_any_engine(model: str, results: dict[str, Any]) -> None:
-    found = [
-        results[f"{world}/{model}/{kind}/fp32/1"]["eval"] for world, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
-    ]
+    found = [results[f"{world}/{model}/{kind}/fp32/1"]["eval"] for world, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 

@@ -20,13 +20,7 @@ from bigtrain.checkpoint import committed, seal, verify
 from bigtrain.load import HARMLESS, flatten, load_recipe
 from bigtrain.rundir import RunDir, read_metrics
 
-STEPS = [
-    "train.steps=12",
-    "train.eval_every=12",
-    "train.checkpoint_every=4",
-    "track.wandb=off",
-    "optim.schedule=constant",
-]
+STEPS = ["train.steps=12", "train.eval_every=12", "train.checkpoint_every=4", "track.wandb=off", "optim.schedule=constant"]
 CNN = ["digits-cnn", *STEPS]
 
 

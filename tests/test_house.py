@@ -1,6 +1,8 @@
 """The house: who may import whom, and how long things may get."""
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ FLOORS = [
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 ROOMS = {"accelerate": {"engine"}, "deepspeed": {"engine"}, "wandb": {"track"}}
 
 
@@ -45,11 +48,18 @@ def test_each_framework_has_one_room_and_the_low_floors_have_no_torch() -> None:
 
 
 def test_the_code_stays_thin() -> None:
+    """Under 5,000 lines of code, counted as tinygrad's sz.py does: nobody is paid for leaving out a docstring."""
     total = 0
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        total += text.count("\n")
+        lines: set[int] = set()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type not in SILENT:
+                lines |= set(range(token.start[0], token.end[0] + 1))
         for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
                 assert node.end_lineno - node.lineno < 61, f"{path.name}: {node.name} does not fit on a screen"
+        total += len(lines)
     assert total < 5000

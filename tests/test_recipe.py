@@ -79,9 +79,7 @@ def test_a_wrong_override_names_the_right_one(override: str, expected: str) -> N
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "- a", "name: [", "a: &x {b: *x}", "\t", "name: x\n  y: z", "!!python/object:os.system x"]
-)
+@pytest.mark.parametrize("text", ["", "- a", "name: [", "a: &x {b: *x}", "\t", "name: x\n  y: z", "!!python/object:os.system x"])
 def test_no_yaml_text_shows_a_traceback(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml"):
@@ -98,9 +96,7 @@ def test_any_text_as_recipe_or_override_is_either_loaded_or_explained(text: str)
 
 
 def test_overrides_are_typed_like_yaml_and_remembered() -> None:
-    loaded = load_recipe(
-        "tiny-lm", ["optim.lr=3e-4", "model.args.num_hidden_layers=2", "track.tags=[a, b]", "train.steps=7"]
-    )
+    loaded = load_recipe("tiny-lm", ["optim.lr=3e-4", "model.args.num_hidden_layers=2", "track.tags=[a, b]", "train.steps=7"])
     assert loaded.recipe.optim.lr == 3e-4
     assert loaded.recipe.model.args["num_hidden_layers"] == 2
     assert loaded.recipe.track.tags == ["a", "b"]
@@ -142,9 +138,7 @@ def facts(recipe: Recipe) -> Corpus:
 def test_every_shipped_recipe_builds_its_model(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name).recipe
     if recipe.model.pretrained:  # no hub here: a local folder stands for the hub id
-        LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300).save_pretrained(
-            tmp_path
-        )
+        LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300).save_pretrained(tmp_path)
         recipe = load_recipe(name, [f"model.pretrained={tmp_path}"]).recipe
     with torch.device("meta"):
         model = models.build(recipe, facts(recipe))

@@ -26,9 +26,7 @@ def losses(folder: Path) -> dict[int, float]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run of a language model, with W&B offline; the folder that holds runs/."""
     folder = tmp_path_factory.mktemp("finished")
-    done = bigtrain(
-        "train", "tiny-lm", *QUICK[:3], "track.wandb=offline", "engine.precision=fp32", "--json", cwd=folder
-    )
+    done = bigtrain("train", "tiny-lm", *QUICK[:3], "track.wandb=offline", "engine.precision=fp32", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -40,18 +38,7 @@ def test_the_run_directory_keeps_its_contract(finished: Path) -> None:
     }  # fmt: skip
     lines = list(read_metrics(run / "metrics.jsonl", "train"))
     assert [line["step"] for line in lines] == list(range(1, 13))
-    for key in (
-        "samples",
-        "weight",
-        "loss",
-        "lr",
-        "grad_norm",
-        "applied",
-        "tokens_per_s",
-        "mfu",
-        "seconds",
-        "peak_memory_bytes",
-    ):
+    for key in ("samples", "weight", "loss", "lr", "grad_norm", "applied", "tokens_per_s", "mfu", "seconds", "peak_memory_bytes"):
         assert key in lines[0]
     evals = list(read_metrics(run / "metrics.jsonl", "eval"))
     assert [line["step"] for line in evals] == [6, 12]
@@ -127,14 +114,7 @@ def test_verify_names_a_changed_file(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> None:
-    arguments = [
-        "train",
-        "digits-cnn",
-        "train.steps=60",
-        "train.eval_every=60",
-        "train.checkpoint_every=60",
-        "track.wandb=off",
-    ]
+    arguments = ["train", "digits-cnn", "train.steps=60", "train.eval_every=60", "train.checkpoint_every=60", "track.wandb=off"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir()
     stopped.mkdir()
@@ -168,20 +148,10 @@ def test_two_ranks_train_every_shape_of_recipe_as_one_does(tmp_path: Path) -> No
 
 def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp_path: Path) -> None:
     config = str(TESTS.parent / "ds_configs" / "zero2.json")
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--use_deepspeed",
-        "--num_processes",
-        "2",
-        "--deepspeed_config_file",
-        config,
-    ]
+    launch = ["-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2", "--deepspeed_config_file", config]
     command = [sys.executable, *launch, "-m", "bigtrain", "train", "tiny-lm", *QUICK, "engine.precision=fp32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     effective = json.loads((tmp_path / "runs" / "tiny-lm" / "effective.json").read_text())
     assert effective["engine.kind"] == {"value": "zero2", "origin": "launcher"}
@@ -214,22 +184,11 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp
         (["digits-cnn", "engine.offload=params", "engine.kind=zero2"], "offload: params needs kind: zero3"),
         (["digits-cnn", "model.name=tests_no_module:X", "model.args={}"], "No module named"),
         (["digits-cnn", "model.name=ranks:SAMPLES", "model.args={}"], "not a torch.nn.Module"),
-        (
-            ["digits-cnn", "model.name=misfits:WrongShape", "model.args={}", "model.dropout=null"],
-            "[batch, classes] = (2, 10)",
-        ),
-        (
-            ["digits-cnn", "model.name=misfits:WrongArguments", "model.args={}", "model.dropout=null"],
-            "forward(pixel_values",
-        ),
+        (["digits-cnn", "model.name=misfits:WrongShape", "model.args={}", "model.dropout=null"], "[batch, classes] = (2, 10)"),
+        (["digits-cnn", "model.name=misfits:WrongArguments", "model.args={}", "model.dropout=null"], "forward(pixel_values"),
         (["digits-cnn", "model.args={channels: [8, 8, 8, 8, 8, 8]}"], "does not fit task"),
         (
-            [
-                "tiny-lm",
-                "train.steps=2",
-                "model.name=xlnet",
-                "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}",
-            ],
+            ["tiny-lm", "train.steps=2", "model.name=xlnet", "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}"],
             "sees the tokens",
         ),
         (["diabetes", "train.label_smoothing=0.1"], "label_smoothing is for losses over classes"),
@@ -238,9 +197,7 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp
         (["digits-cnn", "model.name=misfits:WrongResult", "model.args={}", "model.dropout=null"], "returned dict"),
     ],
 )
-def test_a_wrong_request_ends_with_2_a_message_and_nothing_written(
-    arguments: list[str], expected: str, tmp_path: Path
-) -> None:
+def test_a_wrong_request_ends_with_2_a_message_and_nothing_written(arguments: list[str], expected: str, tmp_path: Path) -> None:
     done = bigtrain("train", *arguments, cwd=tmp_path, PYTHONPATH=str(TESTS))
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr

@@ -54,9 +54,7 @@ def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> Corpus:
     there, so that other data is shown to the model as it learnt to see.
     """
     if unknown := set(recipe.data.columns) - set(FIELDS[recipe.task]):
-        raise RequestError(
-            f"data.columns.{min(unknown)}: task {recipe.task} has no such field", " or ".join(FIELDS[recipe.task])
-        )
+        raise RequestError(f"data.columns.{min(unknown)}: task {recipe.task} has no such field", " or ".join(FIELDS[recipe.task]))
     source = open_source(recipe.data.train, recipe.task, recipe.data)
     evaluation = open_source(recipe.data.eval, recipe.task, recipe.data) if recipe.data.eval else None
     kind = FIELDS[recipe.task][0]
@@ -222,9 +220,7 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
     if size is not None and picture.size != (size, size):
         width, height = picture.size
         scale = size / min(width, height)
-        picture = picture.resize(
-            (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR
-        )
+        picture = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR)
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
         picture = picture.crop((left, top, left + size, top + size))
     array = torch.from_numpy(np.asarray(picture, np.float32) / 255)
@@ -238,9 +234,7 @@ def _images(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] |
     refuse_empty({"train": len(sets[0]), "eval": len(sets[1])}, bad)
     classes = sorted(labels)
     if len(shapes) > 1:
-        raise RequestError(
-            f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224"
-        )
+        raise RequestError(f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224")
     channels, height, width = shape = shapes.pop()
     sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(sets[0]), max(1, len(sets[0]) // 2000))])
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
@@ -265,9 +259,7 @@ def refuse_bad(bad: list[str], recipe: Recipe) -> None:
     """Raises RequestError for more bad records than the recipe allows."""
     if len(bad) > recipe.data.max_bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
-        raise RequestError(
-            f"{bad[0]}{more}", "data that can be read", f"mend it, or data.max_bad={len(bad)} to leave it out"
-        )
+        raise RequestError(f"{bad[0]}{more}", "data that can be read", f"mend it, or data.max_bad={len(bad)} to leave it out")
 
 
 def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str], list[str]]:

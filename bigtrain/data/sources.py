@@ -53,9 +53,7 @@ def open_source(name: str, task: str, data: Data) -> Source:
         return build(task)
     if Path(name).is_dir():
         if task == "image_classification":
-            return _from_datasets(
-                task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name
-            )
+            return _from_datasets(task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name)
         name = str(Path(name) / "**" / "*")
     files = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
     if files:
@@ -83,9 +81,7 @@ def _from_files(task: str, data: Data, files: list[Path]) -> Source:
     if kind != "text":
         return _from_datasets(task, data, kind, files, None)
     if task != "causal_lm":
-        raise RequestError(
-            f"plain text files have no fields for task {task}", "jsonl, csv or parquet", "data.train='*.jsonl'"
-        )
+        raise RequestError(f"plain text files have no fields for task {task}", "jsonl, csv or parquet", "data.train='*.jsonl'")
 
     def read() -> Iterable[Record]:
         root = os.path.commonpath([path.resolve().parent for path in files])
@@ -96,9 +92,7 @@ def _from_files(task: str, data: Data, files: list[Path]) -> Source:
                 parts = [text] if len(files) > 1 else _cut(text, max(1, len(text) // 100))
                 yield from ({"text": part, "group": f"{name} {number}"} for number, part in enumerate(parts))
             except UnicodeDecodeError as problem:
-                raise RequestError(
-                    f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
-                ) from None
+                raise RequestError(f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet") from None
 
     return Source(_stamp(files), read)
 
@@ -147,14 +141,13 @@ def _from_hub(task: str, data: Data, name: str) -> Source:
         table = datasets.load_dataset(name, split="train")
     except Exception as problem:
         raise RequestError(
-            f"no data set {name!r}: neither a built-in source, nor files, nor to be had from the hub "
-            f"({type(problem).__name__})",
+            f"no data set {name!r}: neither a built-in source, nor files, nor to be had from the hub ({type(problem).__name__})",
             f"a built-in source ({', '.join(BUILT_IN)}), a glob, a folder or a hub id",
         ) from None
     return Source(f"hub {name} {table._fingerprint}", lambda: _with_fields(table, task, data))
 
 
-def _with_fields(table: Any, task: str, data: Data) -> Iterable[Record]:
+def _with_fields(table: Any, task: str, data: Data) -> Any:
     """`table` under the task's field names; class labels by name."""
     fields = FIELDS[task]
     if fields[0] == "features":
@@ -174,7 +167,7 @@ def _with_fields(table: Any, task: str, data: Data) -> Iterable[Record]:
 
 @dataclass(frozen=True)
 class _Renamed:
-    """A view of a datasets table: random access and iteration, fields instead of columns."""
+    """A view of a datasets table, fields instead of columns (iterable too: beyond its end, a table raises IndexError)."""
 
     table: Any
     wanted: dict[str, str]
@@ -190,15 +183,10 @@ class _Renamed:
             record["label"] = self.names[record["label"]]
         return record
 
-    def __iter__(self) -> Any:
-        return (self[index] for index in range(len(self)))
-
 
 def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
     column = data.columns.get(answer, answer)
-    numeric = [
-        name for name, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "float"))
-    ]
+    numeric = [name for name, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "float"))]
     inputs = [name for name in numeric if name != column]
     if column not in table.column_names or not inputs:
         raise RequestError(

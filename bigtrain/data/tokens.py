@@ -158,9 +158,7 @@ def _make_tokenizer(spec: Any, texts: Iterable[str]) -> Any:
         )
         fast.train_from_iterator(texts, trainer)
     fast.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
 def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evaluation: Source | None) -> None:
@@ -210,18 +208,10 @@ def _bad_text(record: Record, task: str) -> str:
 
 
 def _encode(
-    folder: Path,
-    task: str,
-    data: Data,
-    tokenizer: Any,
-    parts: Iterator[tuple[str, Record]],
-    fields: list[str],
-    note: Console,
+    folder: Path, task: str, data: Data, tokenizer: Any, parts: Iterator[tuple[str, Record]], fields: list[str], note: Console
 ) -> dict[str, Any]:
     """Write every record's ids; returns what is known of them."""
-    writers = {
-        (part, f): _RaggedWriter(folder / f"{part}-{f}", _size(tokenizer)) for part in ("train", "eval") for f in fields
-    }
+    writers = {(part, f): _RaggedWriter(folder / f"{part}-{f}", _size(tokenizer)) for part in ("train", "eval") for f in fields}
     labels: dict[str, list[str]] = {"train": [], "eval": []}
     records = {"train": 0, "eval": 0}
     cut = 0

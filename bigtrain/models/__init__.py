@@ -3,14 +3,15 @@
 import difflib
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from bigtrain.data.examples import Corpus
 from bigtrain.errors import RequestError
@@ -78,9 +79,7 @@ def _ours(recipe: Recipe, corpus: Corpus) -> nn.Module:
     name = recipe.model.name
     if recipe.task not in _SERVES[name]:
         able = [other for other, tasks in _SERVES.items() if recipe.task in tasks]
-        expected = (
-            f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
-        )
+        expected = f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
         raise RequestError(f"model {name} does not serve task {recipe.task}", expected)
     return _construct(MODELS[name], recipe, corpus)
 
@@ -124,8 +123,7 @@ def _construct(cls: type[nn.Module], recipe: Recipe, corpus: Corpus) -> nn.Modul
         model = cls(**args)
     except Exception as problem:  # the constructor may refuse in any way
         raise RequestError(
-            f"model.args: {recipe.model.name} refuses {args}: {type(problem).__name__}: {problem}",
-            "arguments it accepts",
+            f"model.args: {recipe.model.name} refuses {args}: {type(problem).__name__}: {problem}", "arguments it accepts"
         ) from None
     model.bigtrain_args = args  # type: ignore[assignment]  # what export writes down to build it again
     return model
@@ -144,22 +142,43 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def save_own(model: nn.Module, weights: dict[str, Tensor], name: str, folder: Path) -> None:
+    """Weights and what it takes to build the model again; tied tensors once."""
+    kept: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        if not any(tensor.data_ptr() == other.data_ptr() and tensor.numel() for other in kept.values()):
+            kept[key] = tensor.contiguous()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"architecture": name, "args": model.bigtrain_args}, indent=2) + "\n")
+
+
+def load_exported(folder: Path, task: str) -> nn.Module:
+    """The model that a run has exported."""
+    config = json.loads((folder / "config.json").read_text())
+    if "architecture" not in config:
+        from bigtrain.models import hf
+
+        whole: nn.Module = hf.auto_class(task, config["model_type"]).from_pretrained(folder, dtype=torch.float32)
+        return whole
+    name = config["architecture"]
+    model = (MODELS[name] if name in MODELS else import_class(name))(**config["args"])
+    _load_own(model, folder)
+    return model
+
+
 def _load_own(model: nn.Module, folder: Path) -> None:
     """Weights of one of our models, or of a user's class, from an exported run."""
     path = folder / "model.safetensors"
     try:
         weights = load_file(path)
     except (OSError, ValueError) as problem:
-        raise RequestError(
-            f"model.pretrained: {path} cannot be read ({problem})", "a folder with model.safetensors"
-        ) from None
+        raise RequestError(f"model.pretrained: {path} cannot be read ({problem})", "a folder with model.safetensors") from None
     expected = model.state_dict()
     for name, tensor in weights.items():
         if name not in expected or expected[name].shape != tensor.shape:
             has = tuple(expected[name].shape) if name in expected else "no such tensor"
             raise RequestError(
-                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}",
-                "the same architecture",
+                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}", "the same architecture"
             )
     lacking = model.load_state_dict(weights, strict=False).missing_keys
     alike = {expected[name].data_ptr() for name in weights}  # tied tensors are stored once

@@ -40,9 +40,7 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None) -> PreTrainedMode
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
     except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
-        raise RequestError(
-            f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args"
-        ) from None
+        raise RequestError(f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args") from None
     _set_dropout(model, recipe.model.dropout)
     if not _on_meta():
         materialise(model, recipe.seed, shard)
@@ -88,9 +86,7 @@ def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
         else:
             config = AutoConfig.for_model(name, **settings)
     except Exception as problem:  # each config checks its arguments in its own way
-        raise RequestError(
-            f"model.args: {name} refuses them: {str(problem).splitlines()[0]}", "arguments it accepts"
-        ) from None
+        raise RequestError(f"model.args: {name} refuses them: {str(problem).splitlines()[0]}", "arguments it accepts") from None
     _check_length(recipe, config)
     return config
 
@@ -118,9 +114,7 @@ def _pretrained_config(folder: str, name: str) -> PreTrainedConfig:
             f"model.pretrained: no model at {folder!r} ({str(problem).splitlines()[0]})", "a local folder or a hub id"
         ) from None
     if config.model_type != name:
-        raise RequestError(
-            f"model.pretrained: {folder} holds a {config.model_type}, but model.name is {name}", "the same type"
-        )
+        raise RequestError(f"model.pretrained: {folder} holds a {config.model_type}, but model.name is {name}", "the same type")
     return config
 
 
@@ -187,9 +181,7 @@ def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrain
         ) from None
     # A new head for a new task is drawn; a layer that the file does not have would be a silent lie.
     if lacking := [name for name in report["missing_keys"] if any(part.isdigit() for part in name.split("."))]:
-        raise RequestError(
-            f"model.pretrained: {recipe.model.pretrained} has no {lacking[0]}", "all layers of the model"
-        )
+        raise RequestError(f"model.pretrained: {recipe.model.pretrained} has no {lacking[0]}", "all layers of the model")
     return model
 
 
@@ -228,9 +220,7 @@ def _materialise(
     torch.manual_seed(int.from_bytes(blake3(f"{seed}{name}".encode()).digest(7), "big"))
     owner._init_weights(module)
     if hasattr(module, "reset_parameters") and any(p.isnan().any() for p in module.parameters(recurse=False)):
-        cast(
-            Any, module
-        ).reset_parameters()  # transformers has no rule for it (RegNet's squeeze-and-excitation, for one)
+        cast(Any, module).reset_parameters()  # transformers has no rule for it (RegNet's squeeze-and-excitation, for one)
 
 
 def _all_drawn(module: nn.Module) -> None:

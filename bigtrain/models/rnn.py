@@ -31,9 +31,7 @@ class RNN(nn.Module):
         if cell not in _CELLS:
             raise ValueError(f"cell is {cell!r}; expected one of: {', '.join(_CELLS)}")
         if per_position and bidirectional:
-            raise ValueError(
-                "a language model that reads backwards would see the answer; expected bidirectional: false"
-            )
+            raise ValueError("a language model that reads backwards would see the answer; expected bidirectional: false")
         self.per_position = per_position
         self.embedding = nn.Embedding(vocab_size, embed) if vocab_size else None
         self.dropout = nn.Dropout(dropout)
@@ -50,9 +48,7 @@ class RNN(nn.Module):
         self.project = nn.Linear(width, embed) if tied and width != embed else None
         self.head = nn.Linear(embed if tied else width, num_outputs)
         if tied and self.embedding is not None:
-            nn.init.normal_(
-                self.embedding.weight, std=0.02
-            )  # 1.0, torch's default, would start a tied output far too sure
+            nn.init.normal_(self.embedding.weight, std=0.02)  # 1.0, torch's default, would start a tied output far too sure
             self.head.weight = self.embedding.weight
 
     def forward(

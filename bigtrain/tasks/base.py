@@ -96,9 +96,7 @@ def outputs(model: Any, **inputs: Tensor) -> Tensor:
     result = getattr(result, "logits", result)
     if not isinstance(result, Tensor):
         raise RequestError(
-            f"the model's forward returned {type(result).__name__}",
-            "a tensor, or an object with .logits",
-            "return the logits",
+            f"the model's forward returned {type(result).__name__}", "a tensor, or an object with .logits", "return the logits"
         )
     return result.float()
 

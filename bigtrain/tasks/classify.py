@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    BinaryF1Score,
-    BinaryRecall,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassRecall,
-)
+from torchmetrics.classification import BinaryF1Score, BinaryRecall, MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from bigtrain.data.examples import Example
 from bigtrain.tasks.base import Batch, Evaluator, Task
@@ -31,9 +25,7 @@ class Classification(Task):
             batch["features"] = torch.from_numpy(np.stack([example["features"] for example in examples]))
         else:
             texts = [torch.from_numpy(example["text"]) for example in examples]
-            batch["input_ids"] = pad_sequence(
-                texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0
-            )
+            batch["input_ids"] = pad_sequence(texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0)
             batch["attention_mask"] = pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
         return batch
 
