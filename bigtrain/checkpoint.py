@@ -10,14 +10,15 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from blake3 import blake3
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigtrain.engine import Engine
@@ -87,6 +88,17 @@ class Checkpoints:
     def building(self) -> Path:
         return self.run.checkpoints / f".{self.final.name}.tmp"
 
+    @property
+    def spare(self) -> Path:
+        """The last one deleted. The next is written over its files, whose blocks and pages in memory are at hand: here
+        five times faster than new files, and no more space than writing takes anyway."""
+        return self.run.checkpoints / ".spare"
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        if self.engine.main:
+            shutil.rmtree(self.spare, ignore_errors=True)
+
     def begin(self, state: State) -> Saved | None:
         """Copy everything to the host and start writing; returns what became of the one before. A collective."""
         before = self.finish()
@@ -130,7 +142,7 @@ class Checkpoints:
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         began = time.perf_counter()
         try:
-            save_file(tensors, path)
+            write_tensors(tensors, path)
             self.outcome = (({path.name: _settle(path)}, time.perf_counter() - began), "")
         except Exception as problem:  # whatever it is, the other ranks must hear of it
             self.outcome = (None, str(problem) or type(problem).__name__)
@@ -148,13 +160,19 @@ class Checkpoints:
         return [value for value, _ in outcomes]
 
     def _prepare(self) -> None:
-        """An empty folder to write in, and the space for it: as much as the last checkpoint took."""
+        """A folder to write in, and the space for it: as much as the last checkpoint took."""
         for left_over in self.run.checkpoints.glob(".step-*.tmp"):
             shutil.rmtree(left_over)
-        self.building.mkdir(parents=True)
+        shards = {f"rank-{rank:05d}.safetensors" for rank in range(self.engine.world_size)}
+        if self.spare.is_dir():
+            for file in self.spare.iterdir():
+                if file.name not in shards:
+                    file.unlink()
+            self.spare.rename(self.building)
+        self.building.mkdir(parents=True, exist_ok=True)
         newest = committed(self.run)[-1:]
         needed = sum(file.stat().st_size for path in newest for file in path.iterdir())
-        free = shutil.disk_usage(self.building).free
+        free = shutil.disk_usage(self.building).free + sum(file.stat().st_size for file in self.building.iterdir())
         if free < needed:
             raise OSError(f"{free:,} bytes are free in {self.run.checkpoints}, and the last checkpoint took {needed:,}")
 
@@ -186,14 +204,38 @@ class Checkpoints:
         for path in committed(self.run)[: -self.settings.keep]:
             if not (self.settings.keep_best and path.name == f"step-{self.state.best_step:08d}"):
                 # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
-                shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
+                shutil.rmtree(self.spare, ignore_errors=True)
+                path.rename(self.spare)
+
+
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+_DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """What safetensors' save_file writes, over a file that may be there; and without its copy of every tensor."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.truncate()
 
 
 def _settle(path: Path) -> dict[str, Any]:
-    """Force a file to disk; its size and hash."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "blake3": blake3().update_mmap(path).hexdigest()}
+    """Force a file to disk; its size and hash, taken meanwhile."""
+    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, file.fileno())
+        entry = {"size": path.stat().st_size, "blake3": blake3().update_mmap(path).hexdigest()}
+        synced.result()
+    return entry
 
 
 def _sync_folder(folder: Path) -> None:

@@ -326,6 +326,8 @@ class _DDP(Engine):
                     device_ids=[self.device.index] if self.device.type == "cuda" else None,
                     broadcast_buffers=False,
                     gradient_as_bucket_view=True,
+                    # A user's class may leave a parameter out of a step; looking for it costs ours nothing.
+                    find_unused_parameters=not type(self.module).__module__.startswith(("transformers.", "bigtrain.")),
                 )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -14,13 +14,13 @@ from rich.console import Console
 from bigtrain import checkpoint, dsconfig, engine, export, models
 from bigtrain.checkpoint import Checkpoints, State
 from bigtrain.data import prepare, train_batches
-from bigtrain.errors import RequestError
+from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.load import Loaded, changes, flatten, load_recipe, to_yaml
 from bigtrain.loop import Training, evaluate, train
 from bigtrain.optim import make_optimizer
 from bigtrain.plan import Plan, make_plan
 from bigtrain.recipe import Recipe
-from bigtrain.rundir import RunDir, release_ownership, run_directory, take_ownership, write_atomic
+from bigtrain.rundir import RunDir, read_metrics, release_ownership, run_directory, take_ownership, write_atomic
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
 from bigtrain.tasks.base import outputs
@@ -81,10 +81,17 @@ def _train(
     recipe, corpus = loaded.recipe, task.corpus
     path, lines = checkpoint.newest(ranks, run)
     state, moved = checkpoint.load(ranks, path) if path else (State(), "")
+    if ranks.gather(ranks.main and _gains_nothing(run, state.step))[0]:
+        raise TrainingFailed(
+            f"Slurm has started {run.path} {_FRUITLESS} times at step {state.step}, and no checkpoint came of it",
+            "at least one checkpoint between two restarts",
+            "the job's output says why it ends; or a smaller train.checkpoint_every",
+        )
     tracker = Everyone()
     if ranks.main:
         _announce(screen, run, settings, task, path)
         tracker = _tracker(loaded, run, task, settings, screen, state)
+    tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
     if "normalisation" in settings:
         tracker.event(state.step, "normalisation", **settings["normalisation"])
     for line in lines:
@@ -108,9 +115,21 @@ def _train(
         export.write(ranks, recipe, corpus, run, summary)
         if ranks.main:
             run.write_json(run.summary, summary)
+        ranks.barrier()  # a launcher may end the job when the first rank has left for a while
     finally:
+        checkpoints.close()
         tracker.close({key: value for key, value in summary.items() if isinstance(value, int | float)})
     return summary
+
+
+_FRUITLESS = 3
+
+
+def _gains_nothing(run: RunDir, step: int) -> bool:
+    """Whether Slurm has restarted this job again and again from the same step: it would go on so for ever."""
+    starts = [line["step"] for line in read_metrics(run.metrics, "event") if line["event"] == "started"]
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return restarts >= _FRUITLESS and starts[-_FRUITLESS:] == [step] * _FRUITLESS
 
 
 def _take_the_best(t: Training, run: RunDir) -> dict[str, float] | None:

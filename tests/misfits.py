@@ -1,4 +1,4 @@
-"""Classes whose forward does not fit image classification, each in its own way."""
+"""Classes that do not fit image classification, each in its own way; and one that does, oddly."""
 
 import torch
 from torch import Tensor, nn
@@ -32,3 +32,14 @@ class WrongResult(nn.Linear):
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         return {"scores": torch.zeros(1)}
+
+
+class Unused(nn.Linear):
+    """Fits, but has a parameter that no forward pass uses."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return super().forward(pixel_values.flatten(1))

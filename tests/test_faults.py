@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TESTS, bigtrain, on_ranks, start, start_ranks, wait_for
 from safetensors.torch import load_file
 
-from bigtrain.checkpoint import committed, seal, verify
+from bigtrain.checkpoint import committed, seal, verify, write_tensors
 from bigtrain.load import HARMLESS, flatten, load_recipe
 from bigtrain.rundir import RunDir, read_metrics
 
@@ -135,7 +136,7 @@ training.checkpoints.settings = training.recipe.train.model_copy(update={"keep":
 
 def save_three_times():
     global count
-    for owner, name in ((c, "save_file"), (c.os, "fsync"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
+    for owner, name in ((c, "write_tensors"), (c.os, "fsync"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
                         (c.shutil, "rmtree")):
         setattr(owner, name, counted(getattr(owner, name)))
     count = 0
@@ -173,6 +174,21 @@ def test_a_save_killed_at_any_write_fsync_or_rename_loses_nothing(tmp_path: Path
         saved = len(list(folder.glob("saved-*")))
         newest = int(found[-1].name[5:]) if found else 0
         assert newest >= saved, f"call {number}: step {saved} was committed, and {newest} is the newest"
+
+
+def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
+    kinds = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
+    tensors = {
+        f"{kind}|ü|{shape}": torch.arange(6).to(kind).reshape(shape) for kind in kinds for shape in ((6,), (2, 3), (6, 1, 1))
+    }
+    tensors |= {"scalar": torch.tensor(3.5), "none": torch.zeros(0)}
+    (tmp_path / "a.safetensors").write_bytes(b"longer than what is written over it" * 100)
+    write_tensors(tensors, tmp_path / "a.safetensors")
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:

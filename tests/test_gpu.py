@@ -52,9 +52,7 @@ def test_losses_on_cuda_are_the_cpus(name: str, results: dict[str, Any]) -> None
 
 
 def test_the_main_job_runs_on_the_gpu(tmp_path: Path) -> None:
-    from conftest import bigtrain
-
-    done = bigtrain("train", "tiny-lm", "train.steps=30", "track.wandb=off", "--json", cwd=tmp_path)
+    done = torchrun(1, "-m", "bigtrain", "train", "tiny-lm", "train.steps=30", "track.wandb=off", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     effective = json.loads((tmp_path / "runs" / "tiny-lm" / "effective.json").read_text())
     assert effective["engine.precision"]["value"] == "bf16"

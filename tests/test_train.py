@@ -227,6 +227,16 @@ def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_a_users_class_may_leave_a_parameter_unused(kind: str, tmp_path: Path) -> None:
+    """On two ranks, stopped and gone on from: no gradient for it ever comes, and nobody waits for one."""
+    arguments = ["digits-cnn", *QUICK, "model.name=misfits:Unused", "model.args={}", "model.dropout=null"]
+    for steps in ("train.steps=6", "train.steps=9"):
+        done = on_ranks(2, "train", *arguments, f"engine.kind={kind}", steps, cwd=tmp_path, PYTHONPATH=str(TESTS))
+        assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "runs" / "digits-cnn")) == 9
+
+
 def test_logistic_regression_reaches_its_figure(tmp_path: Path) -> None:
     """The others take longer: benchmarks/recipes.py prints them all."""
     done = bigtrain("train", "breast-cancer", "track.wandb=off", "--json", cwd=tmp_path)

@@ -136,8 +136,11 @@ def _from_datasets(task: str, data: Data, builder: str, files: list[Path], folde
 
 def _from_hub(task: str, data: Data, name: str) -> Source:
     import datasets
+    from huggingface_hub import constants, dataset_info
 
     try:
+        if not constants.HF_HUB_OFFLINE:
+            dataset_info(name, timeout=5)  # datasets would try for half a minute before it says that a name is wrong
         table = datasets.load_dataset(name, split="train")
     except Exception as problem:
         raise RequestError(

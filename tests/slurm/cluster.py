@@ -1,0 +1,141 @@
+"""A real Slurm of two nodes on this machine: slurmctld and two slurmd, no accounting, no munge, on loopback only.
+
+Needs root and the packages that `make slurm` installs (slurmctld, slurmd, slurm-client).
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld}
+AuthType=auth/none
+CredType=cred/none
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+JobRequeue=1
+KillWait=30
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={d1} CPUs=2 RealMemory=8000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={d2} CPUs=2 RealMemory=8000
+PartitionName=low Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
+"""
+
+
+class Cluster:
+    """The daemons, and the commands of a user."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ports = [_free_port() for _ in range(3)]
+        (folder / "state").mkdir()
+        for node in ("n1", "n2"):
+            (folder / f"spool-{node}").mkdir()
+        text = CONFIGURATION.format(
+            host=socket.gethostname().split(".")[0], folder=folder, ctld=ports[0], d1=ports[1], d2=ports[2]
+        )
+        (folder / "slurm.conf").write_text(text)
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
+        self.daemons = [
+            subprocess.Popen([_program(c[0]), *c[1:]], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for c in commands
+        ]
+        self.wait(lambda: self.run("sinfo", "-h", "-o", "%t").split() == ["idle", "idle"], 30, "two idle nodes")
+
+    def run(self, *command: str, cwd: Path | None = None) -> str:
+        """A command of Slurm's; its output."""
+        done = subprocess.run(
+            [_program(command[0]), *command[1:]], env=self.environment, cwd=cwd, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() or done.stderr.strip()
+
+    def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
+        """sbatch; the job's number."""
+        command = [_program("sbatch"), "--parsable", *arguments]
+        done = subprocess.run(command, env=self.environment | environment, cwd=cwd, capture_output=True, text=True, check=True)
+        return done.stdout.strip().split(";")[0]
+
+    def state(self, job: str) -> str:
+        """The job's state, e.g. RUNNING; its exit code follows after a colon."""
+        fields = dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job).split() if "=" in part)
+        return fields.get("JobState", "GONE")
+
+    def field(self, job: str, name: str) -> str:
+        """One field of `scontrol show job`."""
+        fields = dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job).split() if "=" in part)
+        return fields.get(name, "")
+
+    def finish(self, job: str, seconds: float = 150) -> str:
+        """Wait for the job's end, and never for the two minutes that a requeued one is held back."""
+
+        def ended() -> bool:
+            if self.state(job) == "PENDING":
+                self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+            return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
+
+        self.wait(ended, seconds, f"the end of job {job}")
+        return self.state(job)
+
+    def wait(self, true: object, seconds: float, what: str) -> None:
+        """Look twice a second; AssertionError with the daemon's last words."""
+        deadline = time.monotonic() + seconds
+        while not true():  # type: ignore[operator]
+            if time.monotonic() > deadline:
+                log = (self.folder / "slurmctld.log").read_text()[-3000:]
+                raise AssertionError(f"waited {seconds:.0f} s for {what}\n{self.run('squeue', '-l')}\n{log}")
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        self.run("scancel", "--user=root", "--signal=KILL", "--full")
+        self.run("scancel", "--user=root")
+        time.sleep(1)
+        for daemon in reversed(self.daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self.daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def missing() -> str:
+    """What stands in the way of a cluster here; empty: nothing."""
+    if lacking := [name for name in PROGRAMS if _program(name) == name and not shutil.which(name)]:
+        return f"{', '.join(lacking)} not installed (as root: make slurm installs them)"
+    return "" if os.geteuid() == 0 else "a cluster of one's own needs root"
+
+
+def _program(name: str) -> str:
+    """Debian keeps the daemons where a user's PATH may not look."""
+    return next((f"{folder}/{name}" for folder in ("/usr/sbin", "/usr/bin") if Path(folder, name).exists()), name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,151 @@
+"""Promise 2 on a real Slurm of two nodes: what ends a job early, and how the run goes on. `make slurm` runs it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster, missing
+
+from bigtrain.rundir import RunDir, asset, read_metrics
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing())]
+TRAIN = str(asset("slurm", "train.sbatch"))
+NODES = ["--nodes=2", "--ntasks-per-node=1"]
+RECIPE = ["digits-cnn", "engine.kind=zero2", "engine.micro_batch=8", "track.wandb=offline"]
+RECIPE += ["train.steps=400", "train.eval_every=400", "train.checkpoint_every=50"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The curve of the same recipe under torchrun."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain", "train", *RECIPE]
+    subprocess.run([sys.executable, *launch], cwd=folder, check=True, capture_output=True)
+    return losses(folder)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = read_metrics(folder / "runs" / "digits-cnn" / "metrics.jsonl", "train")
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """A set-up file, as a user would name one: here it brings the tests' interpreter."""
+    setup = folder / "setup.sh"
+    setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    return {"BIGTRAIN_SETUP": str(setup), "OMP_NUM_THREADS": "1"} | more
+
+
+def submit(cluster: Cluster, folder: Path, *options: str, overrides: tuple[str, ...] = (), **more: str) -> str:
+    arguments = [*NODES, "--output=job.log", *options, TRAIN, *RECIPE, *overrides]
+    return cluster.submit(*arguments, cwd=folder, **environment(folder, **more))
+
+
+def reached(folder: Path, step: int) -> bool:
+    return max(losses(folder), default=0) >= step
+
+
+def log(folder: Path) -> str:
+    return (folder / "job.log").read_text()
+
+
+def went_on(folder: Path, undisturbed: dict[int, float]) -> None:
+    """The whole curve is the undisturbed one's, to the bit; and the run is one run in W&B."""
+    assert losses(folder) == undisturbed
+    run = RunDir(folder / "runs" / "digits-cnn")
+    assert json.loads(run.summary.read_text())["status"] == "finished"
+    assert {line["event"] for line in read_metrics(run.metrics, "event")} >= {"resumed"}
+    names = {path.name.rsplit("-", 1)[1] for path in (run.path / "wandb").glob("offline-run-*")}
+    assert len(names) == 1, "one id, however many segments"
+
+
+def test_a_job_over_two_nodes_trains_and_finishes(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path)
+    assert cluster.finish(job) == "COMPLETED", log(tmp_path)
+    assert losses(tmp_path) == undisturbed
+    effective = json.loads((tmp_path / "runs" / "digits-cnn" / "effective.json").read_text())
+    assert effective["engine.world_size"]["value"] == 2
+
+
+def test_a_preempted_job_saves_and_goes_on(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path)
+    cluster.wait(lambda: reached(tmp_path, 60), 120, "step 60")
+    urgent = cluster.submit("--partition=high", *NODES, "--exclusive", "--wrap", "sleep 2", cwd=tmp_path)
+    cluster.finish(urgent)
+    assert cluster.finish(job) == "COMPLETED", log(tmp_path)
+    went_on(tmp_path, undisturbed)
+    assert "stopped at step" in log(tmp_path), "saved by itself, not killed"
+
+
+def test_a_killed_rank_is_requeued(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    once = tmp_path / "once.sh"  # only in the job's first life
+    once.write_text('[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export BIGTRAIN_FAULT=kill@1:130\n')
+    setup = environment(tmp_path)["BIGTRAIN_SETUP"]
+    once.write_text(once.read_text() + Path(setup).read_text())
+    job = cluster.submit(*NODES, "--output=job.log", TRAIN, *RECIPE, cwd=tmp_path, BIGTRAIN_SETUP=str(once), OMP_NUM_THREADS="1")
+    assert cluster.finish(job) == "COMPLETED", log(tmp_path)
+    went_on(tmp_path, undisturbed)
+
+
+def test_a_lost_node_is_survived(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path)
+    cluster.wait(lambda: reached(tmp_path, 60), 120, "step 60")
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.wait(lambda: cluster.state(job) != "RUNNING", 60, "the job's end")
+    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    assert cluster.finish(job) == "COMPLETED", log(tmp_path)
+    went_on(tmp_path, undisturbed)
+
+
+def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> None:
+    """A minute, of which the signal leaves 45 seconds; the run wants more steps than that."""
+    job = submit(cluster, tmp_path, "--time=1", "--signal=USR1@45", overrides=("train.steps=100000", "train.eval_every=100000"))
+    cluster.wait(lambda: "requeued (restart 1)" in log(tmp_path) if (tmp_path / "job.log").exists() else False, 120, "requeue")
+    first = max(losses(tmp_path))
+    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
+    cluster.wait(lambda: reached(tmp_path, first + 5), 120, "more steps")
+    curve = [line["step"] for line in read_metrics(tmp_path / "runs" / "digits-cnn" / "metrics.jsonl", "train")]
+    assert curve == sorted(set(curve)), "no step is lost or done twice"
+    cluster.run("scancel", job)
+    cluster.finish(job)
+
+
+def test_a_job_that_gains_nothing_stops_being_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, BIGTRAIN_FAULT="kill@1:3")
+    assert cluster.finish(job, 240) == "FAILED", log(tmp_path)
+    assert cluster.field(job, "ExitCode").startswith("3:"), log(tmp_path)
+    assert "no checkpoint came of it" in log(tmp_path)
+    assert int(cluster.field(job, "Restarts")) == 3
+
+
+def test_a_wrong_request_is_never_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, overrides=("optim.learning_rate=1",))
+    assert cluster.finish(job) == "FAILED"
+    assert cluster.field(job, "ExitCode").startswith("2:"), log(tmp_path)
+    assert "did you mean optim.lr?" in log(tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_job_for_the_same_run_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """Side by side, each on one node."""
+    long = ("train.steps=100000", "train.eval_every=100000")
+    first = submit(cluster, tmp_path, "--nodes=1", overrides=long)
+    cluster.wait(lambda: reached(tmp_path, 20), 120, "step 20")
+    recipe = (tmp_path / "runs" / "digits-cnn" / "recipe.yaml").read_bytes()
+    second = submit(cluster, tmp_path, "--nodes=1", "--output=second.log", overrides=(*long, "track.tags=[x]"))
+    assert cluster.finish(second) == "FAILED"
+    assert cluster.field(second, "ExitCode").startswith("2:")
+    assert f"Slurm job {first}" in (tmp_path / "second.log").read_text()
+    assert (tmp_path / "runs" / "digits-cnn" / "recipe.yaml").read_bytes() == recipe
+    cluster.run("scancel", first)
+    cluster.finish(first)
