@@ -221,11 +221,11 @@ def is_spike(recent: list[float], loss: float) -> bool:
 def _watch(t: Training, loss: float, spiked: bool) -> None:
     """Say that the loss has spiked and do what the recipe wants; else remember the loss."""
     state, policy = t.state, t.recipe.train.on_spike
-    if not (spiked or is_spike(state.recent, loss)):
-        if math.isfinite(loss):
-            state.recent = [*state.recent, loss][-_WINDOW:]
+    high, usual = spiked or is_spike(state.recent, loss), statistics.median(state.recent or [loss])
+    if math.isfinite(loss) and not spiked:  # one that is only warned about counts: it may be the new level
+        state.recent = [*state.recent, loss][-_WINDOW:]
+    if not high:
         return
-    usual = statistics.median(state.recent)
     t.tracker.event(state.step, "loss spike", loss=loss, usual=usual, policy=policy)
     if policy == "rewind":
         _report(t, t.checkpoints.finish())

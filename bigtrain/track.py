@@ -4,7 +4,9 @@ import math
 import netrc
 import os
 import secrets
+import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
@@ -91,7 +93,7 @@ class WandB:
             id_file.write_text(known_id or secrets.token_hex(4))
         self.id = id_file.read_text().strip()
         mode: Any = track.wandb if track.wandb != "auto" else "online" if logged_in() else "offline"
-        self.run = wandb.init(
+        self.run: Any = wandb.init(
             project=track.project,
             group=track.group or recipe_name,
             tags=track.tags,
@@ -110,11 +112,19 @@ class WandB:
         if prefix is None:
             return
         numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        self.run.log({"step": record["step"], **numbers})
+        self._try(lambda: self.run.log({"step": record["step"], **numbers}))
 
     def close(self, summary: Record) -> None:
-        self.run.summary.update(summary)
-        self.run.finish()
+        self._try(lambda: (self.run.summary.update(summary), self.run.finish()))
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        """W&B's service is a process of its own, which a cluster may end before us: that must not end the run."""
+        try:
+            if self.run is not None:
+                act()
+        except Exception as problem:
+            self.run = None
+            print(f"bigtrain: W&B is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all", file=sys.stderr)
 
 
 def logged_in() -> bool:

@@ -297,9 +297,9 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
     assert list((tmp_path / "runs").iterdir()) == [], "what proves nothing more is removed"
     # Python imports sitecustomize.py at its start: here one that makes the order depend on the rank.
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, bigtrain.data.order as o\n"
-        "inner = o.samples_at\n"
-        "o.samples_at = lambda p, n, seed: inner(p, n, seed + int(os.environ.get('RANK', '0')))\n"
+        "import os, bigtrain.data.stream as s\n"
+        "inner = s.samples_at\n"
+        "s.samples_at = lambda p, n, seed: inner(p, n, seed + int(os.environ.get('RANK', '0')))\n"
     )
     done = bigtrain("prove", "digits-cnn", "--json", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr

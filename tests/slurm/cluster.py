@@ -65,7 +65,14 @@ class Cluster:
             subprocess.Popen([_program(c[0]), *c[1:]], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             for c in commands
         ]
-        self.wait(lambda: self.run("sinfo", "-h", "-o", "%t").split() == ["idle", "idle"], 30, "two idle nodes")
+        try:
+            self.wait(self.idle, 30, "two idle nodes")
+        except AssertionError:
+            self.close()
+            raise
+
+    def idle(self) -> bool:
+        return self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split() == ["idle", "idle"]
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
         """A command of Slurm's; its output."""
