@@ -4,6 +4,7 @@ Everything is written under a temporary name. Each rank hashes and syncs the fil
 rank 0 writes the manifest and renames. The rename is the commit.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,12 +42,14 @@ class State:
     weight: int = 0  # target tokens or examples
     skips: int = 0  # steps in a row that were not applied
     rewinds: int = 0  # since the last checkpoint
-    bad: int = 0  # samples that could not be read
+    bad: list[str] = field(default_factory=list)  # samples that could not be read
+    data_size: int = 0  # training samples there were
     recent: list[float] = field(default_factory=list)  # losses that a spike is measured against
     evaluated: int = 0  # the step of the last evaluation
     results: dict[str, float] = field(default_factory=dict)  # and what it found
     best: float | None = None  # of train.keep_best, turned so that lower is better
     best_step: int = 0
+    best_metric: str | None = None
     wandb_id: str = ""
 
 
@@ -72,11 +75,12 @@ class Checkpoints:
     One is under way at most. What fails on one rank fails on all, and leaves the checkpoints before it alone.
     """
 
-    def __init__(self, engine: Engine, run: RunDir, recipe: Recipe) -> None:
+    def __init__(self, engine: Engine, run: RunDir, recipe: Recipe, state: State) -> None:
+        """`state`: where the run stands, at step 0 or as its last checkpoint has it."""
         self.engine, self.run, self.settings = engine, run, recipe.train
         self.recipe_hash = blake3(to_yaml(recipe).encode()).hexdigest()
         self.writer: threading.Thread | None = None
-        self.state = State()
+        self.state = replace(state)
         self.outcome: tuple[Any, str] = (None, "")
         self.began = self.blocked = 0.0
 
@@ -99,18 +103,20 @@ class Checkpoints:
         if self.engine.main:
             shutil.rmtree(self.spare, ignore_errors=True)
 
-    def begin(self, state: State) -> Saved | None:
+    def begin(self, state: State) -> list[Saved]:
         """Copy everything to the host and start writing; returns what became of the one before. A collective."""
         before = self.finish()
+        if self.state.step == state.step > 0:  # after a rewind: it is there, and must not be lost while written anew
+            return before
         self.began = time.perf_counter()
         state.rewinds = 0
-        self.state = replace(state, recent=list(state.recent), results=dict(state.results))
+        self.state = replace(state, recent=list(state.recent), results=dict(state.results), bad=list(state.bad))
         self.engine.sync_buffers()
         tensors = self.engine.snapshot()
         try:
             self._together(lambda: self._prepare() if self.engine.main else None)
         except NotSavedError as problem:
-            return before or Saved(state.step, self.final, 0.0, 0.0, problem=str(problem))
+            return [*before, Saved(state.step, self.final, 0.0, 0.0, problem=str(problem))]
         path = self.building / f"rank-{self.engine.rank:05d}.safetensors"
         self.writer = threading.Thread(target=self._write, args=(path, tensors), daemon=True)
         self.writer.start()
@@ -121,10 +127,10 @@ class Checkpoints:
         """Whether this rank's part of the checkpoint under way is on disk (or has failed)."""
         return self.writer is not None and not self.writer.is_alive()
 
-    def finish(self) -> Saved | None:
+    def finish(self) -> list[Saved]:
         """Wait for the checkpoint under way, if any, and commit it; then delete the oldest. A collective."""
         if self.writer is None:
-            return None
+            return []
         waited = time.perf_counter()
         self.writer.join()
         self.writer = None
@@ -137,7 +143,7 @@ class Checkpoints:
         except NotSavedError as failure:
             problem = str(failure)
         now = time.perf_counter()
-        return Saved(self.state.step, self.final, now - self.began, self.blocked + now - waited, writing, problem)
+        return [Saved(self.state.step, self.final, now - self.began, self.blocked + now - waited, writing, problem)]
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         began = time.perf_counter()
@@ -186,6 +192,8 @@ class Checkpoints:
             "engine": engine.plan.kind,
             "offload": engine.plan.offload,
             "precision": engine.plan.precision,
+            "optimizer": engine.optimizer_name,
+            "shapes": engine.shapes(),
             "recipe": self.recipe_hash,
             "versions": {name: version(name) for name in _PACKAGES},
         }
@@ -197,7 +205,8 @@ class Checkpoints:
             shutil.rmtree(self.final)
         building.rename(self.final)
         _sync_folder(self.run.checkpoints)
-        self._prune()
+        with contextlib.suppress(OSError):  # what is committed stays so, whatever becomes of the old ones
+            self._prune()
 
     def _prune(self) -> None:
         """Delete all but the newest `keep` and the best: only now that a newer one is committed."""
@@ -261,7 +270,7 @@ def verify(path: Path) -> list[str]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, sealed = manifest["files"], manifest.pop("seal")
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return [f"{MANIFEST}: cannot be read ({type(problem).__name__})"]
     if sealed != seal(manifest):
         return [f"{MANIFEST}: content does not match its hash"]
@@ -316,13 +325,24 @@ def _stranger(path: Path) -> str:
 def load(engine: Engine, path: Path) -> tuple[State, str]:
     """Restore engine and state from a checkpoint of any engine on any number of ranks; and a line if it is another.
 
-    RequestError if it is of another model.
+    Another optimizer starts anew. RequestError, before anything is changed, if it is of another model.
     """
     manifest = json.loads((path / MANIFEST).read_text())
-    engine.restore(Shards(path))
-    asked = {"engine": engine.plan.kind, "world_size": engine.world_size, "precision": engine.plan.precision}
+    try:
+        state = State(**json.loads((path / "state.json").read_text()))
+        shapes, optimizer = manifest["shapes"], manifest["optimizer"]
+    except (TypeError, KeyError) as problem:
+        raise RequestError(f"{path} is of another version of bigtrain ({problem})", "that version, or --fresh") from None
+    ours = engine.shapes()
+    if other := sorted(name for name in ours.keys() | shapes.keys() if ours.get(name) != shapes.get(name)):
+        found = f"{path}: {other[0]} is {shapes.get(other[0], 'absent')}, and the model's {ours.get(other[0], 'absent')}"
+        raise RequestError(found, "a checkpoint of the same model", "the recipe as it was, or --fresh")
+    engine.restore(Shards(path), optimizer == engine.optimizer_name)
+    plan = engine.plan
+    asked: dict[str, Any] = {"engine": plan.kind, "world_size": engine.world_size, "precision": plan.precision}
+    asked["optimizer"] = engine.optimizer_name
     moved = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
-    return State(**json.loads((path / "state.json").read_text())), ", ".join(moved)
+    return state, ", ".join(moved)
 
 
 class Shards:
@@ -340,9 +360,6 @@ class Shards:
                 parameter, key, start = name.split("|")
                 place = None if start == "scalar" else int(start)
                 self.pieces.setdefault(parameter, {}).setdefault(key, []).append((place, file, name))
-
-    def parameters(self) -> set[str]:
-        return set(self.pieces)
 
     def keys_of(self, parameter: str) -> list[str]:
         return list(self.pieces.get(parameter, {}))

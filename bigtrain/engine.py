@@ -17,7 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,17 +153,24 @@ class Engine(ABC):
             torch.cuda.synchronize()
         return {name: self._host[name] for name in found}
 
-    def restore(self, source: Any) -> None:
-        """Take back what any engine's `snapshot` held (`source`: checkpoint.Shards). RequestError for another model's."""
-        ours = {name for name, _ in self._trained()} | set(self._persistent_buffers())
-        if other := sorted(ours ^ source.parameters()):
-            side = "no" if other[0] in ours else "a"
-            raise RequestError(f"the checkpoint has {side} tensor {other[0]}", "a checkpoint of the same model")
+    @property
+    def optimizer_name(self) -> str:
+        return type(self._base()).__name__
+
+    def shapes(self) -> dict[str, list[int]]:
+        """What a checkpoint must hold, by name: trained parameters and kept buffers, with their whole shapes."""
+        named = [*self._trained(), *self._persistent_buffers().items()]
+        return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
+
+    def restore(self, source: Any, with_optimizer: bool = True) -> None:
+        """Take back what any engine's `snapshot` held (`source`: checkpoint.Shards)."""
         for part in self.fragments():
             state = self._base().state[part.flat]
-            for key in source.keys_of(part.name):
+            for key in source.keys_of(part.name) if with_optimizer else ["weight"]:
                 if source.is_scalar(part.name, key):
-                    state[key] = source.scalar(part.name, key)
+                    # torch keeps an optimizer's step on the device where it is fused, on the host where it is not.
+                    fused = self._base().param_groups[0].get("fused")
+                    state[key] = source.scalar(part.name, key).to(part.flat.device if fused else "cpu")
                     continue
                 if key != "weight" and key not in state:
                     state[key] = torch.zeros_like(part.flat)
@@ -182,8 +189,10 @@ class Engine(ABC):
 
     def _base(self) -> torch.optim.Optimizer:
         """torch's optimizer below DeepSpeed's."""
-        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return found
+        found: Any = self.optimizer
+        while not isinstance(found, torch.optim.Optimizer) or hasattr(found, "optimizer"):
+            found = found.optimizer
+        return cast(torch.optim.Optimizer, found)
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
         kept = self.module.state_dict().keys()

@@ -41,6 +41,7 @@ class Training:
     state: State
     stop: StopFlag
     checkpoints: Checkpoints
+    failed: str = ""  # why the last checkpoint could not be written
 
 
 class Wishes(NamedTuple):
@@ -72,10 +73,13 @@ def train(t: Training) -> dict[str, float]:
             _report(t, t.checkpoints.begin(state))
             if last or wishes.save or not settings.async_save:
                 _report(t, t.checkpoints.finish())
-            t.stop.granted(stopping, wishes.save > 0)
+            t.stop.granted(False, wishes.save > 0)
         elif wishes.written == t.engine.world_size:
             _report(t, t.checkpoints.finish())
     if stopping and state.evaluated < settings.steps:
+        t.stop.granted(True, False)
+        if t.failed:
+            raise TrainingFailed(f"stopped at step {state.step}, but its checkpoint was not written: {t.failed}", _kept(t))
         t.tracker.event(state.step, "stopped", reason=t.stop.received or "asked for on another rank")
         raise StoppedEarly(f"stopped at step {state.step} of {settings.steps}; the same command goes on from there")
     return state.results
@@ -87,32 +91,36 @@ def _refuse_to_go_on_in_vain(t: Training) -> None:
     if max(state.skips, state.rewinds) < most:
         return
     _report(t, t.checkpoints.finish())
-    good = [path.name for path in checkpoint.committed(t.checkpoints.run)][-1:] or ["none"]
     raise TrainingFailed(
-        f"{most} steps in a row had a loss or gradient that is not finite (step {state.step})"
+        f"{most} steps in a row had a loss or gradient that is not finite, or far too high (step {state.step})"
         if state.skips >= most
         else f"the loss rose {most} times since the last checkpoint (step {state.step})",
         "finite numbers",
-        f"a lower optim.lr, or other data; the last good checkpoint is {good[0]}",
+        f"a lower optim.lr, or other data; {_kept(t)}",
     )
 
 
-def _report(t: Training, saved: checkpoint.Saved | None) -> None:
+def _kept(t: Training) -> str:
+    good = [path.name for path in checkpoint.committed(t.checkpoints.run)][-1:] or ["none"]
+    return f"the last good checkpoint is {good[0]}"
+
+
+def _report(t: Training, all_saved: list[checkpoint.Saved]) -> None:
     """A checkpoint that could not be written is reported, and training goes on: the one before is still there."""
-    if saved is None:
-        return
-    if saved.problem:
-        t.tracker.event(saved.step, "checkpoint FAILED", reason=saved.problem)
-        return
-    times = {"seconds": saved.seconds, "blocked": saved.blocked, "writing": saved.writing}
-    t.tracker.event(saved.step, "checkpoint", path=str(saved.path), **times)
-    if saved.seconds > t.stop.grace:
-        t.tracker.event(
-            saved.step,
-            "checkpoint slower than the grace period",
-            seconds=saved.seconds,
-            reason=f"a signal leaves {t.stop.grace:.0f} s: ask for more (sbatch --signal=USR1@SECONDS)",
-        )
+    for saved in all_saved:
+        t.failed = saved.problem
+        if saved.problem:
+            t.tracker.event(saved.step, "checkpoint FAILED", reason=saved.problem)
+            continue
+        times = {"seconds": saved.seconds, "blocked": saved.blocked, "writing": saved.writing}
+        t.tracker.event(saved.step, "checkpoint", path=str(saved.path), **times)
+        if (needed := saved.blocked + saved.writing) > t.stop.grace:
+            t.tracker.event(
+                saved.step,
+                "checkpoint slower than the grace period",
+                seconds=needed,
+                reason=f"a signal leaves {t.stop.grace:.0f} s: ask for more (sbatch --signal=USR1@SECONDS)",
+            )
 
 
 def _step(t: Training) -> Wishes:
@@ -176,7 +184,8 @@ def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[
                 spiked = is_spike(t.state.recent, float(engine.sum(loss)[0] / weight))
                 # Every engine leaves a step out when its gradient is not finite; so no engine needs another way.
                 loss_sum = loss_sum * math.nan if spiked else loss_sum
-            engine.backward(loss_sum, weight)
+            # An infinite loss may have a finite gradient; times NaN it has none, and all ranks leave the step out.
+            engine.backward(loss_sum * (1.0 + 0.0 * loss_sum.detach()), weight)
     return loss, spiked
 
 
@@ -200,11 +209,13 @@ def _digest(pieces: list[Piece]) -> float:
 
 def _count_bad(t: Training, pieces: list[Piece]) -> None:
     """Name the samples that no rank could read. Raises TrainingFailed beyond `data.max_bad`."""
-    bad = [text for texts in t.engine.gather([text for piece in pieces for text in piece.bad]) for text in texts]
-    t.state.bad += len(bad)
-    t.tracker.event(t.state.step, "bad samples left out", samples=bad)
-    if t.state.bad > t.recipe.data.max_bad:
-        raise TrainingFailed(bad[0], f"at most data.max_bad={t.recipe.data.max_bad} samples that cannot be read")
+    met = {text for texts in t.engine.gather([text for piece in pieces for text in piece.bad]) for text in texts}
+    if new := sorted(met.difference(t.state.bad)):
+        t.state.bad = sorted({*t.state.bad, *new})
+        t.tracker.event(t.state.step, "bad samples left out", samples=new)
+    if len(t.state.bad) > t.recipe.data.max_bad:
+        _report(t, t.checkpoints.finish())
+        raise TrainingFailed(t.state.bad[-1], f"at most data.max_bad={t.recipe.data.max_bad} samples that cannot be read")
 
 
 def is_spike(recent: list[float], loss: float) -> bool:
@@ -233,7 +244,8 @@ def _watch(t: Training, loss: float, spiked: bool) -> None:
         if path is not None:
             before, _ = checkpoint.load(t.engine, path)
             # The data goes on: what led to the spike, and the spike itself, do not come again.
-            vars(state).update(vars(before) | {"samples": state.samples, "rewinds": state.rewinds + 1})
+            kept = {"samples": state.samples, "bad": state.bad, "rewinds": state.rewinds + 1}
+            vars(state).update(vars(before) | kept)
             t.tracker.event(state.step, "rewound", path=str(path))
 
 
@@ -250,8 +262,9 @@ def _evaluate_if_due(t: Training) -> bool:
     t.tracker.log({"kind": "eval", "step": state.step, **results})
     if settings.keep_best:
         value = results[settings.keep_best] * (1 if settings.keep_best in LOWER_IS_BETTER else -1)
-        if state.best is None or value < state.best:
-            state.best, state.best_step = value, state.step
+        fresh = state.best is None or state.best_metric != settings.keep_best
+        if math.isfinite(value) and (fresh or value < (state.best or 0.0)):
+            state.best, state.best_step, state.best_metric = value, state.step, settings.keep_best
     return False
 
 

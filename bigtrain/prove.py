@@ -63,7 +63,10 @@ def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int
     # The pieces of a global batch stay the same on any number of ranks; so do the draws of dropout.
     fixed = [f"engine.{key}={effective[f'engine.{key}']}" for key in ("micro_batch", "precision")]
     kill_at = random.randrange(steps // 2, steps) + 1
-    proof.run(ranks, legs[1].name, fixed, fault=f"kill@{ranks - 1}:{kill_at}")
+    killed = proof.run(ranks, legs[1].name, fixed, fault=f"kill@{ranks - 1}:{kill_at}")
+    reached = max((line["step"] for line in read_metrics(killed.metrics, "train")), default=0)
+    if reached != kill_at - 1:
+        raise TrainingFailed(f"{legs[1]} ended after step {reached}, not by the kill in step {kill_at}")
     runs = {f"killed in step {kill_at}, resumed on {ranks}": legs[1]}
     if ranks > 1:
         shutil.copytree(legs[1], legs[2])
@@ -75,6 +78,8 @@ def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int
         done = proof.run(ranks if exact else ranks // 2, path.name, fixed)
         tolerance = 0.0 if exact else TOLERANCE[effective["engine.precision"]]
         rows.append({"run": leg, "from step": _resumed_at(done), **_compare(straight, done, tolerance)})
+    if rows[0]["from step"] == "0":
+        raise TrainingFailed(f"{legs[1]} was not resumed: it had no checkpoint when it was killed", "one", "more --steps")
     good = all(value == "same" or value.startswith("within") for row in rows for value in list(row.values())[2:])
     for path in legs if good else []:
         shutil.rmtree(path, ignore_errors=True)

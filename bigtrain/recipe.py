@@ -180,6 +180,10 @@ class Recipe(Section):
     def _nothing_without_effect(self) -> "Recipe":
         if self.task != "image_classification" and self.data.augment != Augment():
             raise ValueError("data.augment is for image_classification")
+        metrics = {"causal_lm": "perplexity bits_per_byte", "seq2seq": "perplexity exact_match", "regression": "mse r2"}
+        known = ["loss", *metrics.get(self.task, "accuracy recall f1").split()]
+        if self.train.keep_best not in (None, *known):
+            raise ValueError(f"train.keep_best is {self.train.keep_best}; task {self.task} has {', '.join(known)}")
         if self.task == "regression" and self.train.label_smoothing:
             raise ValueError("train.label_smoothing is for losses over classes or tokens")
         return self

@@ -47,9 +47,10 @@ def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] 
     try:
         model = models.build(recipe, corpus, ranks.shard)
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
+        _refuse_other_data(ranks, task)
         _try_forward(ranks, task)
         settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _facts_of(model)
-        run = _open_run(loaded, ranks, settings, fresh)
+        run = _open_run(loaded.recipe.name, ranks, fresh)
         try:
             return _train(loaded, run, ranks, task, settings, changed, console(as_json))
         finally:
@@ -80,7 +81,13 @@ def _train(
 ) -> dict[str, Any]:
     recipe, corpus = loaded.recipe, task.corpus
     path, lines = checkpoint.newest(ranks, run)
-    state, moved = checkpoint.load(ranks, path) if path else (State(), "")
+    state, moved = checkpoint.load(ranks, path) if path else (State(data_size=len(corpus.train)), "")
+    if state.data_size != len(corpus.train):
+        raise RequestError(
+            f"there are {len(corpus.train):,} training samples, and there were {state.data_size:,} when this run began",
+            "the same data, or its order is another",
+            "the data as it was, or --fresh",
+        )
     if ranks.gather(ranks.main and _gains_nothing(run, state.step))[0]:
         raise TrainingFailed(
             f"Slurm has started {run.path} {_FRUITLESS} times at step {state.step}, and no checkpoint came of it",
@@ -88,7 +95,9 @@ def _train(
             "the job's output says why it ends; or a smaller train.checkpoint_every",
         )
     tracker = Everyone()
-    if ranks.main:
+    if ranks.main:  # only now: a start that was refused must leave the run as it was
+        write_atomic(run.recipe, to_yaml(recipe))
+        run.write_json(run.effective, settings)
         _announce(screen, run, settings, task, path)
         tracker = _tracker(loaded, run, task, settings, screen, state)
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
@@ -103,7 +112,8 @@ def _train(
     if path:
         tracker.event(state.step, "resumed", path=str(path), **({"moved": moved} if moved else {}))
     batches = train_batches(task, recipe, ranks.plan, ranks.rank, state.samples)
-    checkpoints = Checkpoints(ranks, run, recipe)
+    state.bad = sorted({*state.bad, *corpus.bad})
+    checkpoints = Checkpoints(ranks, run, recipe, state)
     training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints)
     summary: dict[str, Any] = {"name": run.name, "parameters": settings["parameters"]["value"]}
     try:
@@ -135,12 +145,24 @@ def _gains_nothing(run: RunDir, step: int) -> bool:
 def _take_the_best(t: Training, run: RunDir) -> dict[str, float] | None:
     """Put the weights of the best checkpoint in place, to be exported; its results, or None if the last is the best."""
     best = run.checkpoints / f"step-{t.state.best_step:08d}"
-    usable = t.engine.gather(t.engine.main and best.is_dir() and not checkpoint.verify(best))[0]
-    if t.state.best_step == t.state.step or not usable:
+    if t.state.best_step in (0, t.state.step):
+        return None
+    if broken := t.engine.gather(checkpoint.verify(best) if t.engine.main else [])[0]:
+        t.tracker.event(t.state.step, "best checkpoint not exported, the last model is", path=str(best), reason=broken[0])
         return None
     checkpoint.load(t.engine, best)
     t.tracker.event(t.state.step, "best checkpoint exported", path=str(best), metric=t.recipe.train.keep_best)
     return evaluate(t.engine, t.task)
+
+
+def _refuse_other_data(ranks: engine.Engine, task: Task) -> None:
+    """Every rank reads the data for itself: all must have found the same."""
+    found = ranks.gather([len(task.corpus.train), len(task.corpus.eval), task.corpus.bad])
+    if different := [rank for rank, seen in enumerate(found) if seen != found[0]]:
+        raise RequestError(
+            f"rank {different[0]} sees other data than rank 0: (training, held out, bad) {found[different[0]]}, not {found[0]}",
+            "the same files on every node",
+        )
 
 
 def _try_forward(ranks: engine.Engine, task: Task) -> None:
@@ -197,15 +219,13 @@ def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: di
     return settings
 
 
-def _open_run(loaded: Loaded, ranks: engine.Engine, settings: Settings, fresh: bool) -> RunDir:
-    """The run directory, with recipe.yaml and effective.json in it: the first thing that is written."""
-    run, refused = run_directory(loaded.recipe.name, fresh), None
+def _open_run(name: str, ranks: engine.Engine, fresh: bool) -> RunDir:
+    """The run directory, which is ours alone from now on: the first thing that is written."""
+    run, refused = run_directory(name, fresh), None
     if ranks.main:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         try:
             take_ownership(run)
-            write_atomic(run.recipe, to_yaml(loaded.recipe))
-            run.write_json(run.effective, settings)
         except RequestError as problem:
             refused = problem
     run, refused = ranks.gather((run, refused))[0]
@@ -254,7 +274,8 @@ def _tracker(loaded: Loaded, run: RunDir, task: Task, settings: Settings, screen
 
 def exit_code_of(problem: BaseException) -> int:
     """3 for what would fail again; 76 when the words are those of a collective that lost a peer."""
-    lost = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "socket closed")
+    gloo = ["connection closed by", "connection reset", "broken pipe", "timed out waiting", "socket closed"]
+    lost = [*gloo, "remote process exited", "ncclremoteerror", "watchdog caught collective operation timeout"]
     alone = engine.world_from_environment()[1] == 1
     if alone or not (isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in lost)):
         return 3

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from bigtrain.errors import RequestError
 
 RUNS = Path("runs")
+_guards: dict[Path, FileLock] = {}  # of the runs that this process owns
 
 
 def asset(folder: str, name: str) -> Path:
@@ -70,19 +71,26 @@ def take_ownership(run: RunDir) -> None:
     lock = run.path / "lock"
     me = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id(), "started": _started(os.getpid())}
     me["job"] = os.environ.get("SLURM_JOB_ID")
-    with FileLock(run.path / ".lock.guard"):  # two starts at once: one looks, then the other
-        try:
-            owner = json.loads(lock.read_text())
-        except (OSError, ValueError):
-            owner = None
-        if isinstance(owner, dict) and _lives(owner, me):
-            raise RequestError(
-                f"{run.path} is being trained by process {owner.get('pid')} on {owner.get('host')}"
-                + (f", Slurm job {owner['job']}" if owner.get("job") else ""),
-                "one process per run",
-                f"wait for it, --fresh, or if you know that it is dead: rm {lock}",
-            )
-        write_atomic(lock, json.dumps(me))
+    guard = FileLock(run.path / ".lock.guard")  # the kernel's, while we live: sees through containers on one host
+    try:
+        guard.acquire(timeout=0)
+        held = False
+    except Timeout:
+        held = True
+    try:
+        owner = json.loads(lock.read_text())
+    except (OSError, ValueError):
+        owner = {}
+    if held or (isinstance(owner, dict) and owner and _lives(owner, me)):
+        guard.release()
+        raise RequestError(
+            f"{run.path} is being trained by process {owner.get('pid')} on {owner.get('host')}"
+            + (f", Slurm job {owner['job']}" if owner.get("job") else ""),
+            "one process per run",
+            f"wait for it, --fresh, or if you know that it is dead: rm {lock}",
+        )
+    write_atomic(lock, json.dumps(me))
+    _guards[run.path] = guard
 
 
 def _lives(owner: dict[str, Any], me: dict[str, Any]) -> bool:
@@ -108,6 +116,8 @@ def _started(pid: int) -> float | None:
 
 def release_ownership(run: RunDir) -> None:
     (run.path / "lock").unlink(missing_ok=True)
+    if guard := _guards.pop(run.path, None):
+        guard.release()
 
 
 def run_directory(name: str, fresh: bool = False) -> RunDir:

@@ -144,24 +144,24 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[Training
     ranks = engine.start(plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm)
     ranks.prepare(models.build(recipe, corpus, ranks.shard), lambda module: make_optimizer(module, recipe.optim))
     task, collect = TASKS[recipe.task](recipe.task, corpus), Collect()
-    run = RunDir(folder)
+    run, state = RunDir(folder), checkpoint.State()
     return Training(
         recipe,
         ranks,
         task,
         train_batches(task, recipe, ranks.plan, ranks.rank, 0),
         Everyone(collect),
-        checkpoint.State(),
+        state,
         SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
-        checkpoint.Checkpoints(ranks, run, recipe),
+        checkpoint.Checkpoints(ranks, run, recipe, state),
     ), collect
 
 
 def save(training: Training) -> Path:
     """Commit a checkpoint now."""
     training.checkpoints.begin(training.state)
-    saved = training.checkpoints.finish()
-    assert saved is not None and not saved.problem, saved
+    (saved,) = training.checkpoints.finish()
+    assert not saved.problem, saved
     return saved.path
 
 

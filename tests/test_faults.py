@@ -308,6 +308,57 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
     assert rows[1]["sample ids"].startswith("DIFFERENT")
 
 
+def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    (run.path / "SAVE").touch()
+    arguments = [*CNN, "train.steps=15", "train.checkpoint_every=40", "train.keep=9"]
+    assert bigtrain("train", *arguments, cwd=tmp_path).returncode == 0
+    assert [path.name[-2:] for path in committed(run)] == ["08", "12", "13", "15"]
+    assert not (run.path / "SAVE").exists()
+
+
+@pytest.mark.parametrize("channels", ["[16, 32, 64]", "[64, 64, 128]"])
+def test_another_models_checkpoint_is_refused_and_the_run_stays_usable(channels: str, whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    before = run.recipe.read_bytes()
+    change = [f"model.args={{channels: {channels}}}", "--allow-change", "model.args"]
+    refused = bigtrain("train", *CNN, *change, cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert "step-00000012: " in refused.stderr and ", and the model's [" in refused.stderr
+    assert run.recipe.read_bytes() == before
+    assert bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path).returncode == 0
+
+
+def test_another_optimizer_starts_anew_and_says_so(whole: Path, tmp_path: Path) -> None:
+    copy_run(whole, tmp_path)
+    change = ["optim.name=sgd", "optim.momentum=0.9", "train.steps=14", "--allow-change", "optim"]
+    done = bigtrain("train", *CNN, *change, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "optimizer AdamW → SGD" in done.stdout
+    assert bigtrain("train", *CNN, "train.steps=16", "--allow-change", "optim", cwd=tmp_path).returncode == 0
+
+
+def test_a_metric_that_the_task_has_not_is_refused(tmp_path: Path) -> None:
+    done = bigtrain("train", *CNN, "train.keep_best=r2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has loss, accuracy, recall, f1" in done.stderr
+
+
+def test_a_stop_that_cannot_be_saved_does_not_end_with_75(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
+    target.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(target)], check=True)
+    try:
+        (target.parent / "STOP").touch()
+        done = bigtrain("train", *CNN, cwd=tmp_path)
+        assert done.returncode == 3
+        assert "its checkpoint was not written" in done.stderr
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
 def test_numbers_that_stay_broken_end_the_run_with_3(tmp_path: Path) -> None:
     arguments = ["train", *CNN, "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0.0", "train.max_skips=3"]
     done = bigtrain(*arguments, "train.steps=40", cwd=tmp_path)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import DecompressionBombError
 from rich.progress import track
 
 from bigtrain.data.sources import FIELDS, Record, Source, open_source
@@ -191,7 +192,7 @@ class Images:
             record = self.records[index]
             image = record["image"]
             pixels = _pixels(image, self.size)
-        except (OSError, SyntaxError, ValueError) as problem:
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as problem:
             number = self.records.indices[index]
             raise BadSampleError(f"image {number} does not decode: {problem}") from None
         return pixels, str(record["label"])
@@ -229,14 +230,14 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
 
 def _images(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
     sets = [Images(part, {}, recipe.data.image_size) for part in (train, held)]
-    shapes, labels, bad = _look_at_all(sets)
+    shapes, labels, bad, good = _look_at_all(sets)
     refuse_bad(bad, recipe)
-    refuse_empty({"train": len(sets[0]), "eval": len(sets[1])}, bad)
+    refuse_empty({"train": len(good), "eval": len(sets[1])}, bad)
     classes = sorted(labels)
     if len(shapes) > 1:
         raise RequestError(f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224")
     channels, height, width = shape = shapes.pop()
-    sample = torch.stack([sets[0].raw(i)[0] for i in range(0, len(sets[0]), max(1, len(sets[0]) // 2000))])
+    sample = torch.stack([sets[0].raw(i)[0] for i in good[:: max(1, len(good) // 2000)]])
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
     if trained is not None:
         mean, std = torch.tensor(trained["image_mean"]), torch.tensor(trained["image_std"])
@@ -262,8 +263,12 @@ def refuse_bad(bad: list[str], recipe: Recipe) -> None:
         raise RequestError(f"{bad[0]}{more}", "data that can be read", f"mend it, or data.max_bad={len(bad)} to leave it out")
 
 
-def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str], list[str]]:
-    """Decode every image once before training: a broken one is found now, not in the third hour, and left out."""
+def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str], list[str], list[int]]:
+    """Decode every image once before training: a broken one is found now, not in the third hour.
+
+    Shapes, labels, the bad images, and the numbers of the good ones for training. A bad image for training keeps its
+    number, and is left out when its turn comes: were the others to move up, a resumed run would see other samples.
+    """
     shapes: set[tuple[int, int, int]] = set()
     labels: set[str] = set()
     bad: list[str] = []
@@ -283,9 +288,12 @@ def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str
             found = pool.map(partial(look, images), range(len(images)))
             quiet = not sys.stderr.isatty() or len(images) < 5000
             seen = list(track(found, "checking images", total=len(images), transient=True, disable=quiet))
-            good = [images.records.indices[index] for index in seen if index is not None]
-            images.records = _Part(images.records.records, good)
-    return shapes, labels, sorted(bad)
+            good = [index for index in seen if index is not None]
+            if images is sets[0]:
+                for_training = good
+            else:
+                images.records = _Part(images.records.records, [images.records.indices[index] for index in good])
+    return shapes, labels, sorted(bad), for_training
 
 
 # Tables -----------------------------------------------------------------------------------------------------------

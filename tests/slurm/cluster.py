@@ -100,8 +100,12 @@ class Cluster:
     def finish(self, job: str, seconds: float = 150) -> str:
         """Wait for the job's end, and never for the two minutes that a requeued one is held back."""
 
+        waiting = 0
+
         def ended() -> bool:
-            if self.state(job) == "PENDING":
+            nonlocal waiting
+            waiting = waiting + 1 if self.state(job) == "PENDING" else 0
+            if waiting > 8:  # four seconds: its last life must be over everywhere, or the node refuses the next
                 self.run("scontrol", "update", f"jobid={job}", "starttime=now")
             return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
 
