@@ -97,7 +97,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# What may change between two starts of a run: none of it changes which weights a step makes of which samples.
+# What may change between two starts of a run: where it runs, how long, who is told, and what is done about what goes wrong.
+# (More steps stretch a schedule that ends with them; the micro-batch is seen by dropout and BatchNorm alone.)
 HARMLESS = ("name", "track", "slurm", "data.workers", "engine.kind", "engine.offload", "engine.device", "engine.micro_batch",
             "engine.activation_checkpointing", "engine.compile", "train.steps", "train.eval_every", "train.checkpoint_every",
             "train.keep", "train.keep_best", "train.async_save", "train.log_every", "train.max_skips", "train.on_spike",

@@ -17,6 +17,7 @@ from ranks import GLOBAL_BATCH, MODELS, corpus_for, recipe_for, sample_ids
 
 from bigtrain import models
 
+pytestmark = pytest.mark.timeout(1500)  # of which the first test waits for all worlds: three minutes on a quiet machine
 STEPS = 8
 ENGINES = {
     "ddp": {"kind": "ddp"},
