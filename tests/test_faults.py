@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,20 +193,27 @@ def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
-    """Checkpoints on a file system with room for one and a half of them."""
+@contextmanager
+def small_disk(target: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `target`, too small for what is to be written there."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
     target.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(target)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(target)], check=True)
     try:
+        yield
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+    """Checkpoints on a file system with room for one and a half of them."""
+    target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
+    with small_disk(target, "1800k"):
         done = bigtrain("train", *CNN, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "bytes are free" in events(tmp_path)["checkpoint FAILED"]["reason"]
         assert [verify(path) for path in committed(RunDir(target.parent))] == [[]]
-    finally:
-        subprocess.run(["umount", str(target)], check=True)
 
 
 def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
@@ -345,18 +354,12 @@ def test_a_metric_that_the_task_has_not_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stop_that_cannot_be_saved_does_not_end_with_75(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
     target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
-    target.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(target)], check=True)
-    try:
+    with small_disk(target, "100k"):
         (target.parent / "STOP").touch()
         done = bigtrain("train", *CNN, cwd=tmp_path)
         assert done.returncode == 3
         assert "its checkpoint was not written" in done.stderr
-    finally:
-        subprocess.run(["umount", str(target)], check=True)
 
 
 def test_numbers_that_stay_broken_end_the_run_with_3(tmp_path: Path) -> None:
