@@ -161,6 +161,72 @@ def _proof(result: dict[str, Any]) -> None:
 
 
 @app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script instead")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the Slurm job of a recipe, and submit it."""
+    from bigtrain.load import load_recipe
+    from bigtrain.slurm import render
+    from bigtrain.slurm import submit as hand_in
+
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        print(render(loaded.recipe, recipe, overrides or []), end="")
+        return
+    told = "job {job} is to train {run}; its script is {script}\n  bigtrain status shows how it goes"
+    _print(hand_in(loaded, recipe, overrides or []), as_json, lambda result: print(told.format(**result)))
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="default: all below runs/")] = None, as_json: Json = False
+) -> None:
+    """Show what runs are doing, and whether they are well."""
+    from bigtrain.rundir import find_run
+    from bigtrain.status import all_runs, show, status_of
+
+    found = [status_of(each) for each in ([find_run(run)] if run else all_runs())]
+    _print(found, as_json, show)
+
+
+@app.command()
+def doctor(
+    slurm: Annotated[bool, typer.Option("--slurm", help="on every task of this Slurm allocation")] = False, as_json: Json = False
+) -> None:
+    """Check this machine, or an allocation (srun bigtrain doctor), before hours are spent; exit 1 if anything is wrong."""
+    if slurm:
+        from bigtrain.errors import RequestError
+
+        if "SLURM_JOB_ID" not in os.environ:
+            raise RequestError("--slurm, but this is no allocation", "inside sbatch or salloc", "salloc --nodes=2 …, then again")
+        os.execvp("srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *(["--json"] if as_json else [])])
+    from bigtrain.doctor import examine
+
+    rows, rank = examine()
+    if rank == 0:
+        _print(rows, as_json, _diagnosis)
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _diagnosis(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("check", "found", box=None)
+    for row in rows:
+        table.add_row(Text(row["check"]), Text(row["found"], style="" if row["ok"] else "bold red"))
+    Console(soft_wrap=True).print(table)
+    for row in rows:
+        if not row["ok"]:
+            print(f"WRONG: {row['check']}: {row['found']}\n  try: {row['advice']}")
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
     from bigtrain.load import shipped

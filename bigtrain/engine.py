@@ -17,9 +17,11 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from bigtrain.errors import RequestError, TrainingFailed
@@ -51,6 +53,12 @@ def find_device(asked: str) -> Device:
     # Measured: bf16 products are faster than fp32 with AVX512_BF16 (1.5×) and AMX (9×), far slower without either.
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return Device("cpu", bool(flags.get("avx512_bf16") or flags.get("amx_bf16")))
+
+
+def idle_devices(ranks: int) -> list[str]:
+    """A line for one process that was started bare where several GPUs are."""
+    count = torch.cuda.device_count()
+    return [f"this is one process, and {count} GPUs are visible: launch/one_box.sh uses them all"] if ranks == 1 < count else []
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -224,6 +232,20 @@ class Engine(ABC):
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def mark(self) -> Any:
+        """A point in this rank's work, to be measured from; costs nothing and waits for nothing."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, marks: list[Any]) -> float:
+        """Seconds from the first mark to the second, the third to the fourth …, once the device has passed them all."""
+        if self.device.type != "cuda":
+            return float(sum(marks[1::2]) - sum(marks[::2]))
+        return float(sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))) / 1000
+
     def sync_buffers(self) -> None:
         """Give every rank the mean of all ranks' float buffers (BatchNorm's running statistics differ per rank)."""
         if self.world_size == 1:
@@ -394,6 +416,8 @@ class _DeepSpeed(Engine):
         plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
         precision = "bf16" if plan.precision == "bf16" else "no"
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it compiled, on every rank
+            if device.kind == "cpu":
+                _compile_deepspeeds_part()
             accelerator = _accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision)
         super().__init__(plan, accelerator, clip_norm)
         self._init: Any = None
@@ -488,6 +512,19 @@ class _DeepSpeed(Engine):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _compile_deepspeeds_part() -> None:
+    """DeepSpeed compiles a small extension when first used on a CPU, behind a lock that is a mere file: a process that is
+    killed meanwhile leaves it, and every later start waits for it for ever (torch/utils/file_baton.py). So compile behind
+    a lock of the kernel's, and remove what a dead process left."""
+    from deepspeed.comm.torch import build_shm_op
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
+    with FileLock(folder.parent / "bigtrain.guard"):
+        (folder / "lock").unlink(missing_ok=True)
+        build_shm_op()
 
 
 def _forget_in_transformers() -> None:

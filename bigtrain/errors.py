@@ -4,6 +4,8 @@ The codes are a contract with launchers and Slurm scripts (README, "Exit codes")
 75 and 76 should be.
 """
 
+LOST_PEERS = 76  # a rank died or fell silent; its peers leave with this
+
 
 class BigtrainError(Exception):
     """An end of the program that needs a message and an exit code, not a traceback."""

@@ -102,7 +102,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 HARMLESS = ("name", "track", "slurm", "data.workers", "engine.kind", "engine.offload", "engine.device", "engine.micro_batch",
             "engine.activation_checkpointing", "engine.compile", "train.steps", "train.eval_every", "train.checkpoint_every",
             "train.keep", "train.keep_best", "train.async_save", "train.log_every", "train.max_skips", "train.on_spike",
-            "data.max_bad")  # fmt: skip
+            "train.hang_timeout", "data.max_bad")  # fmt: skip
 
 
 def changes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str, str]:
@@ -284,7 +284,9 @@ def _fields(annotation: Any) -> list[str]:
 
 def _expected(error: Any) -> str:
     if error["type"] == "string_pattern_mismatch":
-        return "letters, digits, '.', '_' and '-', beginning with a letter or digit (100 at most)"
+        if error["loc"] == ("name",):
+            return "letters, digits, '.', '_' and '-', beginning with a letter or digit (100 at most)"
+        return f"text like {error['ctx']['pattern']} (no spaces, no quotes)"
     if error["type"] == "model_type":
         return "a mapping"
     message: str = error["msg"]

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from bigtrain.recipe import Recipe
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import Task
 from bigtrain.track import Everyone
+from bigtrain.watch import Watchdog
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse")
 _WINDOW = 32  # losses that a spike is measured against
@@ -41,6 +42,7 @@ class Training:
     state: State
     stop: StopFlag
     checkpoints: Checkpoints
+    watch: Watchdog
     failed: str = ""  # why the last checkpoint could not be written
 
 
@@ -69,6 +71,7 @@ def train(t: Training) -> dict[str, float]:
         # While steps are skipped, the checkpoint before them is the one to keep.
         regular = state.step % settings.checkpoint_every == 0 and not state.skips
         last = stopping or state.step == settings.steps
+        t.watch.at("checkpoint")
         if last or wishes.save or regular or state.best_step == state.step:
             _report(t, t.checkpoints.begin(state))
             if last or wishes.save or not settings.async_save:
@@ -128,12 +131,16 @@ def _step(t: Training) -> Wishes:
     began = time.perf_counter()
     engine, task, state, recipe = t.engine, t.task, t.state, t.recipe
     strike(engine.rank, state.step + 1)
+    t.watch.at("data")
     pieces = next(t.batches)
+    t.watch.at("meeting")
     local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
     mine = Wishes(*t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written())
     sums = engine.sum(local, _digest(pieces), *mine)  # read once the step has been waited for anyway
     rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
-    loss, spiked = _gradients(t, pieces, sums[0].clamp(min=1))
+    fetched = time.perf_counter() - began
+    loss, spiked, marks = _gradients(t, pieces, sums[0].clamp(min=1))
+    t.watch.at("update")
     result = engine.step(rate)
     weight, samples, *wishes = sums.tolist()
     state.step += 1
@@ -162,31 +169,41 @@ def _step(t: Training) -> Wishes:
             }
         )
         _watch(t, total / max(weight, 1), spiked)
+    t.watch.stepped(state.step, time.perf_counter() - began, fetched + engine.between(marks))
+    while t.watch.news:
+        t.tracker.event(state.step, "straggler", **t.watch.news.pop())
     if Wishes(*wishes).bad:
         _count_bad(t, pieces)
     return Wishes(*wishes)
 
 
-def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Forward and backward over this rank's micro-batches: its part of the summed loss; whether the step is spoilt."""
-    engine, task, spiked = t.engine, t.task, False
+def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[torch.Tensor, bool, list[Any]]:
+    """Forward and backward over this rank's micro-batches.
+
+    Returns its part of the summed loss, whether the step is spoilt, and marks around the forward passes.
+    """
+    engine, task, spiked, marks = t.engine, t.task, False, []
     engine.model.train()
     loss = torch.zeros((), device=engine.device)
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         _seed_draws(t.recipe.seed, piece.first)
         with engine.micro_batch(last):
+            t.watch.at("forward")
+            marks.append(engine.mark())
             with engine.autocast():
                 loss_sum = task.loss_sum(engine.model, engine.to_device(piece.batch))
+            marks.append(engine.mark())
             loss_sum = loss_sum if piece.counts else loss_sum * 0.0
             loss += loss_sum.detach()
             if last and t.recipe.train.on_spike != "warn":
                 spiked = is_spike(t.state.recent, float(engine.sum(loss)[0] / weight))
                 # Every engine leaves a step out when its gradient is not finite; so no engine needs another way.
                 loss_sum = loss_sum * math.nan if spiked else loss_sum
+            t.watch.at("backward")
             # An infinite loss may have a finite gradient; times NaN it has none, and all ranks leave the step out.
             engine.backward(loss_sum * (1.0 + 0.0 * loss_sum.detach()), weight)
-    return loss, spiked
+    return loss, spiked, marks
 
 
 def _seed_draws(seed: int, position: int) -> None:
@@ -255,7 +272,7 @@ def _evaluate_if_due(t: Training) -> bool:
     due = state.step == settings.steps or (state.step > 0 and state.step % settings.eval_every == 0)
     if not due or state.evaluated == state.step:
         return False
-    results = evaluate(t.engine, t.task, t.stop)
+    results = evaluate(t.engine, t.task, t)
     if results is None:
         return True
     state.evaluated, state.results = state.step, results
@@ -269,14 +286,19 @@ def _evaluate_if_due(t: Training) -> bool:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, task: Task, stop: StopFlag | None = None) -> dict[str, float] | None:
-    """The task's metrics over the held-out set, each example counted once; None if a stop came first. A collective."""
+def evaluate(engine: Engine, task: Task, training: Training | None = None) -> dict[str, float] | None:
+    """The task's metrics over the held-out set, each example counted once. A collective.
+
+    None if a stop came first, of the `training` that this belongs to.
+    """
     engine.sync_buffers()
     engine.model.eval()
     evaluator = task.evaluator(engine.device)
     for number, piece in enumerate(eval_batches(task, engine.plan, engine.rank)):
-        if stop is not None and number % 8 == 0 and engine.sum(stop.wanted()[0]) > 0:
-            return None
+        if training is not None:
+            training.watch.at("evaluation")
+            if number % 8 == 0 and engine.sum(training.stop.wanted()[0]) > 0:
+                return None
         batch = engine.to_device(piece.batch)
         with engine.autocast():
             if piece.counts:

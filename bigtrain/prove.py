@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.load import Loaded
@@ -111,7 +111,7 @@ def _compare(one: RunDir, other: RunDir, tolerance: float) -> dict[str, str]:
 def _weights(run: RunDir) -> Any:
     """All of the export's, one after the other."""
     tensors = {n: t for file in sorted(run.export.glob("*.safetensors")) for n, t in load_file(file).items()}
-    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+    return np.concatenate([tensors[name].float().numpy().ravel() for name in sorted(tensors)])  # numpy has no bf16
 
 
 def _verdict(one: Any, other: Any, allowed: float) -> str:

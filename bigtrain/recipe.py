@@ -12,6 +12,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+# What may stand in a line that sbatch reads: nothing that could end the line, the word or a quotation.
+SlurmValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;@%/+=&|*?~()\[\]-]+$")]
 
 
 class Section(BaseModel):
@@ -135,6 +137,9 @@ class Train(Section):
     )
     async_save: bool = Field(default=True, description="write checkpoints in the background, from a copy in host memory")
     log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
+    hang_timeout: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
+        default="auto", description="seconds without progress until a run ends with 76; auto: 600, or 50 of its slowest steps"
+    )
     max_skips: PositiveInt = Field(default=10, description="steps in a row with a loss or gradient that is not finite")
     on_spike: Literal["warn", "skip", "rewind"] = Field(
         default="warn", description="a loss far above the last ones: say so, leave the step out, or go back and round it"
@@ -157,9 +162,25 @@ class Slurm(Section):
     """What `submit` asks Slurm for."""
 
     nodes: PositiveInt = Field(default=1, description="machines")
-    gpus_per_node: Count = Field(default=8, description="GPUs, and ranks, per machine")
-    time: str = Field(default="24:00:00", description="wall time limit")
-    partition: str | None = Field(default=None, description="null is the cluster's default")
+    gpus_per_node: Count = Field(default=8, description="GPUs, and ranks, per machine; 0: one rank on each machine's CPUs")
+    cpus_per_gpu: PositiveInt | None = Field(default=None, description="processor cores per rank; null is the cluster's default")
+    time: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$")] = Field(
+        default="24:00:00", description="wall time limit: minutes, hours:minutes:seconds or days-hours"
+    )
+    grace_seconds: PositiveInt = Field(default=120, description="how long before the limit the ranks are told to save")
+    partition: SlurmValue | None = Field(default=None, description="null is the cluster's default")
+    account: SlurmValue | None = Field(default=None, description="who pays")
+    qos: SlurmValue | None = Field(default=None, description="quality of service")
+    constraint: SlurmValue | None = Field(default=None, description="features of the machines, e.g. h200&ib")
+    dependency: SlurmValue | None = Field(default=None, description="e.g. afterok:1234")
+    array: Annotated[str, Field(pattern=r"^[0-9][0-9,:%-]*$")] | None = Field(
+        default=None, description="numbers of a job array, e.g. 0-4%2; task N trains NAME-N with seed N"
+    )
+    container: SlurmValue | None = Field(default=None, description="image that the ranks run in (srun --container-image, pyxis)")
+    setup: str | None = Field(default=None, description="a file that every rank sources first: a venv, modules, NCCL variables")
+    env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] | None = Field(
+        default=None, description="environment variables, by name, that the job gets; null is all of them"
+    )
 
 
 class Recipe(Section):

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.console import Console
 from bigtrain import checkpoint, dsconfig, engine, export, models
 from bigtrain.checkpoint import Checkpoints, State
 from bigtrain.data import prepare, train_batches
-from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.errors import LOST_PEERS, RequestError, StoppedEarly, TrainingFailed
 from bigtrain.load import Loaded, changes, flatten, load_recipe, to_yaml
 from bigtrain.loop import Training, evaluate, train
 from bigtrain.optim import make_optimizer
@@ -25,6 +26,7 @@ from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
 from bigtrain.tasks.base import outputs
 from bigtrain.track import Everyone, MetricsFile, Terminal, WandB, console, logged_in
+from bigtrain.watch import Watchdog
 
 Settings = dict[str, dict[str, Any]]
 
@@ -101,23 +103,17 @@ def _train(
         _announce(screen, run, settings, task, path)
         tracker = _tracker(loaded, run, task, settings, screen, state)
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
-    if "normalisation" in settings:
-        tracker.event(state.step, "normalisation", **settings["normalisation"])
-    for line in lines:
-        tracker.event(state.step, "checkpoint not as it should be", reason=line)
-    if corpus.bad:
-        tracker.event(state.step, "bad samples left out", samples=corpus.bad)
-    if path and changed:
-        tracker.event(state.step, "recipe changed", **changed)
-    if path:
-        tracker.event(state.step, "resumed", path=str(path), **({"moved": moved} if moved else {}))
+    for event, details in _news(settings, lines, corpus.bad, path, changed, moved):
+        tracker.event(state.step, event, **details)
     batches = train_batches(task, recipe, ranks.plan, ranks.rank, state.samples)
     state.bad = sorted({*state.bad, *corpus.bad})
     checkpoints = Checkpoints(ranks, run, recipe, state)
-    training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints)
+    watch = Watchdog(ranks, recipe.train.hang_timeout, lambda event, **found: tracker.event(state.step, event, **found))
+    training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints, watch)
     summary: dict[str, Any] = {"name": run.name, "parameters": settings["parameters"]["value"]}
     try:
         results = train(training)
+        watch.close()
         if recipe.train.keep_best:
             results = _take_the_best(training, run) or results
         counts = {key: value for key, value in asdict(state).items() if isinstance(value, int)}
@@ -126,10 +122,31 @@ def _train(
         if ranks.main:
             run.write_json(run.summary, summary)
         ranks.barrier()  # a launcher may end the job when the first rank has left for a while
+    except BaseException as problem:
+        if not isinstance(problem, StoppedEarly):  # which is an event already
+            tracker.event(state.step, "failed", reason=str(problem).split("\n")[0] or type(problem).__name__)
+        raise
     finally:
+        watch.close()
         checkpoints.close()
         tracker.close({key: value for key, value in summary.items() if isinstance(value, int | float)})
     return summary
+
+
+def _news(
+    settings: Settings, lines: list[str], bad: list[str], path: Path | None, changed: dict[str, str], moved: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What there is to say of a start: (event, details)."""
+    if "normalisation" in settings:
+        yield "normalisation", settings["normalisation"]
+    for line in lines:
+        yield "checkpoint not as it should be", {"reason": line}
+    if bad:
+        yield "bad samples left out", {"samples": bad}
+    if path and changed:
+        yield "recipe changed", dict(changed)
+    if path:
+        yield "resumed", {"path": str(path)} | ({"moved": moved} if moved else {})
 
 
 _FRUITLESS = 3
@@ -241,7 +258,8 @@ def _announce(screen: Console, run: RunDir, settings: Settings, task: Task, path
         groups.setdefault(setting["origin"].split(":")[0].split(" ")[0], []).append(f"{key}={setting['value']}")
     for origin, texts in groups.items():
         screen.print(f"[bold]{origin}[/]: " + "  ".join(text.replace("[", r"\[") for text in texts), highlight=False)
-    notes = task.corpus.notes + _waste(settings["engine.global_batch"]["value"], settings["engine.world_size"]["value"])
+    ranks = settings["engine.world_size"]["value"]
+    notes = task.corpus.notes + _waste(settings["engine.global_batch"]["value"], ranks) + engine.idle_devices(ranks)
     for note in notes:
         screen.print(f"note: {note}", highlight=False)
     begin = f"going on from {path.name}" if path else "starting"
@@ -280,4 +298,4 @@ def exit_code_of(problem: BaseException) -> int:
     if alone or not (isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in lost)):
         return 3
     print("bigtrain: lost a peer; the same command goes on from the last checkpoint", file=sys.stderr)
-    return 76
+    return LOST_PEERS

@@ -93,6 +93,18 @@ def take_ownership(run: RunDir) -> None:
     _guards[run.path] = guard
 
 
+def owner(run: RunDir) -> tuple[dict[str, Any], bool | None]:
+    """Who holds the run's lock, and whether it lives: None when it is on another host, which cannot be seen from here."""
+    try:
+        holder = dict(json.loads((run.path / "lock").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}, False
+    if holder.get("host") != socket.gethostname():
+        return holder, None
+    alive = _started(int(holder.get("pid") or 0)) == holder.get("started") is not None
+    return holder, alive and holder.get("boot") == _boot_id()
+
+
 def _lives(owner: dict[str, Any], me: dict[str, Any]) -> bool:
     if owner.get("host") != me["host"]:
         return not (me["job"] and owner.get("job") == me["job"])  # a requeued job has its number, and is alone with it
@@ -155,3 +167,39 @@ def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]
                 continue
             if isinstance(record, dict) and (kind is None or record.get("kind") == kind):
                 yield record
+
+
+def read_columns(path: Path, kind: str, names: dict[str, str]) -> dict[str, Any]:
+    """Fields of all lines of one kind, as numpy arrays of one length: name → float64 or int64.
+
+    Absent and null become NaN (0 in int64). Lines that are not whole are left out. A hundred thousand lines take a
+    tenth of a second.
+    """
+    import pyarrow as pa
+    from pyarrow import json as arrow
+
+    start = f'{{"kind": "{kind}"'.encode()
+    lines = [line for line in path.read_bytes().split(b"\n") if line.startswith(start) and line.endswith(b"}")]
+    schema = pa.schema([(name, pa.float64() if of == "float64" else pa.int64()) for name, of in names.items()])
+    options = arrow.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    while lines:
+        try:
+            table = arrow.read_json(pa.BufferReader(b"\n".join(lines)), parse_options=options)
+        except pa.ArrowInvalid:  # a line that is broken in its middle: look for it
+            whole = [line for line in lines if _is_json(line)]
+            if len(whole) == len(lines):
+                raise
+            lines = whole
+            continue
+        filled = {name: table[name].fill_null(float("nan") if of == "float64" else 0) for name, of in names.items()}
+        return {name: column.to_numpy() for name, column in filled.items()}
+    import numpy as np
+
+    return {name: np.zeros(0, of) for name, of in names.items()}
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -111,7 +111,7 @@ class WandB:
         prefix = {"train": "train", "eval": "eval"}.get(record["kind"])
         if prefix is None:
             return
-        numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
         self._try(lambda: self.run.log({"step": record["step"], **numbers}))
 
     def close(self, summary: Record) -> None:
@@ -145,12 +145,13 @@ class Everyone:
         self.trackers = list(trackers)
 
     def log(self, record: Record) -> None:
+        record["time"] = time.time()
         for tracker in self.trackers:
             tracker.log(record)
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Something that happened, with what it takes to be understood."""
-        self.log({"kind": "event", "step": step, "event": event, "time": time.time(), **details})
+        self.log({"kind": "event", "step": step, "event": event, **details})
 
     def close(self, summary: Record) -> None:
         for tracker in self.trackers:

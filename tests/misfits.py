@@ -1,5 +1,8 @@
 """Classes that do not fit image classification, each in its own way; and one that does, oddly."""
 
+import os
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -43,3 +46,27 @@ class Unused(nn.Linear):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return super().forward(pixel_values.flatten(1))
+
+
+class SlowOnRankOne(nn.Linear):
+    """Fits; its forward pass takes 20 ms more on rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if self.training and os.environ["RANK"] == "1":
+            time.sleep(0.02)
+        return super().forward(pixel_values.flatten(1))
+
+
+class StuckOnRankOne(SlowOnRankOne):
+    """Fits; in its third step rank 1 waits for something that never comes."""
+
+    steps = 0
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        self.steps += self.training
+        if self.steps == 3 and os.environ["RANK"] == "1":
+            time.sleep(3600)
+        return super().forward(pixel_values)

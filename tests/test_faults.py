@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import TESTS, bigtrain, on_ranks, start, start_ranks, wait_for
 from safetensors.torch import load_file
+from torch.utils.cpp_extension import _get_build_directory
 
 from bigtrain.checkpoint import committed, seal, verify, write_tensors
 from bigtrain.load import HARMLESS, flatten, load_recipe
@@ -25,6 +26,7 @@ from bigtrain.rundir import RunDir, read_metrics
 
 STEPS = ["train.steps=12", "train.eval_every=12", "train.checkpoint_every=4", "track.wandb=off", "optim.schedule=constant"]
 CNN = ["digits-cnn", *STEPS]
+MISFIT = [*CNN, "model.args={}", "model.dropout=null"]
 
 
 def losses(folder: Path, name: str = "digits-cnn", key: str = "loss") -> dict[int, float]:
@@ -427,3 +429,48 @@ def test_the_export_of_a_stopped_run_equals_the_straight_one(whole: Path, tmp_pa
     assert bigtrain("train", *CNN, cwd=tmp_path).returncode == 0
     found, expected = (load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors") for f in (tmp_path, whole))
     assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
+    """SIGSTOP: it neither answers nor dies. Each rank in turn: rank 0 also serves the store where ranks meet."""
+    for silent in (1, 0):
+        recipe = [*CNN, "engine.kind=zero2", "train.steps=400", "train.hang_timeout=2", f"name=silent-{silent}"]
+        ranks = start_ranks(2, "train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT=f"stop@{silent}:9")
+        began = time.monotonic()
+        end = ranks[1 - silent].wait(60)
+        ranks[silent].signal(signal.SIGKILL)
+        assert end.returncode == 76, end.stderr
+        assert time.monotonic() - began < 45
+        assert f"rank {silent}" in end.stderr.split("leaving with 76")[1].split("SILENT" if silent else "does not answer")[0]
+        assert "in _step" in end.stderr, "where it waits: Python's stack"
+    said = events(tmp_path, "silent-1")["hang"]
+    assert said["silent"] == [1]
+    assert said["places"][0] == "step 9: meeting"
+    again = on_ranks(2, "train", *recipe, "train.steps=12", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step-" in again.stdout
+
+
+def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> None:
+    """It lives and answers, but has not come as far as the others."""
+    recipe = [*MISFIT, "model.name=misfits:StuckOnRankOne", "train.hang_timeout=1"]
+    ranks = start_ranks(2, "train", *recipe, cwd=tmp_path, PYTHONPATH=str(TESTS))
+    ends = [rank.wait(60) for rank in ranks]
+    assert [end.returncode for end in ends] == [76, 76]
+    assert "in forward" in ends[1].stderr, "its own stack says where"
+    assert "rank 1: step 3: forward  ← behind the others" in ends[0].stderr, ends[0].stderr
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    recipe = [*MISFIT, "model.name=misfits:SlowOnRankOne", "train.hang_timeout=4", "train.steps=120", "train.log_every=10"]
+    assert on_ranks(2, "train", *recipe, cwd=tmp_path, PYTHONPATH=str(TESTS)).returncode == 0
+    slow = events(tmp_path)["straggler"]
+    assert slow["rank"] == 1
+    assert slow["seconds"] > 1.5 * slow["usual"]
+
+
+def test_a_lock_left_by_a_process_killed_while_deepspeed_compiles_is_removed(tmp_path: Path) -> None:
+    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
+    (folder / "lock").touch()
+    done = bigtrain("train", *CNN, "engine.kind=zero1", "train.steps=2", cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr

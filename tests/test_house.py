@@ -9,11 +9,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "bigtrain"
 FLOORS = [
     {"errors", "recipe", "load", "rundir", "fault"},
-    {"plan", "dsconfig", "slurm", "compare"},
+    {"plan", "dsconfig", "slurm", "status", "compare"},
     {"models", "tasks", "data", "optim", "footprint"},
     {"engine"},
-    {"loop", "checkpoint", "track", "stop"},
-    {"run", "export", "predict", "prove"},
+    {"loop", "checkpoint", "track", "stop", "watch"},
+    {"run", "export", "predict", "prove", "doctor"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -39,8 +39,12 @@ JobRequeue=1
 KillWait=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
+GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={d1} CPUs=2 RealMemory=8000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={d2} CPUs=2 RealMemory=8000
+# No such machines run: what sbatch --test-only is asked about.
+NodeName=g[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port={d3} CPUs=16 RealMemory=8000 Gres=gpu:8
+PartitionName=gpu Nodes=g[1-4] MaxTime=INFINITE
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
@@ -51,14 +55,15 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ports = [_free_port() for _ in range(3)]
+        ports = [_free_port() for _ in range(4)]
         (folder / "state").mkdir()
         for node in ("n1", "n2"):
             (folder / f"spool-{node}").mkdir()
         text = CONFIGURATION.format(
-            host=socket.gethostname().split(".")[0], folder=folder, ctld=ports[0], d1=ports[1], d2=ports[2]
+            host=socket.gethostname().split(".")[0], folder=folder, ctld=ports[0], d1=ports[1], d2=ports[2], d3=ports[3]
         )
         (folder / "slurm.conf").write_text(text)
+        (folder / "gres.conf").write_text("NodeName=g[1-4] Name=gpu Count=8\n")
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
         self.daemons = [

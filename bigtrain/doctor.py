@@ -1,0 +1,272 @@
+"""Is this machine, or this allocation, fit for a run? Every rank examines itself; rank 0 compares them."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import distributed
+
+from bigtrain.rundir import RUNS, to_json
+from bigtrain.track import logged_in
+
+PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets", "wandb", "numpy")
+_SHM, _DISK, _SKEW = 1 << 30, 10 << 30, 2.0  # bytes free, bytes free, seconds apart
+_SLOW = 0.7  # of the median matrix-multiply rate
+_PATIENCE = timedelta(seconds=60)
+Report = dict[str, Any]
+Row = dict[str, Any]  # check, found, ok, advice
+
+
+def examine() -> tuple[list[Row], int]:
+    """All checks on all ranks: rows for a table on rank 0 (elsewhere only what kept this rank from reporting), and the rank."""
+    rank, ranks, address, port = _whereabouts()
+    try:
+        own = _this_rank(rank, port)
+        if ranks == 1:
+            return compare([own]), 0
+        store = _meet(rank, ranks, address, port)
+        reports = _exchange(store, rank, ranks, own)
+    except RuntimeError as problem:
+        what = (
+            f"rank {rank} on {socket.gethostname()} did not reach all others at {address}: {str(problem).splitlines()[0][:120]}"
+        )
+        return [
+            _row("rendezvous", what, False, "a firewall, a wrong MASTER_ADDR, or ranks that never started"),
+            *compare([own]),
+        ], 0
+    finally:
+        if rank == 0:
+            with contextlib.suppress(OSError):  # not empty, or it is not ours to remove
+                RUNS.rmdir()
+    return (compare(reports) if rank == 0 else []), rank
+
+
+def compare(reports: list[Report]) -> list[Row]:
+    """What the ranks found, side by side. A pure function, so that a rank may be made up."""
+    first = reports[0]
+    rows = [_same(reports, [r["versions"][name] for r in reports], name, f"pip install {name}==") for name in first["versions"]]
+    rows += [
+        _same(reports, [r["device"] for r in reports], "device", "the same for every rank (nvidia-smi on that node): "),
+        _least(reports, "memory free", "memory", 1 << 30, "end what else uses the device (nvidia-smi)"),
+        _least(reports, "/dev/shm free", "shm", _SHM, "rm what is left there; containers: --shm-size=8g; or data.workers=0"),
+        _least(reports, "disk free", "disk", _DISK, "another disk for runs/, or fewer checkpoints (train.keep)"),
+    ]
+    shut = {r["rank"]: r["unwritable"] for r in reports if r["unwritable"]}
+    apart = {r["rank"]: "sees another runs/" for r in reports if r.get("shared") is False}
+    advice = "start where every node may write to the same runs/"
+    slowest = min(r["write"] for r in reports) / 2**20
+    rows.append(_unless(shut or apart, "run directory", f"{RUNS}/ is written at {slowest:,.0f} MiB/s or more", advice))
+    skews = {r["rank"]: f"{r['skew']:+.1f} s" for r in reports if abs(r.get("skew", 0.0)) > _SKEW}
+    rows.append(_unless(skews, "clocks", f"within {_SKEW} s", "chronyc makestep (as root) on that node"))
+    busy = {r["rank"]: f"{r['busy_port']} is in use" for r in reports if r["busy_port"]}
+    rows.append(_unless(busy, "port", "free", "another MASTER_PORT, or end what holds it: ss -ltnp"))
+    if "latency" in first:
+        found = f"{first['latency'] * 1e6:,.0f} µs for one number, {first['bandwidth'] / 2**30:.2f} GiB/s"
+        rows.append(_row("all-reduce", found, True))
+    elif "no_collective" in first:
+        rows.append(_row("all-reduce", first["no_collective"], False, "NCCL_DEBUG=INFO says which network is tried"))
+    usual = statistics.median(r["flops"] for r in reports) / 1e12
+    rates = {r["rank"]: f"{r['flops'] / 1e12:.2f} TFLOP/s, where {usual:.2f} are usual" for r in reports}
+    slow = {r["rank"]: rates[r["rank"]] for r in reports if r["flops"] / 1e12 < _SLOW * usual}
+    rows.append(_unless(slow, "matrix multiply", f"{usual:.2f} TFLOP/s per rank", "leave that node out: sbatch --exclude"))
+    said = "logged in" if first["wandb"] else "no key: runs are logged offline (wandb login)"
+    return [*rows, _row("W&B", said, True)]
+
+
+def _row(check: str, found: str, ok: bool, advice: str = "") -> Row:
+    return {"check": check, "found": found, "ok": ok, "advice": "" if ok else advice}
+
+
+def _unless(wrong: dict[int, str], check: str, otherwise: str, advice: str) -> Row:
+    """A row that is red when any rank has something wrong."""
+    named = "; ".join(f"rank {rank}: {what}" for rank, what in wrong.items())
+    return _row(check, named or otherwise, not wrong, advice)
+
+
+def _same(reports: list[Report], values: list[str], check: str, advice: str) -> Row:
+    usual = statistics.mode(values)
+    others = {r["rank"]: f"{v} on {r['host']}, not {usual}" for r, v in zip(reports, values, strict=True) if v != usual}
+    return _unless(others, check, usual, advice + usual)
+
+
+def _least(reports: list[Report], check: str, name: str, wanted: int, advice: str) -> Row:
+    least = min(reports, key=lambda r: float(r[name]))
+    found = f"{least[name] / 2**30:.1f} GiB" + (f" (rank {least['rank']} on {least['host']})" if len(reports) > 1 else "")
+    return _row(check, found, least[name] >= wanted, f"at least {wanted / 2**30:.0f} GiB: {advice}")
+
+
+def _whereabouts() -> tuple[int, int, str, int]:
+    """(rank, ranks, address, port) from torchrun's variables, else from Slurm's."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "0"))
+    if "SLURM_PROCID" not in env or env.get("SLURM_NTASKS", "1") == "1":
+        return 0, 1, "127.0.0.1", int(env.get("MASTER_PORT", "0"))
+    first = env["SLURM_STEP_NODELIST"]
+    with_scontrol = subprocess.run(["scontrol", "show", "hostnames", first], capture_output=True, text=True, check=False)
+    name = (with_scontrol.stdout.split() or [first])[0]
+    shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False).stdout
+    address = next((word.partition("=")[2] for word in shown.split() if word.startswith("NodeAddr=")), name)
+    port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), address, port
+
+
+def _this_rank(rank: int, port: int) -> Report:
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    if cuda:
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    report: Report = {"rank": rank, "host": os.environ.get("SLURMD_NODENAME", socket.gethostname())}
+    report["versions"] = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+    report["versions"] |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
+    report["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    report["memory"] = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    report["shm"] = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    report["busy_port"] = port if rank == 0 and port and not _is_free(port) else 0
+    report["wandb"] = logged_in()
+    report["flops"] = _matrix_rate()
+    report["disk"] = shutil.disk_usage(Path.cwd()).free
+    report |= _try_writing(rank)
+    return report
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _try_writing(rank: int, size: int = 64 << 20) -> Report:
+    """Write speed in bytes per second, fsync included; or why nothing can be written."""
+    path = RUNS / f".doctor-{rank}-{uuid.uuid4().hex[:8]}"
+    try:
+        RUNS.mkdir(exist_ok=True)
+        began = time.perf_counter()
+        with path.open("wb") as file:
+            file.write(os.urandom(1 << 20) * (size >> 20))
+            file.flush()
+            os.fsync(file.fileno())
+        return {"unwritable": "", "write": size / (time.perf_counter() - began)}
+    except OSError as problem:
+        return {"unwritable": f"{RUNS}: {problem.strerror} on {socket.gethostname()}", "write": 0.0}
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _matrix_rate() -> float:
+    """Floating-point operations per second of the best of a few bf16 (on the CPU fp32) products."""
+    cuda = torch.cuda.is_available()
+    size, dtype, device = (8192, torch.bfloat16, "cuda") if cuda else (768, torch.float32, "cpu")
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    wait: Callable[[], Any] = torch.cuda.synchronize if cuda else lambda: None
+    best = float("inf")
+    for _ in range(8):
+        wait()
+        began = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return float(2 * size**3 / best)
+
+
+def _meet(rank: int, ranks: int, address: str, port: int) -> distributed.TCPStore:
+    """A store on the first port from `port` on that is free on rank 0's machine; the others try them in turn."""
+    word = f"bigtrain doctor {os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}"
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    candidates = [port + offset for offset in range(8)]
+    if rank == 0:
+        free = next(candidate for candidate in candidates if _is_free(candidate))
+        store = distributed.TCPStore(address, free, ranks, True, _PATIENCE, wait_for_workers=False)
+        store.set("word", word)
+        return store
+    problem: Exception = RuntimeError("nobody answers")
+    while time.monotonic() < deadline:
+        for candidate in candidates:
+            try:
+                with socket.create_connection((address, candidate), timeout=2):
+                    pass
+                store = distributed.TCPStore(address, candidate, ranks, False, timedelta(seconds=3), wait_for_workers=False)
+                if store.get("word") == word.encode():
+                    store.set_timeout(_PATIENCE)
+                    return store
+            except (OSError, RuntimeError) as failure:
+                problem = failure
+        time.sleep(0.5)
+    raise RuntimeError(str(problem))
+
+
+def _exchange(store: distributed.TCPStore, rank: int, ranks: int, own: Report) -> list[Report]:
+    """Every rank's report; clocks are read at one moment, and one rank's file is looked for by all."""
+    marker = RUNS / f".doctor-shared-{uuid.uuid4().hex[:8]}"
+    if rank == 0 and not own["unwritable"]:
+        RUNS.mkdir(exist_ok=True)
+        marker.touch()
+    if rank == 0:
+        store.set("marker", str(marker) if not own["unwritable"] else "")
+    path = store.get("marker").decode()
+    own["shared"] = Path(path).exists() if path else None
+    store.set(f"here {rank}", "")
+    if rank == 0:
+        store.wait([f"here {r}" for r in range(ranks)])
+        store.set("now", "")
+    store.wait(["now"])
+    own["clock"] = time.time()
+    own |= _all_reduce(store, rank, ranks)
+    store.set(f"report {rank}", to_json(own))
+    if rank != 0:
+        store.get("seen")  # rank 0 serves the store
+        return []
+    reports = [json.loads(store.get(f"report {r}")) for r in range(ranks)]
+    marker.unlink(missing_ok=True)
+    store.set("seen", "")
+    time.sleep(0.5)
+    return [report | {"skew": report["clock"] - reports[0]["clock"]} for report in reports]
+
+
+def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> Report:
+    """Seconds for one number, and bytes per second for many (bus bandwidth: 2(n-1)/n of the bytes, as NCCL's tests define it)."""
+    cuda = torch.cuda.is_available()
+    try:
+        distributed.init_process_group("nccl" if cuda else "gloo", store=distributed.PrefixStore("group", store), rank=rank,
+                                       world_size=ranks, timeout=_PATIENCE)  # fmt: skip
+        device = "cuda" if cuda else "cpu"
+        seconds = {}
+        for size, times in ((1, 20), ((64 if cuda else 4) << 20, 5)):
+            data = torch.ones(size, device=device)
+            distributed.all_reduce(data)
+            began = time.perf_counter()
+            for _ in range(times):
+                distributed.all_reduce(data)
+            _ = float(data[0])  # waits
+            seconds[size] = (time.perf_counter() - began) / times
+        (_, latency), (size, long) = seconds.items()
+        distributed.destroy_process_group()
+        return {"latency": latency, "bandwidth": size * 4 * 2 * (ranks - 1) / ranks / long}
+    except RuntimeError as problem:
+        return {"no_collective": str(problem).splitlines()[0][:200]}

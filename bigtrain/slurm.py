@@ -1,0 +1,97 @@
+"""From a recipe's slurm section to a batch script, and what Slurm says of the jobs.
+
+The script is slurm/train.sbatch with other `#SBATCH` lines and its arguments written in, each quoted.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import RequestError
+from bigtrain.load import Loaded, recipe_path, shipped
+from bigtrain.recipe import Recipe
+from bigtrain.rundir import asset, run_directory, write_atomic
+
+_START = "set -euo pipefail\n"
+# What a job needs of its submitter's environment even where slurm.env names all the rest.
+_ALWAYS = ["HOME", "USER", "PATH", "LANG", "BIGTRAIN_PYTHON"]
+
+
+def render(recipe: Recipe, reference: str, overrides: list[str]) -> str:
+    """The batch script that trains `reference` (a recipe's file or name) with `overrides`."""
+    asked, name = recipe.slurm, recipe.name
+    options: dict[str, Any] = {
+        "job-name": name,
+        "output": f"{name}-{'%A_%a' if asked.array else '%j'}.out",
+        "nodes": asked.nodes,
+        "ntasks-per-node": asked.gpus_per_node or 1,
+        "gpus-per-node": asked.gpus_per_node or None,
+        "cpus-per-task": asked.cpus_per_gpu,
+        "time": asked.time,
+        "signal": f"USR1@{asked.grace_seconds}",
+        "export": ",".join([*_ALWAYS, *asked.env]) if asked.env is not None else None,
+    }
+    options |= {key: getattr(asked, key) for key in ("partition", "account", "qos", "constraint", "array", "dependency")}
+    lines = ["#!/usr/bin/env bash", f"# Written by: {shlex.join(['bigtrain', 'submit', reference, *overrides])!r}"]
+    lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    variables = {"GRACE_SECONDS": str(asked.grace_seconds), "SETUP": asked.setup, "CONTAINER": asked.container}
+    start = [f"export BIGTRAIN_{key}={shlex.quote(value)}" for key, value in variables.items() if value is not None]
+    arguments = shlex.join([reference, *overrides])
+    if asked.array:
+        arguments += f' "name={name}-$SLURM_ARRAY_TASK_ID" "seed=$SLURM_ARRAY_TASK_ID"'
+    start.append(f"set -- {arguments}")
+    body = asset("slurm", "train.sbatch").read_text().split(_START, 1)[1]
+    return "\n".join(lines) + "\n" + _START + "\n".join(start) + "\n" + body
+
+
+def submit(loaded: Loaded, reference: str, overrides: list[str]) -> dict[str, Any]:
+    """Let Slurm check the script, keep it and the recipe as they are now in the run directory, and submit it.
+
+    Raises RequestError, and leaves nothing behind, when there is no Slurm or it does not take the job.
+    """
+    if not shutil.which("sbatch"):
+        raise RequestError("there is no sbatch here", "a login node of a Slurm cluster", "--dry-run to print the script")
+    folder = run_directory(loaded.recipe.name).path
+    frozen, text = reference, ""
+    if reference not in shipped():  # a job may wait for days: what it trains must not change meanwhile
+        text = recipe_path(reference).read_text(encoding="utf-8")
+        frozen = str(folder / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml")
+    script = render(loaded.recipe, frozen, overrides)
+    _sbatch(script, "--test-only")
+    folder.mkdir(parents=True, exist_ok=True)
+    if text:
+        write_atomic(Path(frozen), text)
+    copy = folder / f"submitted-{hashlib.sha256(script.encode()).hexdigest()[:8]}.sbatch"
+    write_atomic(copy, script)
+    job = _sbatch(script, "--parsable").split(";")[0]
+    with (folder / "jobs.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"job": job, "time": time.time(), "script": copy.name}) + "\n")
+    return {"job": job, "run": str(folder), "script": str(copy)}
+
+
+def _sbatch(script: str, option: str) -> str:
+    """sbatch reads the script from its standard input, so that there is no file to clear away."""
+    environment = os.environ | {"BIGTRAIN_PYTHON": sys.executable}
+    done = subprocess.run(["sbatch", option], input=script, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        found = done.stderr.strip().splitlines() or ["sbatch failed"]
+        raise RequestError(found[-1].strip(), "what this cluster has (sinfo)", "other slurm.… in the recipe")
+    return done.stdout.strip()
+
+
+def states(jobs: list[str]) -> dict[str, str]:
+    """Job number → its state in the queue (PENDING, RUNNING …); jobs that have left it are missing, as is all without Slurm."""
+    if not jobs or not shutil.which("squeue"):
+        return {}
+    command = ["squeue", "--noheader", "--array", "--format=%i %T", "--me"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
+    return {job: state for key, state in found.items() if (job := key.split("_")[0]) in jobs}

@@ -1,0 +1,187 @@
+"""A watchdog in every rank: a hang ends within minutes, with the cause named, instead of burning hours.
+
+Ranks tell each other how far they are through a client of their own at the store where they met: it answers when
+collectives do not. Every rank passes the same places in the same order, so a count of them says who is behind.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+
+from bigtrain.engine import Engine
+from bigtrain.errors import LOST_PEERS
+
+Place = Literal["data", "meeting", "forward", "backward", "update", "evaluation", "checkpoint"]
+_SHORTEST, _STEPS = 600.0, 50  # `auto`: seconds, and as many of the slowest step
+_PATIENCE = 10  # times longer for the first step (compilation, first contact) and for checkpoints
+_SLOW = 1.5  # a straggler's forward passes, in medians over the ranks
+_RECENT = 20  # steps
+_ANSWER = 5.0  # seconds that the store has to answer in
+
+
+class Watchdog:
+    """Ends this process with code 76 when it makes no progress, or when another rank says that nobody does."""
+
+    def __init__(self, engine: Engine, timeout: float | Literal["auto"], report: Callable[..., None]) -> None:
+        """`report(event, **details)` writes an event; it is called on rank 0, while its main thread is stuck."""
+        self.rank, self.ranks, self.timeout, self.report = engine.rank, engine.world_size, timeout, report
+        self.step, self.place, self.passed, self.first = 0, "start", 0, True
+        self.since, self.slowest, self.news = time.monotonic(), 0.0, list[dict[str, Any]]()
+        self._busy: deque[float] = deque(maxlen=_RECENT)
+        self._posts, self._slow_before = 0, set[int]()
+        self._store = _second_client() if self.ranks > 1 else None
+        self._asking: threading.Thread | None = None
+        shortest = _SHORTEST if timeout == "auto" else timeout
+        self.interval = min(max(shortest / 20, 0.1), 5.0)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread.start()
+
+    def at(self, place: Place) -> None:
+        """The loop is about to do this; where it stands is known to the others a moment later."""
+        self.place, self.since = place, time.monotonic()
+        self.passed += 1
+
+    def stepped(self, step: int, seconds: float, busy: float) -> None:
+        """A step is over: it took `seconds`, of which this rank needed `busy` without waiting for others."""
+        self.step = step
+        self.slowest = 0.0 if self.first else max(self.slowest, seconds)
+        self.first = False
+        self._busy.append(busy)
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def limit(self) -> float:
+        """Seconds without progress that mean a hang."""
+        usual = max(_SHORTEST, _STEPS * self.slowest) if self.timeout == "auto" else self.timeout
+        return usual * (_PATIENCE if self.first or self.place == "checkpoint" else 1)
+
+    def _watch(self) -> None:
+        try:
+            self._rounds()
+        except BaseException:  # a watchdog that has died would let the run hang
+            traceback.print_exc()
+            os._exit(LOST_PEERS)
+
+    def _rounds(self) -> None:
+        rounds = 0
+        while not self._done.wait(self.interval):
+            self._post()
+            if time.monotonic() - self.since > self.limit or self._alarmed():
+                self._end()
+            rounds += 1
+            if self.rank == 0 and rounds % 4 == 0:
+                self._look_for_stragglers()
+
+    def _post(self) -> None:
+        self._posts += 1
+        where = {"posts": self._posts, "step": self.step + 1, "place": self.place, "passed": self.passed}
+        where["busy"] = statistics.mean(self._busy) if len(self._busy) == _RECENT else 0.0
+        self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where)))
+
+    def _alarmed(self) -> bool:
+        return bool(self._ask(lambda store: store.check(["alarm"])))
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """What the store answers; None where there is none, or where it does not answer soon.
+
+        Asked in a thread of its own: some questions have no time limit, and rank 0, which serves the store, may be what hangs.
+        """
+        if self._store is None or (self._asking is not None and self._asking.is_alive()):
+            return None
+        answers: list[Any] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question(self._store))
+
+        self._asking = threading.Thread(target=ask, daemon=True)
+        self._asking.start()
+        self._asking.join(_ANSWER)
+        return answers[0] if answers else None
+
+    def _positions(self) -> list[dict[str, Any]]:
+        """Where each rank said last that it was: an empty dictionary for one that never did, nothing if the store is silent."""
+        keys = [f"{rank}" for rank in range(self.ranks)]
+        known = self._ask(lambda store: [key for key in keys if store.check([key])])
+        texts = self._ask(lambda store: store.multi_get(known)) if known else None
+        said = dict(zip(known, texts, strict=True)) if texts else {}
+        return [json.loads(said.get(key, "{}")) for key in keys] if said else []
+
+    def _end(self) -> None:
+        """Stacks, who is silent and who is behind; then out, so that whoever started us can start us again."""
+        silence = time.monotonic() - self.since
+        self._ask(lambda store: store.set("alarm", f"{self.rank}"))
+        sys.stderr.write(f"bigtrain (rank {self.rank}): no progress for {silence:.1f} s; Python's stacks:\n")
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        before = self._positions()
+        for _ in range(3):  # all have heard of the alarm by then, and said where they are
+            time.sleep(self.interval)
+            self._post()
+        after = self._positions()
+        details = _judge(before, after) | {"seconds": round(silence, 1), "here": f"step {self.step + 1}: {self.place}"}
+        # Rank 0 serves the store: where it is silent, everyone says so.
+        if self.rank == next((rank for rank in range(len(after)) if rank not in details["silent"]), self.rank):
+            sys.stderr.write(f"bigtrain: {_verdict(details)}\n")
+            if self.rank == 0:
+                self.report("hang", **details)
+        sys.stderr.flush()
+        os._exit(LOST_PEERS)
+
+    def _look_for_stragglers(self) -> None:
+        """Left in `news` for the loop: ranks that were slow now and the last time."""
+        busy = [position.get("busy", 0.0) for position in self._positions()]
+        if not busy or not all(busy):
+            return
+        usual = statistics.median_low(busy)
+        slow = {rank for rank, seconds in enumerate(busy) if seconds > max(_SLOW * usual, usual + 0.001)}
+        for rank in sorted(slow & self._slow_before):
+            self.news.append({"rank": rank, "seconds": busy[rank], "usual": usual})
+        self._slow_before = slow
+
+
+def _judge(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """From what the ranks said twice: who says nothing new, and who of the others has not come as far."""
+    if not before or not after:
+        return {"silent": [0], "behind": [], "places": []}
+    silent = [rank for rank, (old, new) in enumerate(zip(before, after, strict=True)) if old.get("posts") == new.get("posts")]
+    passed = {rank: said.get("passed", 0) for rank, said in enumerate(after) if rank not in silent}
+    behind = [rank for rank, places in passed.items() if places < max(passed.values())]
+    return {"silent": silent, "behind": behind, "places": [f"step {p['step']}: {p['place']}" if p else "" for p in after]}
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    lines = [f"no progress for {found['seconds']} s; leaving with {LOST_PEERS}, and the same command goes on"]
+    if not found["places"]:
+        lines.append(f"  this rank: {found['here']}; rank 0, where the ranks met, does not answer: stopped, dead or cut off")
+    for rank, place in enumerate(found["places"]):
+        silent, behind = rank in found["silent"], rank in found["behind"]
+        mark = "  ← SILENT: stopped, dead or cut off" if silent else "  ← behind the others" if behind else ""
+        lines.append(f"  rank {rank}: {place or 'never heard of'}{mark}")
+    return "\n".join(lines)
+
+
+def _second_client() -> Any:
+    """The store where the ranks met, through a connection that no collective uses; None for another kind of store."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    if not isinstance(store, torch.distributed.TCPStore):
+        return None
+    client = torch.distributed.TCPStore(store.host, store.port, None, False, timedelta(seconds=_ANSWER), wait_for_workers=False)
+    return torch.distributed.PrefixStore("watchdog", client)

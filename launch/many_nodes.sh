@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train on many machines without Slurm. They need the same code, data and run directory (a shared disk).
+# From one of them, through ssh, in this folder on each; the first one is where the ranks meet:
+#   HOSTS="host1 host2" launch/many_nodes.sh RECIPE [key=value …]
+# Or by hand, once on each:
+#   NODES=2 NODE=0 MASTER_ADDR=host1 launch/many_nodes.sh RECIPE [key=value …]
+# RANKS is the number of ranks per machine (default: one per GPU); MASTER_PORT a port that is free on the first (29500).
+set -euo pipefail
+# shellcheck source=launch/env.sh
+. "$(dirname "$0")/env.sh"
+MASTER_PORT="${MASTER_PORT:-29500}"
+if [ -n "${HOSTS:-}" ]; then
+    read -r -a hosts <<<"$HOSTS"
+    here=$(printf '%q' "$PWD")
+    arguments=$(printf '%q ' "$@") # each word arrives as it is: ssh hands the other side's shell one line
+    pids=()
+    for node in "${!hosts[@]}"; do
+        settings="NODES=${#hosts[@]} NODE=$node MASTER_ADDR=${hosts[0]} MASTER_PORT=$MASTER_PORT RANKS=${RANKS:-gpu}"
+        # -tt: a Ctrl-C or a lost connection ends the ranks over there too.
+        ${SSH:-ssh -tt -o BatchMode=yes} "${hosts[$node]}" \
+            "cd $here && env PATH=$(printf '%q' "$PATH") $settings $(printf '%q' "$0") $arguments" &
+        pids+=($!)
+    done
+    code=0
+    for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+    exit "$code"
+fi
+: "${NODES:?how many machines}" "${NODE:?the number of this one, from 0}" "${MASTER_ADDR:?the address of machine 0}"
+exec torchrun --nnodes "$NODES" --node_rank "$NODE" --nproc_per_node "${RANKS:-gpu}" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m bigtrain train "$@"
