@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types slurm gpu clean
+.PHONY: demo test check lint types slurm soak gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
@@ -11,11 +11,14 @@ demo: .venv/installed  ## install, train tiny-lm, and let it write
 test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
 	$(BIN)/python -m pytest -m "not gpu and not slurm"
 
-check: lint types test  ## what CI runs
+check: lint types test slurm  ## what CI runs
 
 slurm: .venv/installed-dev  ## the Slurm script on a real two-node Slurm on this machine (Debian; as root)
 	command -v slurmctld slurmd >/dev/null || { apt-get update -q && apt-get install -y -q slurmctld slurmd slurm-client; }
 	$(BIN)/python -m pytest -m slurm
+
+soak: .venv/installed-dev  ## ten minutes of random kills; the curve must be the undisturbed one
+	$(BIN)/python benchmarks/soak.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

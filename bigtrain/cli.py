@@ -188,7 +188,7 @@ def status(
     from bigtrain.rundir import find_run
     from bigtrain.status import all_runs, show, status_of
 
-    found = [status_of(each) for each in ([find_run(run)] if run else all_runs())]
+    found = [status_of(each) for each in ([find_run(run, submitted=True)] if run else all_runs())]
     _print(found, as_json, show)
 
 

@@ -8,6 +8,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -205,20 +206,29 @@ def _meet(rank: int, ranks: int, address: str, port: int) -> distributed.TCPStor
         store = distributed.TCPStore(address, free, ranks, True, _PATIENCE, wait_for_workers=False)
         store.set("word", word)
         return store
-    problem: Exception = RuntimeError("nobody answers")
     while time.monotonic() < deadline:
         for candidate in candidates:
-            try:
-                with socket.create_connection((address, candidate), timeout=2):
-                    pass
-                store = distributed.TCPStore(address, candidate, ranks, False, timedelta(seconds=3), wait_for_workers=False)
-                if store.get("word") == word.encode():
-                    store.set_timeout(_PATIENCE)
-                    return store
-            except (OSError, RuntimeError) as failure:
-                problem = failure
+            if (found := _store_at(address, candidate, ranks, word)) is not None:
+                return found
         time.sleep(0.5)
-    raise RuntimeError(str(problem))
+    raise RuntimeError(f"nobody answered on ports {candidates[0]} to {candidates[-1]} in {_PATIENCE.total_seconds():.0f} s")
+
+
+def _store_at(address: str, port: int, ranks: int, word: str) -> distributed.TCPStore | None:
+    """Rank 0's store, if it is the one that answers there. In a thread: torch waits for ever for a stranger that is silent."""
+    found: list[distributed.TCPStore] = []
+
+    def try_it() -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            socket.create_connection((address, port), timeout=2).close()
+            store = distributed.TCPStore(address, port, ranks, False, _PATIENCE, wait_for_workers=False)
+            if store.get("word") == word.encode():
+                found.append(store)
+
+    attempt = threading.Thread(target=try_it, daemon=True)
+    attempt.start()
+    attempt.join(4)
+    return found[0] if found else None
 
 
 def _exchange(store: distributed.TCPStore, rank: int, ranks: int, own: Report) -> list[Report]:

@@ -404,7 +404,9 @@ class _DeepSpeed(Engine):
     def __init__(self, plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float) -> None:
         # Without this, and with cpu=True, Accelerate drops DeepSpeed silently and runs DDP.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION"):
+        # What a launcher said is in the plan by now (dsconfig.py); said twice, Accelerate refuses it.
+        said = [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")]
+        for name in (*said, "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
             os.environ.pop(name, None)
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, value)

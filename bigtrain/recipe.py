@@ -164,7 +164,7 @@ class Slurm(Section):
     nodes: PositiveInt = Field(default=1, description="machines")
     gpus_per_node: Count = Field(default=8, description="GPUs, and ranks, per machine; 0: one rank on each machine's CPUs")
     cpus_per_gpu: PositiveInt | None = Field(default=None, description="processor cores per rank; null is the cluster's default")
-    time: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$")] = Field(
+    time: PositiveInt | Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$")] = Field(
         default="24:00:00", description="wall time limit: minutes, hours:minutes:seconds or days-hours"
     )
     grace_seconds: PositiveInt = Field(default=120, description="how long before the limit the ranks are told to save")

@@ -142,10 +142,13 @@ def run_directory(name: str, fresh: bool = False) -> RunDir:
     return RunDir(path)
 
 
-def find_run(ref: str) -> RunDir:
-    """The run that `ref` (a name below runs/, or a directory) stands for; RequestError if there is none."""
+def find_run(ref: str, submitted: bool = False) -> RunDir:
+    """The run that `ref` (a name below runs/, or a directory) stands for; with `submitted` one that is only queued counts.
+
+    RequestError if there is none.
+    """
     for path in (Path(ref), RUNS / ref):
-        if (path / "recipe.yaml").is_file():
+        if (path / "recipe.yaml").is_file() or (submitted and (path / "jobs.jsonl").is_file()):
             return RunDir(path)
     known = sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml"))
     raise RequestError(

@@ -170,9 +170,11 @@ def _verdict(found: dict[str, Any]) -> str:
     if not found["places"]:
         lines.append(f"  this rank: {found['here']}; rank 0, where the ranks met, does not answer: stopped, dead or cut off")
     for rank, place in enumerate(found["places"]):
-        silent, behind = rank in found["silent"], rank in found["behind"]
-        mark = "  ← SILENT: stopped, dead or cut off" if silent else "  ← behind the others" if behind else ""
-        lines.append(f"  rank {rank}: {place or 'never heard of'}{mark}")
+        if rank in found["silent"]:
+            heard = f"last heard of at {place}" if place else "never heard of"
+            lines.append(f"  rank {rank}: {heard}  ← SILENT: stopped, dead or cut off")
+        else:
+            lines.append(f"  rank {rank}: {place}{'  ← behind the others' if rank in found['behind'] else ''}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ if [ -n "${HOSTS:-}" ]; then
     arguments=$(printf '%q ' "$@") # each word arrives as it is: ssh hands the other side's shell one line
     pids=()
     for node in "${!hosts[@]}"; do
-        settings="NODES=${#hosts[@]} NODE=$node MASTER_ADDR=${hosts[0]} MASTER_PORT=$MASTER_PORT RANKS=${RANKS:-gpu}"
+        settings="HOSTS= NODES=${#hosts[@]} NODE=$node MASTER_ADDR=${hosts[0]} MASTER_PORT=$MASTER_PORT RANKS=${RANKS:-gpu}"
         # -tt: a Ctrl-C or a lost connection ends the ranks over there too.
         ${SSH:-ssh -tt -o BatchMode=yes} "${hosts[$node]}" \
             "cd $here && env PATH=$(printf '%q' "$PATH") $settings $(printf '%q' "$0") $arguments" &

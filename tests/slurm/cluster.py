@@ -42,8 +42,8 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={d1} CPUs=2 RealMemory=8000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={d2} CPUs=2 RealMemory=8000
-# No such machines run: what sbatch --test-only is asked about.
-NodeName=g[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port={d3} CPUs=16 RealMemory=8000 Gres=gpu:8
+# With GPUs that nobody looks for: what sbatch --test-only is asked about.
+{gpu_nodes}
 PartitionName=gpu Nodes=g[1-4] MaxTime=INFINITE
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
@@ -55,17 +55,23 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ports = [_free_port() for _ in range(4)]
+        ports = [_free_port() for _ in range(7)]
         (folder / "state").mkdir()
-        for node in ("n1", "n2"):
+        nodes = ["n1", "n2", "g1", "g2", "g3", "g4"]
+        for node in nodes:
             (folder / f"spool-{node}").mkdir()
+        host = socket.gethostname().split(".")[0]
+        more = "NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=8000 Gres=gpu:8"
+        gpu_nodes = [f"NodeName={n} {more.format(host=host, port=p)}" for n, p in zip(nodes[2:], ports[3:], strict=True)]
         text = CONFIGURATION.format(
-            host=socket.gethostname().split(".")[0], folder=folder, ctld=ports[0], d1=ports[1], d2=ports[2], d3=ports[3]
+            host=host, folder=folder, ctld=ports[0], d1=ports[1], d2=ports[2], gpu_nodes="\n".join(gpu_nodes)
         )
         (folder / "slurm.conf").write_text(text)
-        (folder / "gres.conf").write_text("NodeName=g[1-4] Name=gpu Count=8\n")
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"NodeName=g[1-4] Name=gpu File={folder}/gpu[0-7]\n")
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-        commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
+        commands = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in nodes)]
         self.daemons = [
             subprocess.Popen([_program(c[0]), *c[1:]], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             for c in commands

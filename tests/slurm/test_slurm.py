@@ -1,6 +1,7 @@
 """Promise 2 on a real Slurm of two nodes: what ends a job early, and how the run goes on. `make slurm` runs it."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster, missing
+from test_submit import CASES, script
 
 from bigtrain.rundir import RunDir, asset, read_metrics
 
@@ -149,3 +151,116 @@ def test_a_second_job_for_the_same_run_is_refused(cluster: Cluster, tmp_path: Pa
     assert (tmp_path / "runs" / "digits-cnn" / "recipe.yaml").read_bytes() == recipe
     cluster.run("scancel", first)
     cluster.finish(first)
+
+
+def test_a_hang_is_ended_named_and_requeued(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    """SIGSTOP of one rank in the job's first life."""
+    once = tmp_path / "once.sh"
+    setup = Path(environment(tmp_path)["BIGTRAIN_SETUP"])
+    once.write_text('[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export BIGTRAIN_FAULT=stop@1:130\n' + setup.read_text())
+    job = cluster.submit(
+        *NODES, "--output=job.log", TRAIN, *RECIPE, "train.hang_timeout=5", cwd=tmp_path, BIGTRAIN_SETUP=str(once)
+    )
+    assert cluster.finish(job, 240) == "COMPLETED", log(tmp_path)
+    (named,) = [line for line in log(tmp_path).splitlines() if "SILENT" in line]
+    assert "rank 1: last heard of at step" in named
+    went_on(tmp_path, undisturbed)
+
+
+def test_slurm_accepts_what_submit_writes(cluster: Cluster) -> None:
+    for overrides in CASES.values():
+        asked = script(overrides)
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=asked, env=cluster.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_submitted_job_trains_the_recipe_as_it_was(cluster: Cluster, tmp_path: Path) -> None:
+    """Queued behind another job; its recipe is edited meanwhile. Its environment holds what slurm.env names, and no more."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine"))
+    overrides = ["slurm.gpus_per_node=0", "slurm.nodes=2", "train.steps=20", "track.wandb=off", "slurm.env=[WANTED]"]
+    bigtrain = [sys.executable, "-m", "bigtrain"]
+    urgent = cluster.submit("--partition=high", *NODES, "--exclusive", "--wrap", "sleep 8", cwd=tmp_path)
+    run = cluster.environment | {"WANTED": "yes", "UNWANTED": "yes", "BIGTRAIN_SETUP": ""}
+    bare = [*bigtrain, "submit", "mine.yaml", *overrides, "slurm.setup=look.sh", "slurm.time=10"]
+    (tmp_path / "look.sh").write_text('echo "WANTED=${WANTED:-no} UNWANTED=${UNWANTED:-no}"\n')
+    done = subprocess.run([*bare, "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)["job"]
+    recipe.write_text("nonsense")
+
+    def status() -> dict[str, object]:
+        shown = subprocess.run(
+            [*bigtrain, "status", "mine", "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=False
+        )
+        (found,) = json.loads(shown.stdout)
+        return dict(found)
+
+    assert status()["state"] == "queued"
+    cluster.finish(urgent)
+    assert cluster.finish(job) == "COMPLETED", (tmp_path / f"mine-{job}.out").read_text()
+    said = (tmp_path / f"mine-{job}.out").read_text()
+    assert "WANTED=yes UNWANTED=no" in said
+    assert status()["state"] == "finished"
+    assert status()["job"] == job
+    effective = json.loads((tmp_path / "runs" / "mine" / "effective.json").read_text())
+    assert "submitted-" in effective["optim.lr"]["origin"]
+    assert effective["train.steps"]["origin"] == "override train.steps=20"
+
+
+def test_a_sweep_trains_one_line_per_task(cluster: Cluster, tmp_path: Path) -> None:
+    common = "track.wandb=off train.steps=3 train.eval_every=3"
+    lines = [f"digits-cnn {common} name=a", f"digits-cnn {common} name=b 'track.project=$(touch x) \"y\"'"]
+    (tmp_path / "runs.txt").write_text("\n".join(lines) + "\n")
+    sweep = str(asset("slurm", "sweep.sbatch"))
+    job = cluster.submit("--array=1-2", "--output=job-%a.log", sweep, "runs.txt", cwd=tmp_path, **environment(tmp_path))
+    for task in ("1", "2"):
+        assert cluster.finish(f"{job}_{task}") == "COMPLETED", (tmp_path / f"job-{task}.log").read_text()
+    assert '$(touch x) "y"' in (tmp_path / "runs" / "b" / "recipe.yaml").read_text()
+    assert (tmp_path / "runs" / "a" / "summary.json").is_file()
+    assert not (tmp_path / "x").exists()
+
+
+def doctor(cluster: Cluster, folder: Path, before: str = "", **more: str) -> tuple[int, list[dict[str, object]]]:
+    """`srun bigtrain doctor` on the two nodes, each rank after a piece of shell."""
+    wrapper = folder / "wrapper.sh"
+    wrapper.write_text(f'{before}\nexec "$@"\n')
+    command = ["srun", *NODES, "--mpi=none", "bash", str(wrapper), sys.executable, "-m", "bigtrain", "doctor", "--json"]
+    done = subprocess.run(
+        command, cwd=folder, env=cluster.environment | more, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "[{" in done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout[done.stdout.index("[{") :].splitlines()[0])
+
+
+def test_the_doctor_finds_a_healthy_allocation_healthy(cluster: Cluster, tmp_path: Path) -> None:
+    code, rows = doctor(cluster, tmp_path)
+    assert code == 0, [row for row in rows if not row["ok"]]
+    assert {"all-reduce", "clocks", "deepspeed", "run directory"} <= {str(row["check"]) for row in rows}
+    assert not (tmp_path / "runs").exists(), "it leaves nothing"
+
+
+def test_the_doctor_finds_what_is_wrong_and_on_which_rank(cluster: Cluster, tmp_path: Path) -> None:
+    fake = tmp_path / "other" / "deepspeed-0.18.0.dist-info"
+    fake.mkdir(parents=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.0\n")
+    (tmp_path / "runs").mkdir()
+    on_rank_one = f"""
+if [ "$SLURM_PROCID" = 1 ] && [ -z "${{INSIDE:-}}" ]; then
+    export INSIDE=1 PYTHONPATH={tmp_path}/other
+    exec unshare --mount bash -c '
+        mount -t tmpfs -o size=1m tmpfs /dev/shm && mount --bind runs runs && mount -o remount,bind,ro runs && exec "$@"' - "$@"
+fi"""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, rows = doctor(cluster, tmp_path, on_rank_one, MASTER_PORT=str(taken.getsockname()[1]))
+    red = {str(row["check"]): row for row in rows if not row["ok"]}
+    assert code == 1
+    assert set(red) == {"deepspeed", "/dev/shm free", "run directory", "port"}, red
+    assert "rank 1: 0.18.0" in str(red["deepspeed"]["found"])
+    assert "rank 1" in str(red["/dev/shm free"]["found"])
+    assert "rank 1: runs: Read-only file system" in str(red["run directory"]["found"])
+    assert all(row["advice"] for row in red.values())
