@@ -406,7 +406,7 @@ class _DeepSpeed(Engine):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         # What a launcher said is in the plan by now (dsconfig.py); said twice, Accelerate refuses it.
         said = [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")]
-        for name in (*said, "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+        for name in (*said, "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
             os.environ.pop(name, None)
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, value)
