@@ -193,6 +193,15 @@ def status(
 
 
 @app.command()
+def sync(run: RunArgument) -> None:
+    """Upload to W&B what a run logged offline."""
+    from bigtrain.rundir import find_run
+    from bigtrain.track import sync as upload
+
+    print(upload(find_run(run)))
+
+
+@app.command()
 def doctor(
     slurm: Annotated[bool, typer.Option("--slurm", help="on every task of this Slurm allocation")] = False, as_json: Json = False
 ) -> None:

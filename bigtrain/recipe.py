@@ -156,6 +156,7 @@ class Track(Section):
     project: str = Field(default="bigtrain", description="W&B project")
     group: str | None = Field(default=None, description="W&B group; null is the recipe's name")
     tags: list[str] = Field(default=[], description="W&B tags")
+    notes: str | None = Field(default=None, description="W&B notes: what this run is for")
 
 
 class Slurm(Section):

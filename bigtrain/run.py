@@ -1,6 +1,8 @@
 """What happens when a recipe is run: read from top to bottom."""
 
+import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -124,7 +126,8 @@ def _train(
         ranks.barrier()  # a launcher may end the job when the first rank has left for a while
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
-            tracker.event(state.step, "failed", reason=str(problem).split("\n")[0] or type(problem).__name__)
+            event = "lost a peer" if _lost_a_peer(problem) else "failed"
+            tracker.event(state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__)
         raise
     finally:
         watch.close()
@@ -232,8 +235,18 @@ def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: di
         settings[f"deepspeed.{key}"] = {"value": value, "origin": origin}
     for package in ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets"):
         settings[f"versions.{package}"] = {"value": version(package), "origin": "installed"}
+    settings |= {name: {"value": value, "origin": "where it runs"} for name, value in _whereabouts().items()}
     settings["threads"] = {"value": torch.get_num_threads(), "origin": "OMP_NUM_THREADS or the machine"}
     return settings
+
+
+def _whereabouts() -> dict[str, Any]:
+    """The commit of the folder that the run was started in, whether it was changed since; Slurm's job."""
+    found: dict[str, Any] = {"slurm.job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository, or a slow disk
+        ask = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=5).stdout  # noqa: E731
+        found |= {"git.commit": ask("rev-parse", "HEAD").strip(), "git.dirty": bool(ask("status", "--porcelain", "-uno"))}
+    return found
 
 
 def _open_run(name: str, ranks: engine.Engine, fresh: bool) -> RunDir:
@@ -284,18 +297,23 @@ def _tracker(loaded: Loaded, run: RunDir, task: Task, settings: Settings, screen
     everyone = Everyone(MetricsFile(run), Terminal(recipe.train.steps, task.unit, screen))
     if recipe.track.wandb != "off":
         config = {key: setting["value"] for key, setting in settings.items()}
-        wandb = WandB(recipe.track, run, recipe.name, config, state.wandb_id)
+        wandb = WandB(recipe.track, run, recipe.name, config, state.wandb_id, state.step)
         state.wandb_id = wandb.id
         everyone.trackers.append(wandb)
     return everyone
 
 
 def exit_code_of(problem: BaseException) -> int:
-    """3 for what would fail again; 76 when the words are those of a collective that lost a peer."""
-    gloo = ["connection closed by", "connection reset", "broken pipe", "timed out waiting", "socket closed"]
-    lost = [*gloo, "remote process exited", "ncclremoteerror", "watchdog caught collective operation timeout"]
-    alone = engine.world_from_environment()[1] == 1
-    if alone or not (isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in lost)):
+    """3 for what would fail again; 76 for a collective that lost a peer."""
+    if not _lost_a_peer(problem):
         return 3
     print("bigtrain: lost a peer; the same command goes on from the last checkpoint", file=sys.stderr)
     return LOST_PEERS
+
+
+def _lost_a_peer(problem: BaseException) -> bool:
+    """Whether the words are those of a collective that lost a peer."""
+    gloo = ["connection closed by", "connection reset", "broken pipe", "timed out waiting", "socket closed"]
+    lost = [*gloo, "remote process exited", "ncclremoteerror", "watchdog caught collective operation timeout"]
+    alone = engine.world_from_environment()[1] == 1
+    return not alone and isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in lost)

@@ -14,7 +14,12 @@ from bigtrain.rundir import RUNS, RunDir, owner, read_columns, read_metrics
 from bigtrain.slurm import states
 
 _RECENT = 20  # lines that a rate is taken from
-_ENDS = {"stopped": "stopped", "failed": "FAILED", "hang": "HUNG"}  # the last event of a run that is not running → its state
+_ENDS = {
+    "stopped": "stopped",
+    "failed": "FAILED",
+    "lost a peer": "lost a rank",
+    "hang": "HUNG",
+}  # the last event of a run that is not running → its state
 
 
 def all_runs() -> list[RunDir]:

@@ -1,20 +1,27 @@
 """Who is told what happens: metrics.jsonl always, the terminal, and Weights & Biases (imported here only)."""
 
+import contextlib
+import json
 import math
 import netrc
 import os
 import secrets
+import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bigtrain.errors import RequestError
 from bigtrain.recipe import Track
-from bigtrain.rundir import RunDir, to_json
+from bigtrain.rundir import RunDir, read_metrics, to_json
 
 Record = dict[str, Any]
 
@@ -57,7 +64,7 @@ class Terminal:
 
     def log(self, record: Record) -> None:
         if record["kind"] != "train":
-            self.console.print(_line(record), highlight=False)
+            self.console.print(_line(record), highlight=False, markup=False)
             return
         text = (
             f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
@@ -67,7 +74,7 @@ class Terminal:
             self.bar.update(self.task, completed=record["step"], text=text)
         elif time.monotonic() - self.last >= self.every or record["step"] == self.steps:
             self.last = time.monotonic()
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False)
 
     def close(self, summary: Record) -> None:
         if self.bar is not None:
@@ -81,41 +88,84 @@ def _line(record: Record) -> str:
     return f"step {record['step']}  {name}  {shown}"
 
 
+# Events that someone should be woken for → the title of the alert.
+_ALERTS = {"failed": "training failed", "stopped": "stopped early", "hang": "no progress", "checkpoint FAILED": "no checkpoint"}
+_START, _END = 5.0, 10.0  # seconds that W&B may take to start and to finish: training waits for neither
+
+
 class WandB:
-    """One W&B run per bigtrain run; steps are our own, so that a resumed run continues its curves."""
+    """One W&B run per bigtrain run, whatever ended it on the way; steps are our own, so that a resumed run continues its
+    curves. What an earlier life has told W&B is not told again; what it had no time to tell is told first."""
 
-    def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any], known_id: str) -> None:
-        """`known_id`: from the checkpoint, should the run directory have lost its own."""
-        import wandb
-
+    def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any], known_id: str, step: int) -> None:
+        """`known_id`: from the checkpoint, should the run directory have lost its own; `step`: where the run goes on."""
+        self.files, self.skipped = run, False
         id_file = run.path / "wandb_id"
         if not id_file.exists():
             id_file.write_text(known_id or secrets.token_hex(4))
         self.id = id_file.read_text().strip()
-        mode: Any = track.wandb if track.wandb != "auto" else "online" if logged_in() else "offline"
-        self.run: Any = wandb.init(
-            project=track.project,
-            group=track.group or recipe_name,
-            tags=track.tags,
-            name=run.name,
-            id=self.id,
-            resume="allow" if mode == "online" else None,
-            config=config,
-            dir=str(run.path),
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
+        online = track.wandb == "online" or (track.wandb == "auto" and logged_in())
+        known = {"project": track.project, "group": track.group or recipe_name, "tags": track.tags, "notes": track.notes}
+        if online and (problem := _unreachable()):
+            online = False
+            self._say(f"does not answer ({problem}): logging offline")
+        told = _told_offline(run)
+        self.run: Any = self._begin(
+            online, **known, job_type="train", name=run.name, id=self.id, config=config, dir=str(run.path)
         )
         self.run.define_metric("*", step_metric="step")
+        for name, goal in (("eval/loss", "min"), ("train/loss", "min"), ("eval/accuracy", "max"), ("eval/f1", "max")):
+            self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
+        if online:
+            last = int(self.run.summary.get("step", 0) or 0)
+            told |= {(kind, known_step) for kind in ("train", "eval") for known_step in range(last + 1)}
+        self.told = told
+        for record in read_metrics(run.metrics):
+            if record.get("kind") in ("train", "eval") and record.get("step", 0) <= step:
+                self.log(record)
+
+    def _begin(self, online: bool, **known: Any) -> Any:
+        """Start W&B's run; offline, with a line that says so, where its server does not answer in time."""
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=_START, finish_timeout=_END, finish_timeout_raises=True
+        )
+        try:
+            mode: Any = "online" if online else "offline"
+            return wandb.init(mode=mode, resume="allow" if online else None, settings=settings, **known)
+        except Exception as problem:
+            if not online:
+                raise
+            self._say(f"does not answer ({type(problem).__name__}): logging offline")
+            return self._begin(False, **known)
 
     def log(self, record: Record) -> None:
-        prefix = {"train": "train", "eval": "eval"}.get(record["kind"])
-        if prefix is None:
+        kind, step = record["kind"], record["step"]
+        if kind == "event" and record["event"] in _ALERTS:
+            text = str(record.get("reason") or record.get("places") or "")
+            self._try(lambda: self.run.alert(f"{self.files.name}: {_ALERTS[record['event']]}", f"step {step}. {text}"))
+        if kind == "train" and not record["applied"] and not self.skipped:
+            self.skipped = True
+            self._try(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
+        if kind not in ("train", "eval") or (kind, step) in self.told:
             return
-        numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
-        self._try(lambda: self.run.log({"step": record["step"], **numbers}))
+        numbers = {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        self._try(lambda: self.run.log({"step": step, **numbers}))
 
     def close(self, summary: Record) -> None:
-        self._try(lambda: (self.run.summary.update(summary), self.run.finish()))
+        self._try(lambda: self._finish(summary))
+
+    def _finish(self, summary: Record) -> None:
+        """The exported model becomes an artifact, by reference: nothing is uploaded or hashed."""
+        import wandb
+
+        self.run.summary.update(summary)
+        if (self.files.export / "bigtrain.json").is_file():
+            artifact = wandb.Artifact(f"{self.files.name}-model", type="model")
+            artifact.add_reference(self.files.export.resolve().as_uri(), checksum=False)
+            self.run.log_artifact(artifact)
+        self.run.finish()
 
     def _try(self, act: Callable[[], Any]) -> None:
         """W&B's service is a process of its own, which a cluster may end before us: that must not end the run."""
@@ -124,14 +174,72 @@ class WandB:
                 act()
         except Exception as problem:
             self.run = None
-            print(f"bigtrain: W&B is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all", file=sys.stderr)
+            self._say(f"is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all")
+
+    def _say(self, what: str) -> None:
+        print(f"bigtrain: W&B {what}; later: bigtrain sync {self.files.name}", file=sys.stderr)
+
+
+def _segments(run: RunDir) -> list[Path]:
+    """W&B's folders of a run, one per life, in their order."""
+    return sorted(path for path in (run.path / "wandb").glob("*run-*-*") if path.is_dir() and not path.is_symlink())
+
+
+def _wandb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """W&B's own command line."""
+    return subprocess.run([sys.executable, "-m", "wandb", *arguments], capture_output=True, text=True, check=False)
+
+
+def _told_offline(run: RunDir) -> set[tuple[str, int]]:
+    """(kind, step) of what earlier offline segments hold, as W&B's own reader finds it: a killed one may lack its end."""
+    told = set()
+    for file in (file for folder in _segments(run) for file in folder.glob("*.wandb")):
+        for line in _wandb("leet", "inspect", "--json", str(file)).stdout.splitlines():
+            with contextlib.suppress(ValueError):
+                item = json.loads(line).get("history", {}).get("item", {})
+                told |= {(key.split("/")[0], item["step"]) for key in item if "/" in key and "step" in item}
+    return told
+
+
+def sync(run: RunDir) -> str:
+    """Upload what was logged offline, every segment once and in order, by W&B's own sync; what it said.
+
+    Raises RequestError when there is nothing, or W&B refuses.
+    """
+    folders = [str(path) for path in _segments(run)]
+    if not folders:
+        raise RequestError(f"{run.path}/wandb holds nothing to sync", "a run with track.wandb on")
+    if not logged_in():
+        raise RequestError("W&B has no key", "a login", "wandb login")
+    # One id: then W&B appends the segments in order of their start, where it would overwrite (wandb#3841).
+    done = _wandb("sync", "--yes", "--include-online", "--id", (run.path / "wandb_id").read_text().strip(), *folders)
+    said = (done.stdout + done.stderr).strip()
+    if done.returncode != 0 or "error" in said.lower():
+        raise RequestError(f"wandb sync: {said[-500:]}", "W&B's server to answer", "the same command, later")
+    return said
+
+
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def _unreachable() -> str:
+    """Why W&B's server does not answer; empty if it does. Asked first, because a run of W&B's that could not begin holds up
+    the end of the program for half a minute."""
+    try:
+        urllib.request.urlopen(_server(), timeout=_START).close()
+    except urllib.error.HTTPError:
+        return ""  # an answer
+    except OSError as problem:
+        return str(problem)
+    return ""
 
 
 def logged_in() -> bool:
     """Whether W&B has a key for its server, in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(_server()).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -30,7 +30,7 @@ def launch(name: str, *arguments: str, cwd: Path, **environment: str) -> dict[st
 def test_many_nodes_are_started_from_one(tmp_path: Path) -> None:
     """Two "machines" on this one; what stands in for ssh hands the line to a shell, as ssh does."""
     ssh = tmp_path / "ssh.sh"
-    ssh.write_text("shift\nexec env --ignore-environment bash -c \"$*\"\n")
+    ssh.write_text('shift\nexec env --ignore-environment bash -c "$*"\n')
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
