@@ -1,10 +1,11 @@
 """The `bigtrain` command. Each command imports what it needs inside, so that help and errors answer at once."""
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -174,7 +175,8 @@ def submit(
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        print(render(loaded.recipe, recipe, overrides or []), end="")
+        script = render(loaded.recipe, recipe, overrides or [])
+        _print({"script": script}, as_json, lambda result: print(result["script"], end=""))
         return
     told = "job {job} is to train {run}; its script is {script}\n  bigtrain status shows how it goes"
     _print(hand_in(loaded, recipe, overrides or []), as_json, lambda result: print(told.format(**result)))
@@ -186,10 +188,34 @@ def status(
 ) -> None:
     """Show what runs are doing, and whether they are well."""
     from bigtrain.rundir import find_run
-    from bigtrain.status import all_runs, show, status_of
+    from bigtrain.status import all_runs, show, status_or_why_not
 
-    found = [status_of(each) for each in ([find_run(run, submitted=True)] if run else all_runs())]
+    found = [status_or_why_not(each) for each in ([find_run(run, submitted=True)] if run else all_runs())]
     _print(found, as_json, show)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="names below runs/, directories, globs")],
+    by: Annotated[Literal["steps", "samples", "tokens", "hours"], typer.Option(help="what the page's curves run over")] = "steps",
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page there")] = None,
+    to: Annotated[float | None, typer.Option(help="a training loss: steps and hours until it is reached")] = None,
+    price: Annotated[float, typer.Option(min=0, help="of one rank's GPU per hour")] = 0.0,
+    csv: Annotated[bool, typer.Option("--csv", help="print the results as CSV")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side: settings that differ, results, and curves."""
+    from bigtrain import compare as side_by_side
+
+    compared = side_by_side.compare(runs, to, price)
+    if html is not None:
+        html.write_text(side_by_side.page(compared, by), encoding="utf-8")
+    if csv:
+        print(side_by_side.to_csv(compared["results"]), end="")
+    else:
+        _print({key: compared[key] for key in ("settings", "results", "problems")}, as_json, side_by_side.show)
+        if html is not None and not as_json:
+            print(f"{html} written")
 
 
 @app.command()
@@ -207,10 +233,14 @@ def doctor(
 ) -> None:
     """Check this machine, or an allocation (srun bigtrain doctor), before hours are spent; exit 1 if anything is wrong."""
     if slurm:
+        import shutil
+
         from bigtrain.errors import RequestError
 
         if "SLURM_JOB_ID" not in os.environ:
             raise RequestError("--slurm, but this is no allocation", "inside sbatch or salloc", "salloc --nodes=2 …, then again")
+        if not shutil.which("srun"):
+            raise RequestError("--slurm, but there is no srun here", "a node of a Slurm cluster")
         os.execvp("srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *(["--json"] if as_json else [])])
     from bigtrain.doctor import examine
 
@@ -288,6 +318,14 @@ def _table(result: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
 
 
+def _leave(code: int) -> NoReturn:
+    """End; and tell slurm/train.sbatch of a code that must not be requeued: srun only knows the highest of all ranks."""
+    if code in (2, 3) and (verdict := os.environ.get("BIGTRAIN_VERDICT")):
+        with contextlib.suppress(OSError):
+            Path(verdict).write_text(f"{code}")
+    sys.exit(code)
+
+
 def main() -> None:
     """Run the command line; every error of a user ends with a message and its exit code."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them would cost a tenth of the start
@@ -298,10 +336,10 @@ def main() -> None:
         rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
         if rank == "0" or (first and not isinstance(problem, RecipeError)):
             print(f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
+        _leave(problem.exit_code)
     except (PermissionError, FileExistsError, NotADirectoryError) as problem:
         print(f"bigtrain: {problem.filename} cannot be written: {problem.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except Exception as problem:
         if "torch" not in sys.modules:
             raise
@@ -310,4 +348,4 @@ def main() -> None:
         from bigtrain.run import exit_code_of
 
         traceback.print_exc()
-        sys.exit(exit_code_of(problem))
+        _leave(exit_code_of(problem))

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +20,7 @@ import psutil
 import torch
 from torch import distributed
 
+from bigtrain.footprint import product_rate
 from bigtrain.rundir import RUNS, to_json
 from bigtrain.track import logged_in
 
@@ -59,9 +59,11 @@ def examine() -> tuple[list[Row], int]:
 def compare(reports: list[Report]) -> list[Row]:
     """What the ranks found, side by side. A pure function, so that a rank may be made up."""
     first = reports[0]
-    rows = [_same(reports, [r["versions"][name] for r in reports], name, f"pip install {name}==") for name in first["versions"]]
+    names = dict.fromkeys(name for report in reports for name in report["versions"])
+    rows = [_same(reports, [r["versions"].get(n, "missing") for r in reports], n, f"the same {n} everywhere: ") for n in names]
     rows += [
         _same(reports, [r["device"] for r in reports], "device", "the same for every rank (nvidia-smi on that node): "),
+        _same(reports, [f"{r['devices']}" for r in reports], "devices per node", "all of them (nvidia-smi -L): "),
         _least(reports, "memory free", "memory", 1 << 30, "end what else uses the device (nvidia-smi)"),
         _least(reports, "/dev/shm free", "shm", _SHM, "rm what is left there; containers: --shm-size=8g; or data.workers=0"),
         _least(reports, "disk free", "disk", _DISK, "another disk for runs/, or fewer checkpoints (train.keep)"),
@@ -80,7 +82,11 @@ def compare(reports: list[Report]) -> list[Row]:
         rows.append(_row("all-reduce", found, True))
     elif "no_collective" in first:
         rows.append(_row("all-reduce", first["no_collective"], False, "NCCL_DEBUG=INFO says which network is tried"))
-    usual = statistics.median(r["flops"] for r in reports) / 1e12
+    taken = {r["rank"]: f"{r['used'] / 2**30:.0f} GiB of the device are in use" for r in reports if r["used"] > r["memory"] / 9}
+    rows.append(_unless(taken, "device is ours", "nobody else's memory on it", "end what else uses it (nvidia-smi)"))
+    blind = {r["rank"]: f"{r['host']} has NVIDIA devices, and torch sees none" for r in reports if r["blind"]}
+    rows.append(_unless(blind, "CUDA", "as it should be", "a CUDA build of torch, and a driver that fits: nvidia-smi"))
+    usual = statistics.median_high(r["flops"] for r in reports) / 1e12
     rates = {r["rank"]: f"{r['flops'] / 1e12:.2f} TFLOP/s, where {usual:.2f} are usual" for r in reports}
     slow = {r["rank"]: rates[r["rank"]] for r in reports if r["flops"] / 1e12 < _SLOW * usual}
     rows.append(_unless(slow, "matrix multiply", f"{usual:.2f} TFLOP/s per rank", "leave that node out: sbatch --exclude"))
@@ -113,17 +119,22 @@ def _least(reports: list[Report], check: str, name: str, wanted: int, advice: st
 def _whereabouts() -> tuple[int, int, str, int]:
     """(rank, ranks, address, port) from torchrun's variables, else from Slurm's."""
     env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "0"))
-    if "SLURM_PROCID" not in env or env.get("SLURM_NTASKS", "1") == "1":
-        return 0, 1, "127.0.0.1", int(env.get("MASTER_PORT", "0"))
-    first = env["SLURM_STEP_NODELIST"]
-    with_scontrol = subprocess.run(["scontrol", "show", "hostnames", first], capture_output=True, text=True, check=False)
-    name = (with_scontrol.stdout.split() or [first])[0]
-    shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False).stdout
-    address = next((word.partition("=")[2] for word in shown.split() if word.startswith("NodeAddr=")), name)
-    port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), env.get("MASTER_ADDR", "127.0.0.1"), port
+    if "SLURM_STEP_NODELIST" not in env or env.get("SLURM_NTASKS", "1") == "1":  # a batch script itself is no step
+        return 0, 1, "127.0.0.1", port
+    address = env.get("MASTER_ADDR") or _first_address(env["SLURM_STEP_NODELIST"])
     return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), address, port
+
+
+def _first_address(nodes: str) -> str:
+    """The address of the first of Slurm's nodes, whose name need not be a host's; without scontrol where srun was called."""
+    if not shutil.which("scontrol"):
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    ask = lambda *words: subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=False).stdout  # noqa: E731
+    name = (ask("hostnames", nodes).split() or [nodes])[0]
+    return next((word.partition("=")[2] for word in ask("node", name).split() if word.startswith("NodeAddr=")), name)
 
 
 def _this_rank(rank: int, port: int) -> Report:
@@ -135,12 +146,17 @@ def _this_rank(rank: int, port: int) -> Report:
     report["versions"] = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     report["versions"] |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
     report["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    report["memory"] = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    report["devices"] = torch.cuda.device_count()
+    report["blind"] = not cuda and Path("/dev/nvidiactl").exists()
+    free, total = torch.cuda.mem_get_info() if cuda else (psutil.virtual_memory().available, 0)
+    report |= {"memory": free, "used": max(total - free, 0)}
     report["shm"] = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-    report["busy_port"] = port if rank == 0 and port and not _is_free(port) else 0
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun itself holds the port
+    report["busy_port"] = port if rank == 0 and port and not agents and not _is_free(port) else 0
     report["wandb"] = logged_in()
-    report["flops"] = _matrix_rate()
-    report["disk"] = shutil.disk_usage(Path.cwd()).free
+    on = torch.device("cuda" if cuda else "cpu")
+    report["flops"] = product_rate(on, torch.bfloat16 if cuda else torch.float32)
+    report["disk"] = shutil.disk_usage(RUNS if RUNS.exists() else Path.cwd()).free
     report |= _try_writing(rank)
     return report
 
@@ -157,7 +173,7 @@ def _is_free(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-        except OSError:
+        except (OSError, OverflowError):  # in use, or no port at all
             return False
     return True
 
@@ -180,29 +196,15 @@ def _try_writing(rank: int, size: int = 64 << 20) -> Report:
             path.unlink()
 
 
-def _matrix_rate() -> float:
-    """Floating-point operations per second of the best of a few bf16 (on the CPU fp32) products."""
-    cuda = torch.cuda.is_available()
-    size, dtype, device = (8192, torch.bfloat16, "cuda") if cuda else (768, torch.float32, "cpu")
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    wait: Callable[[], Any] = torch.cuda.synchronize if cuda else lambda: None
-    best = float("inf")
-    for _ in range(8):
-        wait()
-        began = time.perf_counter()
-        a @ b
-        wait()
-        best = min(best, time.perf_counter() - began)
-    return float(2 * size**3 / best)
-
-
 def _meet(rank: int, ranks: int, address: str, port: int) -> distributed.TCPStore:
     """A store on the first port from `port` on that is free on rank 0's machine; the others try them in turn."""
     word = f"bigtrain doctor {os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}"
     deadline = time.monotonic() + _PATIENCE.total_seconds()
     candidates = [port + offset for offset in range(8)]
     if rank == 0:
-        free = next(candidate for candidate in candidates if _is_free(candidate))
+        free = next((candidate for candidate in candidates if _is_free(candidate)), 0)
+        if not free:
+            raise RuntimeError(f"ports {candidates[0]} to {candidates[-1]} are all in use")
         store = distributed.TCPStore(address, free, ranks, True, _PATIENCE, wait_for_workers=False)
         store.set("word", word)
         return store

@@ -17,6 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +59,10 @@ def find_device(asked: str) -> Device:
 def idle_devices(ranks: int) -> list[str]:
     """A line for one process that was started bare where several GPUs are."""
     count = torch.cuda.device_count()
-    return [f"this is one process, and {count} GPUs are visible: launch/one_box.sh uses them all"] if ranks == 1 < count else []
+    told = (
+        f"this is one process, and {count} GPUs are visible: torchrun --nproc_per_node {count} -m bigtrain train … uses them all"
+    )
+    return [told] if ranks == 1 < count else []
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -315,7 +319,9 @@ def _accelerator(device: Device, **settings: Any) -> Any:
 
     # The backend is named because Accelerate's guess leaves each CPU rank alone with itself (world size 1);
     # one bare process, which has no group, must not name one.
-    group = InitProcessGroupKwargs(backend="nccl" if device.kind == "cuda" else "gloo")
+    # Its time limit lies above every one of the watchdog's (watch.py), which says more before it ends a run.
+    backend = "nccl" if device.kind == "cuda" else "gloo"
+    group = InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=2))
     return Accelerator(kwargs_handlers=[group] if "WORLD_SIZE" in os.environ else None, **settings)
 
 

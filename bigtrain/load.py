@@ -5,6 +5,8 @@ YAML 1.2 by ruamel: `1e-4` is a number and `no` is a string. Everything wrong wi
 
 import difflib
 import io
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +69,45 @@ def recipe_path(ref: str) -> Path:
     )
 
 
+# Keys of W&B, Hugging Face, GitHub, OpenAI and the like, AWS, Google and Slack, by their forms.
+_SECRET = re.compile(
+    r"\b([0-9a-f]{40}|wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|AIza[A-Za-z0-9_-]{30,}|xox[abprs]-[A-Za-z0-9-]{10,})\b"
+)
+_SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|password|passwd|credential)s?$")
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text has the form of a key, or holds one of this environment's."""
+    mine = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+    return bool(_SECRET.search(text)) or any(value in text for value in mine)
+
+
+def _refuse_secrets(ref: str, overrides: list[str], raw: Any = None) -> None:
+    """Raises RecipeError naming the place of a value that looks like a key, and never the value: what a recipe holds goes
+    into files, logs and uploads."""
+    places = ["the recipe's path"] if holds_secret(ref) else []
+    places += [f"override {text.partition('=')[0]!r}" for text in overrides if holds_secret(text)]
+    values = flatten(raw) if isinstance(raw, dict) else {}
+    places += [f"key {key}" for key, value in values.items() if holds_secret(f"{key} {value}")]
+    if places:
+        found = ", ".join("a key of the recipe" if holds_secret(place) else place for place in places)
+        raise RecipeError(
+            f"{found} looks like a secret",
+            "keys only in the environment (WANDB_API_KEY, HF_TOKEN) or in ~/.netrc: recipes are kept, logged and uploaded",
+            "take it out, and make a new key if this one was stored anywhere",
+        )
+
+
 def load_recipe(ref: str, overrides: list[str] | None = None) -> Loaded:
     """Read, override and check a recipe.
 
     Raises RecipeError naming every unknown key, wrong type and duplicate, each with its file:line.
     """
+    _refuse_secrets(ref, overrides or [])
     path = recipe_path(ref)
     raw, where, errors = _read(path)
+    _refuse_secrets("", [], raw)
     for text in overrides or []:
         errors += _override(raw, where, text)
     try:

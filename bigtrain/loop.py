@@ -43,6 +43,7 @@ class Training:
     stop: StopFlag
     checkpoints: Checkpoints
     watch: Watchdog
+    work: float = 0.0  # seconds that one unit of weight would take if all devices ran at their peak
     failed: str = ""  # why the last checkpoint could not be written
 
 
@@ -93,6 +94,7 @@ def _refuse_to_go_on_in_vain(t: Training) -> None:
     state, most = t.state, t.recipe.train.max_skips
     if max(state.skips, state.rewinds) < most:
         return
+    t.watch.at("checkpoint")
     _report(t, t.checkpoints.finish())
     raise TrainingFailed(
         f"{most} steps in a row had a loss or gradient that is not finite, or far too high (step {state.step})"
@@ -133,12 +135,12 @@ def _step(t: Training) -> Wishes:
     strike(engine.rank, state.step + 1)
     t.watch.at("data")
     pieces = next(t.batches)
+    fetched = time.perf_counter() - began
     t.watch.at("meeting")
     local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
     mine = Wishes(*t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written())
     sums = engine.sum(local, _digest(pieces), *mine)  # read once the step has been waited for anyway
     rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
-    fetched = time.perf_counter() - began
     loss, spiked, marks = _gradients(t, pieces, sums[0].clamp(min=1))
     t.watch.at("update")
     result = engine.step(rate)
@@ -163,7 +165,7 @@ def _step(t: Training) -> Wishes:
                 "grad_norm": result.grad_norm,
                 "applied": result.applied,
                 f"{task.unit}_per_s": weight / seconds,
-                "mfu": None,
+                "mfu": t.work * weight / seconds,
                 "seconds": seconds,
                 "peak_memory_bytes": engine.peak_memory(),
             }
@@ -231,6 +233,7 @@ def _count_bad(t: Training, pieces: list[Piece]) -> None:
         t.state.bad = sorted({*t.state.bad, *new})
         t.tracker.event(t.state.step, "bad samples left out", samples=new)
     if len(t.state.bad) > t.recipe.data.max_bad:
+        t.watch.at("checkpoint")
         _report(t, t.checkpoints.finish())
         raise TrainingFailed(t.state.bad[-1], f"at most data.max_bad={t.recipe.data.max_bad} samples that cannot be read")
 
@@ -256,6 +259,7 @@ def _watch(t: Training, loss: float, spiked: bool) -> None:
         return
     t.tracker.event(state.step, "loss spike", loss=loss, usual=usual, policy=policy)
     if policy == "rewind":
+        t.watch.at("checkpoint")
         _report(t, t.checkpoints.finish())
         path, _ = checkpoint.newest(t.engine, t.checkpoints.run)
         if path is not None:

@@ -138,7 +138,7 @@ class Train(Section):
     async_save: bool = Field(default=True, description="write checkpoints in the background, from a copy in host memory")
     log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
     hang_timeout: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
-        default="auto", description="seconds without progress until a run ends with 76; auto: 600, or 50 of its slowest steps"
+        default="auto", description="seconds without progress until a run ends with 76; auto: 600, or 50 of its steps"
     )
     max_skips: PositiveInt = Field(default=10, description="steps in a row with a loss or gradient that is not finite")
     on_spike: Literal["warn", "skip", "rewind"] = Field(
@@ -177,7 +177,7 @@ class Slurm(Section):
     array: Annotated[str, Field(pattern=r"^[0-9][0-9,:%-]*$")] | None = Field(
         default=None, description="numbers of a job array, e.g. 0-4%2; task N trains NAME-N with seed N"
     )
-    container: SlurmValue | None = Field(default=None, description="image that the ranks run in (srun --container-image, pyxis)")
+    container: str | None = Field(default=None, description="image that the ranks run in (srun --container-image, pyxis)")
     setup: str | None = Field(default=None, description="a file that every rank sources first: a venv, modules, NCCL variables")
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] | None = Field(
         default=None, description="environment variables, by name, that the job gets; null is all of them"

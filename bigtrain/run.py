@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bigtrain import checkpoint, dsconfig, engine, export, models
+from bigtrain import checkpoint, dsconfig, engine, export, footprint, models
 from bigtrain.checkpoint import Checkpoints, State
 from bigtrain.data import prepare, train_batches
 from bigtrain.errors import LOST_PEERS, RequestError, StoppedEarly, TrainingFailed
@@ -48,19 +48,22 @@ def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] 
     ds_config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm, launcher)
     task = TASKS[recipe.task](recipe.task, corpus, recipe.train.label_smoothing)
     ranks = engine.start(plan, device, ds_config, recipe.optim.clip_norm)
+    watch = Watchdog(ranks, recipe.train.hang_timeout)
     try:
         model = models.build(recipe, corpus, ranks.shard)
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
         _refuse_other_data(ranks, task)
-        _try_forward(ranks, task)
+        flops = _try_forward(ranks, task)
         settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _facts_of(model)
+        settings |= _speed_of(flops, ranks, device)
         run = _open_run(loaded.recipe.name, ranks, fresh)
         try:
-            return _train(loaded, run, ranks, task, settings, changed, console(as_json))
+            return _train(loaded, run, ranks, watch, task, settings, changed, console(as_json))
         finally:
             if ranks.main:
                 release_ownership(run)
     finally:
+        watch.close()
         ranks.close()
 
 
@@ -80,8 +83,28 @@ def _facts_of(model: torch.nn.Module) -> Settings:
     return facts
 
 
+def _speed_of(flops: float, ranks: engine.Engine, device: engine.Device) -> Settings:
+    """What model FLOPs utilisation is made of: operations per unit of weight, and what all ranks' devices could do.
+
+    A backward pass counts two forward passes; what is computed again for activation checkpointing does not count
+    (PaLM, arXiv 2204.02311, appendix B).
+    """
+    peaks = ranks.gather(footprint.peak_flops(ranks.device, device.bf16_is_fast))
+    return {
+        "flops_per_unit": {"value": 3 * flops, "origin": "model (counted)"},
+        "peak_flops": {"value": sum(peaks), "origin": "this machine (data sheet or measured)"},
+    }
+
+
 def _train(
-    loaded: Loaded, run: RunDir, ranks: engine.Engine, task: Task, settings: Settings, changed: dict[str, str], screen: Console
+    loaded: Loaded,
+    run: RunDir,
+    ranks: engine.Engine,
+    watch: Watchdog,
+    task: Task,
+    settings: Settings,
+    changed: dict[str, str],
+    screen: Console,
 ) -> dict[str, Any]:
     recipe, corpus = loaded.recipe, task.corpus
     path, lines = checkpoint.newest(ranks, run)
@@ -104,18 +127,22 @@ def _train(
         run.write_json(run.effective, settings)
         _announce(screen, run, settings, task, path)
         tracker = _tracker(loaded, run, task, settings, screen, state)
+    if ranks.main and (verdict := os.environ.get("BIGTRAIN_VERDICT")):  # slurm/train.sbatch counts lives that do not get here
+        Path(verdict).write_text("started")
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
     for event, details in _news(settings, lines, corpus.bad, path, changed, moved):
         tracker.event(state.step, event, **details)
     batches = train_batches(task, recipe, ranks.plan, ranks.rank, state.samples)
     state.bad = sorted({*state.bad, *corpus.bad})
     checkpoints = Checkpoints(ranks, run, recipe, state)
-    watch = Watchdog(ranks, recipe.train.hang_timeout, lambda event, **found: tracker.event(state.step, event, **found))
-    training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints, watch)
+    watch.report = lambda event, **found: tracker.event(state.step, event, **found)
+    work = settings["flops_per_unit"]["value"] / settings["peak_flops"]["value"]
+    training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints, watch, work)
     summary: dict[str, Any] = {"name": run.name, "parameters": settings["parameters"]["value"]}
+    finished = False
     try:
         results = train(training)
-        watch.close()
+        watch.at("end")
         if recipe.train.keep_best:
             results = _take_the_best(training, run) or results
         counts = {key: value for key, value in asdict(state).items() if isinstance(value, int)}
@@ -123,16 +150,17 @@ def _train(
         export.write(ranks, recipe, corpus, run, summary)
         if ranks.main:
             run.write_json(run.summary, summary)
-        ranks.barrier()  # a launcher may end the job when the first rank has left for a while
+        finished = True
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
             event = "lost a peer" if _lost_a_peer(problem) else "failed"
             tracker.event(state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__)
         raise
     finally:
-        watch.close()
         checkpoints.close()
         tracker.close({key: value for key, value in summary.items() if isinstance(value, int | float)})
+        if finished:
+            ranks.barrier()  # a launcher may end the job when the first rank has left for a while
     return summary
 
 
@@ -185,8 +213,11 @@ def _refuse_other_data(ranks: engine.Engine, task: Task) -> None:
         )
 
 
-def _try_forward(ranks: engine.Engine, task: Task) -> None:
-    """Two examples through the model before anything is written: it must fit the data and the task. A collective."""
+def _try_forward(ranks: engine.Engine, task: Task) -> float:
+    """Two examples through the model before anything is written: it must fit the data and the task. A collective.
+
+    Returns the floating-point operations of a forward pass per unit of weight (token, image, row).
+    """
     train = task.corpus.train
     if task.corpus.tokenizer is not None:  # the longest text: positions may run out
         size = lambda i: sum(len(value) for value in train[i].values() if isinstance(value, np.ndarray))  # noqa: E731
@@ -198,7 +229,8 @@ def _try_forward(ranks: engine.Engine, task: Task) -> None:
     ranks.model.eval()
     try:
         with torch.no_grad(), ranks.autocast():
-            task.loss_sum(ranks.model, batch)
+            with footprint.counter() as counted, torch.compiler.set_stance("force_eager"):
+                task.loss_sum(ranks.model, batch)
             looks_ahead = task.name == "causal_lm" and _looks_ahead(ranks, task, batch)
     except RequestError:
         raise
@@ -211,6 +243,7 @@ def _try_forward(ranks: engine.Engine, task: Task) -> None:
         ) from None
     if looks_ahead:
         raise RequestError(f"{name} sees the tokens it is to predict", "a causal language model (gpt2, llama, rnn …)")
+    return counted.get_total_flops() / task.weight(batch)
 
 
 def _looks_ahead(ranks: engine.Engine, task: Task, batch: dict[str, torch.Tensor]) -> bool:
@@ -315,5 +348,6 @@ def _lost_a_peer(problem: BaseException) -> bool:
     """Whether the words are those of a collective that lost a peer."""
     gloo = ["connection closed by", "connection reset", "broken pipe", "timed out waiting", "socket closed"]
     lost = [*gloo, "remote process exited", "ncclremoteerror", "watchdog caught collective operation timeout"]
+    lost += ["waiting for clients", "client socket has timed out", "connection refused", "connectfullmesh", "wait timeout"]
     alone = engine.world_from_environment()[1] == 1
     return not alone and isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in lost)

@@ -160,16 +160,26 @@ def find_run(ref: str, submitted: bool = False) -> RunDir:
 
 def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl, of one kind or all; a last line cut short by a crash is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and (kind is None or record.get("kind") == kind):
-                yield record
+    data = path.read_bytes() if path.is_file() else b""
+    for line in _lines(data, f'{{"kind": "{kind}"' if kind else "{"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def _lines(data: bytes, start: str) -> Iterator[bytes]:
+    """The lines that begin so; found, not looked at one by one, because most lines are of another kind."""
+    mark, position = b"\n" + start.encode(), 0
+    if data.startswith(mark[1:]):
+        yield data.split(b"\n", 1)[0]
+    while (begin := data.find(mark, position)) >= 0:
+        position = data.find(b"\n", begin + 1)
+        yield data[begin + 1 : position if position >= 0 else None]
+        if position < 0:
+            return
 
 
 def read_columns(path: Path, kind: str, names: dict[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def render(recipe: Recipe, reference: str, overrides: list[str]) -> str:
 def submit(loaded: Loaded, reference: str, overrides: list[str]) -> dict[str, Any]:
     """Let Slurm check the script, keep it and the recipe as they are now in the run directory, and submit it.
 
-    Raises RequestError, and leaves nothing behind, when there is no Slurm or it does not take the job.
+    Raises RequestError when there is no Slurm, or it does not take the job.
     """
     if not shutil.which("sbatch"):
         raise RequestError("there is no sbatch here", "a login node of a Slurm cluster", "--dry-run to print the script")
@@ -64,22 +65,27 @@ def submit(loaded: Loaded, reference: str, overrides: list[str]) -> dict[str, An
     if reference not in shipped():  # a job may wait for days: what it trains must not change meanwhile
         text = recipe_path(reference).read_text(encoding="utf-8")
         frozen = str(folder / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml")
+    if unset := [name for name in loaded.recipe.slurm.env or [] if name not in os.environ]:
+        raise RequestError(f"slurm.env names {', '.join(unset)}, which is not set here", "variables of this shell", "export them")
     script = render(loaded.recipe, frozen, overrides)
-    _sbatch(script, "--test-only")
+    _sbatch(loaded.recipe, script, "--test-only")
     folder.mkdir(parents=True, exist_ok=True)
     if text:
         write_atomic(Path(frozen), text)
     copy = folder / f"submitted-{hashlib.sha256(script.encode()).hexdigest()[:8]}.sbatch"
     write_atomic(copy, script)
-    job = _sbatch(script, "--parsable").split(";")[0]
+    job = _sbatch(loaded.recipe, script, "--parsable").split(";")[0]
     with (folder / "jobs.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"job": job, "time": time.time(), "script": copy.name}) + "\n")
     return {"job": job, "run": str(folder), "script": str(copy)}
 
 
-def _sbatch(script: str, option: str) -> str:
+def _sbatch(recipe: Recipe, script: str, option: str) -> str:
     """sbatch reads the script from its standard input, so that there is no file to clear away."""
-    environment = os.environ | {"BIGTRAIN_PYTHON": sys.executable}
+    # An allocation that this is called from must not shine through; only the cluster's configuration must.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    if recipe.slurm.setup is None and "BIGTRAIN_SETUP" not in os.environ:  # a set-up brings its own interpreter
+        environment.setdefault("BIGTRAIN_PYTHON", sys.executable)
     done = subprocess.run(["sbatch", option], input=script, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         found = done.stderr.strip().splitlines() or ["sbatch failed"]
@@ -87,11 +93,17 @@ def _sbatch(script: str, option: str) -> str:
     return done.stdout.strip()
 
 
-def states(jobs: list[str]) -> dict[str, str]:
-    """Job number → its state in the queue (PENDING, RUNNING …); jobs that have left it are missing, as is all without Slurm."""
-    if not jobs or not shutil.which("squeue"):
+@cache
+def queue() -> dict[str, str]:
+    """Job → its state in the queue (PENDING, RUNNING …), by its own number and by ARRAY_TASK; nothing without Slurm."""
+    if not shutil.which("squeue"):
         return {}
-    command = ["squeue", "--noheader", "--array", "--format=%i %T", "--me"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
-    return {job: state for key, state in found.items() if (job := key.split("_")[0]) in jobs}
+    command = ["squeue", "--noheader", "--array", "--format=%A %F %i %T", "--me"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except subprocess.TimeoutExpired:
+        return {}
+    rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 4]
+    # An array as a whole runs as long as one of its tasks does.
+    whole = {array: state for _, array, _, state in sorted(rows, key=lambda row: row[3] == "RUNNING")}
+    return whole | {job: state for own, _, task, state in rows for job in (own, task)}

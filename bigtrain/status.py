@@ -1,5 +1,6 @@
 """What each run below runs/ is doing, read back from its files and from Slurm's queue."""
 
+import contextlib
 import json
 import math
 import time
@@ -11,8 +12,10 @@ import numpy as np
 from bigtrain.errors import BigtrainError
 from bigtrain.load import load_recipe
 from bigtrain.rundir import RUNS, RunDir, owner, read_columns, read_metrics
-from bigtrain.slurm import states
+from bigtrain.slurm import queue
 
+COLUMNS = {"step": "int64", "samples": "int64", "weight": "int64"}
+COLUMNS |= dict.fromkeys(("loss", "seconds", "time", "tokens_per_s", "samples_per_s", "mfu", "peak_memory_bytes"), "float64")
 _RECENT = 20  # lines that a rate is taken from
 _ENDS = {
     "stopped": "stopped",
@@ -33,12 +36,31 @@ def _last_sign(path: Path) -> float:
     return max((sign.stat().st_mtime for sign in signs if sign.exists()), default=0.0)
 
 
-def status_of(run: RunDir) -> dict[str, Any]:
-    """One run: its state, how far and how fast, and what is wrong with it."""
-    events = list(read_metrics(run.metrics, "event"))
-    names = {"step": "int64", "loss": "float64", "seconds": "float64", "time": "float64"}
-    names |= {"tokens_per_s": "float64", "samples_per_s": "float64"}
-    lines = read_columns(run.metrics, "train", names) if run.metrics.is_file() else {name: np.zeros(0) for name in names}
+def read_steps(run: RunDir) -> dict[str, Any]:
+    """The training lines of a run as arrays, in the order in which they were written; empty ones where there are none."""
+    return read_columns(run.metrics, "train", COLUMNS) if run.metrics.is_file() else {name: np.zeros(0) for name in COLUMNS}
+
+
+def status_or_why_not(run: RunDir) -> dict[str, Any]:
+    """As status_of; a run whose files are not what they should be must not hide the others."""
+    try:
+        return status_of(run)
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        empty = dict.fromkeys(("loss", "samples_per_s", "left", "goodput", "job"))
+        return {
+            "run": run.name,
+            "state": "UNREADABLE",
+            "step": 0,
+            "steps": 0,
+            "restarts": 0,
+            "health": [str(problem)[:100]],
+        } | empty
+
+
+def status_of(run: RunDir, lines: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One run: its state, how far and how fast, and what is wrong with it. `lines`: its steps, where they are read already."""
+    events = [event for event in read_metrics(run.metrics, "event") if "event" in event]
+    lines = read_steps(run) if lines is None else lines
     try:
         settings = load_recipe(str(run.recipe)).recipe.train if run.recipe.is_file() else None
     except BigtrainError:
@@ -85,9 +107,9 @@ def _state(run: RunDir, events: list[dict[str, Any]], began: list[Any], step: in
     holder, alive = owner(run)
     submitted = list(_json_lines(run.path / "jobs.jsonl"))
     job = holder.get("job") or (submitted[-1]["job"] if submitted else None) or (began[-1].get("job") if began else None)
-    queued = states([job]).get(job, "") if job else ""
-    if alive or (alive is None and queued in ("RUNNING", "COMPLETING")):
-        return "running", job
+    queued = queue().get(str(job), "") if job else ""
+    if alive or queued in ("RUNNING", "COMPLETING"):
+        return ("running" if holder else "starting"), job
     if queued in ("PENDING", "CONFIGURING", "REQUEUED"):
         return ("requeued" if began else "queued"), job
     if alive is None and time.time() - _last_sign(run.path) < 120:
@@ -97,11 +119,16 @@ def _state(run: RunDir, events: list[dict[str, Any]], began: list[Any], step: in
     ends = [event["event"] for event in events if event["event"] in (*_ENDS, "started")]
     if ends and ends[-1] in _ENDS:
         return _ENDS[ends[-1]], job
-    return ("died" if began else "left the queue"), job
+    return ("left the queue" if submitted and not began else "died"), job
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [each for each in found if isinstance(each, dict) and "job" in each]
 
 
 def _health(run: RunDir, recent: dict[str, Any], events: list[dict[str, Any]], state: str) -> list[str]:
@@ -131,7 +158,7 @@ def show(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"running": "green", "finished": "", "queued": "cyan", "requeued": "cyan", "stopped": "yellow"}
+    styles = {"running": "green", "starting": "green", "finished": "", "queued": "cyan", "requeued": "cyan", "stopped": "yellow"}
     table = Table(*["run", "state", "step", "loss", "rate", "left", "restarts", "goodput", "health"], box=None)
     for one in found:
         unit = next(name for name in one if name.endswith("_per_s"))

@@ -68,7 +68,8 @@ class Terminal:
             return
         text = (
             f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-            f"  {record[self.unit + '_per_s']:,.0f} {self.unit}/s" + ("" if record["applied"] else "  SKIPPED")
+            f"  {record[self.unit + '_per_s']:,.0f} {self.unit}/s  mfu {record['mfu']:.1%}"
+            f"  {record['peak_memory_bytes'] / 2**30:.1f} GiB" + ("" if record["applied"] else "  SKIPPED")
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"], text=text)

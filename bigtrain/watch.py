@@ -23,9 +23,9 @@ import torch
 from bigtrain.engine import Engine
 from bigtrain.errors import LOST_PEERS
 
-Place = Literal["data", "meeting", "forward", "backward", "update", "evaluation", "checkpoint"]
-_SHORTEST, _STEPS = 600.0, 50  # `auto`: seconds, and as many of the slowest step
-_PATIENCE = 10  # times longer for the first step (compilation, first contact) and for checkpoints
+Place = Literal["data", "meeting", "forward", "backward", "update", "evaluation", "checkpoint", "end"]
+_SHORTEST, _STEPS = 600.0, 50  # `auto`: seconds, or as many of the last steps
+_PATIENCE = 10  # times longer until the first step is done (building, compilation), for checkpoints and at the end
 _SLOW = 1.5  # a straggler's forward passes, in medians over the ranks
 _RECENT = 20  # steps
 _ANSWER = 5.0  # seconds that the store has to answer in
@@ -34,13 +34,14 @@ _ANSWER = 5.0  # seconds that the store has to answer in
 class Watchdog:
     """Ends this process with code 76 when it makes no progress, or when another rank says that nobody does."""
 
-    def __init__(self, engine: Engine, timeout: float | Literal["auto"], report: Callable[..., None]) -> None:
-        """`report(event, **details)` writes an event; it is called on rank 0, while its main thread is stuck."""
-        self.rank, self.ranks, self.timeout, self.report = engine.rank, engine.world_size, timeout, report
+    def __init__(self, engine: Engine, timeout: float | Literal["auto"]) -> None:
+        """`report(event, **details)`, once it is set, writes an event: on rank 0, while its main thread is stuck."""
+        self.rank, self.ranks, self.timeout = engine.rank, engine.world_size, timeout
+        self.report: Callable[..., None] = lambda event, **details: None
         self.step, self.place, self.passed, self.first = 0, "start", 0, True
-        self.since, self.slowest, self.news = time.monotonic(), 0.0, list[dict[str, Any]]()
-        self._busy: deque[float] = deque(maxlen=_RECENT)
-        self._posts, self._slow_before = 0, set[int]()
+        self.since, self.news = time.monotonic(), list[dict[str, Any]]()
+        self._seconds, self._busy = deque[float](maxlen=_RECENT), deque[float](maxlen=_RECENT)
+        self._posts, self._slow_before, self._named = 0, set[int](), set[int]()
         self._store = _second_client() if self.ranks > 1 else None
         self._asking: threading.Thread | None = None
         shortest = _SHORTEST if timeout == "auto" else timeout
@@ -57,8 +58,8 @@ class Watchdog:
     def stepped(self, step: int, seconds: float, busy: float) -> None:
         """A step is over: it took `seconds`, of which this rank needed `busy` without waiting for others."""
         self.step = step
-        self.slowest = 0.0 if self.first else max(self.slowest, seconds)
         self.first = False
+        self._seconds.append(seconds)
         self._busy.append(busy)
 
     def close(self) -> None:
@@ -68,8 +69,8 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds without progress that mean a hang."""
-        usual = max(_SHORTEST, _STEPS * self.slowest) if self.timeout == "auto" else self.timeout
-        return usual * (_PATIENCE if self.first or self.place == "checkpoint" else 1)
+        usual = max(_SHORTEST, _STEPS * _mean(self._seconds)) if self.timeout == "auto" else self.timeout
+        return usual * (_PATIENCE if self.first or self.place in ("checkpoint", "end") else 1)
 
     def _watch(self) -> None:
         try:
@@ -79,8 +80,12 @@ class Watchdog:
             os._exit(LOST_PEERS)
 
     def _rounds(self) -> None:
-        rounds = 0
+        rounds, before = 0, time.monotonic()
         while not self._done.wait(self.interval):
+            asleep = time.monotonic() - before - self.interval
+            if asleep > self.interval + _ANSWER:  # all of this process was: suspended, and continued
+                self.since += asleep
+            before = time.monotonic()
             self._post()
             if time.monotonic() - self.since > self.limit or self._alarmed():
                 self._end()
@@ -91,7 +96,7 @@ class Watchdog:
     def _post(self) -> None:
         self._posts += 1
         where = {"posts": self._posts, "step": self.step + 1, "place": self.place, "passed": self.passed}
-        where["busy"] = statistics.mean(self._busy) if len(self._busy) == _RECENT else 0.0
+        where["busy"] = _mean(self._busy) if len(self._busy) == _RECENT else 0.0
         self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where)))
 
     def _alarmed(self) -> bool:
@@ -126,6 +131,9 @@ class Watchdog:
     def _end(self) -> None:
         """Stacks, who is silent and who is behind; then out, so that whoever started us can start us again."""
         silence = time.monotonic() - self.since
+        last = threading.Timer(60, os._exit, [LOST_PEERS])  # whatever of the following should hang too
+        last.daemon = True
+        last.start()
         self._ask(lambda store: store.set("alarm", f"{self.rank}"))
         sys.stderr.write(f"bigtrain (rank {self.rank}): no progress for {silence:.1f} s; Python's stacks:\n")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -133,14 +141,17 @@ class Watchdog:
         for _ in range(3):  # all have heard of the alarm by then, and said where they are
             time.sleep(self.interval)
             self._post()
-        after = self._positions()
+        after = self._positions() or before  # rank 0, which serves the store, may have left already
         details = _judge(before, after) | {"seconds": round(silence, 1), "here": f"step {self.step + 1}: {self.place}"}
         # Rank 0 serves the store: where it is silent, everyone says so.
         if self.rank == next((rank for rank in range(len(after)) if rank not in details["silent"]), self.rank):
-            sys.stderr.write(f"bigtrain: {_verdict(details)}\n")
-            if self.rank == 0:
-                self.report("hang", **details)
+            sys.stderr.write(f"bigtrain: {_verdict(details, self.ranks)}\n")
         sys.stderr.flush()
+        if self.rank == 0:  # in a thread of its own: what hangs may be where events are written
+            writing = threading.Thread(target=self.report, args=["hang"], kwargs=details, daemon=True)
+            writing.start()
+            writing.join(_ANSWER)
+            time.sleep(2 * self.interval)  # the others have questions to the store
         os._exit(LOST_PEERS)
 
     def _look_for_stragglers(self) -> None:
@@ -150,25 +161,32 @@ class Watchdog:
             return
         usual = statistics.median_low(busy)
         slow = {rank for rank, seconds in enumerate(busy) if seconds > max(_SLOW * usual, usual + 0.001)}
-        for rank in sorted(slow & self._slow_before):
+        for rank in sorted((slow & self._slow_before) - self._named):
             self.news.append({"rank": rank, "seconds": busy[rank], "usual": usual})
+        self._named = (self._named | self._slow_before) & slow  # named once, until it has been as fast as the others
         self._slow_before = slow
+
+
+def _mean(values: deque[float]) -> float:
+    return statistics.mean(copied) if (copied := list(values)) else 0.0  # the loop appends meanwhile
 
 
 def _judge(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     """From what the ranks said twice: who says nothing new, and who of the others has not come as far."""
     if not before or not after:
-        return {"silent": [0], "behind": [], "places": []}
-    silent = [rank for rank, (old, new) in enumerate(zip(before, after, strict=True)) if old.get("posts") == new.get("posts")]
+        return {"silent": [], "behind": [], "places": []}
+    pairs = enumerate(zip(before, after, strict=True))
+    silent = [] if before is after else [rank for rank, (old, new) in pairs if old.get("posts") == new.get("posts")]
     passed = {rank: said.get("passed", 0) for rank, said in enumerate(after) if rank not in silent}
     behind = [rank for rank, places in passed.items() if places < max(passed.values())]
     return {"silent": silent, "behind": behind, "places": [f"step {p['step']}: {p['place']}" if p else "" for p in after]}
 
 
-def _verdict(found: dict[str, Any]) -> str:
+def _verdict(found: dict[str, Any], ranks: int) -> str:
     lines = [f"no progress for {found['seconds']} s; leaving with {LOST_PEERS}, and the same command goes on"]
     if not found["places"]:
-        lines.append(f"  this rank: {found['here']}; rank 0, where the ranks met, does not answer: stopped, dead or cut off")
+        lines.append(f"  this rank: {found['here']}")
+        lines += ["  rank 0, where the ranks met, does not answer: stopped, dead or cut off"] * (ranks > 1)
     for rank, place in enumerate(found["places"]):
         if rank in found["silent"]:
             heard = f"last heard of at {place}" if place else "never heard of"
@@ -186,4 +204,5 @@ def _second_client() -> Any:
     if not isinstance(store, torch.distributed.TCPStore):
         return None
     client = torch.distributed.TCPStore(store.host, store.port, None, False, timedelta(seconds=_ANSWER), wait_for_workers=False)
-    return torch.distributed.PrefixStore("watchdog", client)
+    # torchrun keeps its store over restarts, and an alarm of the last life must not ring in this one.
+    return torch.distributed.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)

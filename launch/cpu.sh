@@ -4,4 +4,4 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"
-exec torchrun --standalone --nproc_per_node "${RANKS:-2}" -m bigtrain train "$@"
+exec torchrun --standalone --nproc_per_node "${RANKS:-2}" -m bigtrain train "$@" engine.device=cpu

@@ -14,15 +14,16 @@ if [ -n "${HOSTS:-}" ]; then
     here=$(printf '%q' "$PWD")
     arguments=$(printf '%q ' "$@") # each word arrives as it is: ssh hands the other side's shell one line
     pids=()
+    trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT INT TERM HUP # Ctrl-C, and when one machine fails: all of them end
     for node in "${!hosts[@]}"; do
-        settings="HOSTS= NODES=${#hosts[@]} NODE=$node MASTER_ADDR=${hosts[0]} MASTER_PORT=$MASTER_PORT RANKS=${RANKS:-gpu}"
-        # -tt: a Ctrl-C or a lost connection ends the ranks over there too.
+        settings="HOSTS= NODES=${#hosts[@]} NODE=$node MASTER_ADDR=${hosts[0]##*@} MASTER_PORT=$MASTER_PORT RANKS=${RANKS:-gpu}"
+        # -tt: when ssh ends, so do the ranks over there. Variables of this shell do not come along.
         ${SSH:-ssh -tt -o BatchMode=yes} "${hosts[$node]}" \
             "cd $here && env PATH=$(printf '%q' "$PATH") $settings $(printf '%q' "$0") $arguments" &
         pids+=($!)
     done
     code=0
-    for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+    for _ in "${pids[@]}"; do wait -n || { code=$?; break; }; done
     exit "$code"
 fi
 : "${NODES:?how many machines}" "${NODE:?the number of this one, from 0}" "${MASTER_ADDR:?the address of machine 0}"

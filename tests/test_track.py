@@ -67,3 +67,38 @@ def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Pa
     assert ended - lines[-1]["time"] < 15
     assert "later: bigtrain sync digits-cnn" in done.stderr
     assert len(told(tmp_path / RUN)[0]) == 12, "all is there, to be synced"
+
+
+CANARIES = {"of its form": "hf_" + "Canary9" * 5, "of this environment": "an-odd-canary-of-mine"}
+
+
+@pytest.mark.parametrize("canary", CANARIES.values(), ids=CANARIES)
+@pytest.mark.parametrize("place", ["recipe", "key", "override", "path", "data path"])
+def test_a_secret_in_a_request_is_refused_and_never_shown(canary: str, place: str, tmp_path: Path) -> None:
+    shipped = (Path(__file__).parent.parent / "bigtrain" / "recipes" / "digits-cnn.yaml").read_text()
+    recipe = tmp_path / (f"{canary}.yaml" if place == "path" else "mine.yaml")
+    more = {"recipe": f"track: {{notes: 'see {canary}'}}\n", "key": f"{canary}: 1\n"}.get(place, "")
+    recipe.write_text(shipped + more)
+    overrides = {"override": [f"track.project={canary}"], "data path": [f"data.train=/data/{canary}/a.txt"]}.get(place, [])
+    for command in (["train"], ["submit", "--dry-run"]):
+        done = bigtrain(*command, recipe.name, *overrides, cwd=tmp_path, MY_API_KEY=CANARIES["of this environment"])
+        assert done.returncode == 2
+        assert "looks like a secret" in done.stderr
+        assert canary not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [recipe.name], "nothing was written"
+
+
+def test_a_secret_of_the_environment_is_in_no_output(tmp_path: Path) -> None:
+    """Trained, tracked, stopped by an error too, submitted and shown: every file of it."""
+    secrets = {"WANDB_API_KEY": KEY, "HF_TOKEN": CANARIES["of its form"], "MY_SECRET": CANARIES["of this environment"]}
+    said = ""
+    commands = [["train", *CNN, "track.wandb=offline"], ["train", *CNN, "name=other", "model.name=none:None"]]
+    commands += [["submit", "digits-cnn", "--dry-run", "slurm.env=[WANDB_API_KEY]"], ["status"], ["evaluate", "digits-cnn"]]
+    for command in commands:
+        done = bigtrain(*command, cwd=tmp_path, **secrets)
+        said += done.stdout + done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for secret in secrets.values():
+        assert secret not in said
+        assert not [path for path in files if secret.encode() in path.read_bytes()]

@@ -1,0 +1,249 @@
+"""Runs side by side: what was set differently, what came of it, and the curves, as a table or one self-contained page."""
+
+import contextlib
+import glob
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.errors import RequestError
+from bigtrain.rundir import RUNS, RunDir, asset, read_metrics
+from bigtrain.status import read_steps, status_of
+
+BY = {"steps": "step", "samples": "samples", "tokens": "weight", "hours": "hours"}  # --by → column
+_POINTS = 800  # of a curve, at most; each is the mean, least and greatest of what it stands for
+_WIDE = 5  # runs beside each other on a terminal
+_LOWER = ("loss", "perplexity", "bits_per_byte", "mse")
+# 97.5% quantiles of Student's t by degrees of freedom, for intervals over a few seeds.
+_T = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+# What differs between any two runs and says nothing of what was asked for.
+_NOISE = ("name", "slurm.job", "git.", "peak_flops", "track.")
+Run = dict[str, Any]
+
+
+def find(references: list[str]) -> tuple[list[RunDir], list[str]]:
+    """The runs that names, directories, globs and W&B's folders stand for; and a line for each that stands for none."""
+    found: dict[Path, RunDir] = {}
+    problems = []
+    for reference in references:
+        paths = [Path(text) for pattern in (reference, str(RUNS / reference)) for text in sorted(glob.glob(pattern))]
+        paths = [next((p for p in (path, *path.parents) if (p / "recipe.yaml").is_file()), path) for path in paths]
+        runs = [path for path in paths if (path / "recipe.yaml").is_file() or (path / "metrics.jsonl").is_file()]
+        if not runs:
+            problems.append(f"{reference}: no run (no recipe.yaml or metrics.jsonl there, nor in {RUNS / reference})")
+        found |= {path.resolve(): RunDir(path) for path in runs}
+    return list(found.values()), problems
+
+
+def read(run: RunDir) -> Run:
+    """All that is compared of one run; RequestError when it has no training step."""
+    lines = read_steps(run)
+    status = status_of(run, lines)
+    if not len(lines["step"]):
+        raise RequestError(f"{run.path}: no training step in metrics.jsonl")
+    _, last = np.unique(lines["step"][::-1], return_index=True)  # a step that was done twice counts as it was done last
+    lines = {name: values[::-1][last] for name, values in lines.items()}
+    log_every = np.diff(lines["step"], prepend=0)
+    lines["hours"] = np.cumsum(np.nan_to_num(lines["seconds"]) * log_every) / 3600
+    evals = {line["step"]: line for line in read_metrics(run.metrics, "eval")}
+    settings = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = {key: setting["value"] for key, setting in json.loads(run.effective.read_text()).items()}
+    return {"name": run.name, "settings": settings, "lines": lines, "evals": evals, "status": status}
+
+
+def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
+    """The numbers of one run's row. `target`: a training loss to reach; `price` per GPU-hour (or rank-hour)."""
+    lines, status, settings = run["lines"], run["status"], run["settings"]
+    losses = lines["loss"]
+    row: dict[str, Any] = {"run": run["name"], "state": status["state"], "steps": int(lines["step"][-1])}
+    row["loss"] = float(losses[-1])
+    row["best loss"] = float(np.nanmin(losses)) if np.isfinite(losses).any() else None
+    for name in sorted({key for line in run["evals"].values() for key in line} - {"kind", "step", "time"}):
+        values = [line[name] for _, line in sorted(run["evals"].items()) if isinstance(line.get(name), int | float)]
+        if values:
+            row[f"held-out {name}"] = values[-1]
+            row[f"best held-out {name}"] = min(values) if name in _LOWER else max(values)
+    row["hours"] = float(lines["hours"][-1])
+    if target is not None:
+        smooth = _smooth(losses, min(50, max(len(losses) // 20, 1)))
+        reached = np.flatnonzero(smooth <= target)
+        row[f"steps to {target:g}"] = int(lines["step"][reached[0]]) if len(reached) else None
+        row[f"hours to {target:g}"] = float(lines["hours"][reached[0]]) if len(reached) else None
+    for unit in ("tokens_per_s", "samples_per_s", "mfu"):
+        if np.isfinite(lines[unit]).any():
+            row[unit] = float(np.nanmedian(lines[unit]))
+    row["memory GiB"] = (
+        float(np.nanmax(lines["peak_memory_bytes"])) / 2**30 if np.isfinite(lines["peak_memory_bytes"]).any() else None
+    )
+    row |= {"restarts": status["restarts"], "goodput": status["goodput"]}
+    if price:
+        row["cost"] = price * row["hours"] * int(settings.get("engine.world_size", 1))
+    return row
+
+
+def differences(runs: list[Run]) -> dict[str, list[Any]]:
+    """Setting → its value in each run, where they are not all the same."""
+    keys = list(dict.fromkeys(key for run in runs for key in run["settings"] if not key.startswith(_NOISE)))
+    rows = {key: [run["settings"].get(key) for run in runs] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def curves(runs: list[Run]) -> list[dict[str, Any]]:
+    """What the page draws: for each run and each group of seeds, by metric, downsampled points against every abscissa."""
+    drawn = []
+    for run, group in zip(runs, seed_groups(runs), strict=True):
+        metrics = {"loss": _thin(run["lines"], run["lines"]["loss"])}
+        steps = np.array(sorted(run["evals"]))
+        where = np.clip(np.searchsorted(run["lines"]["step"], steps), 0, len(run["lines"]["step"]) - 1)
+        for name in sorted({key for line in run["evals"].values() for key in line} - {"kind", "step", "time"}):
+            values = np.array([_number(run["evals"][step].get(name)) for step in steps])
+            metrics[f"held-out {name}"] = _thin({key: run["lines"][key][where] for key in BY.values()}, values)
+        drawn.append({"name": run["name"], "group": group, "metrics": metrics})
+    groups: dict[str, list[Any]] = {}
+    for one in drawn:
+        groups.setdefault(one["group"], []).append(one["metrics"])
+    folded = [{"name": f"{name} ({len(members)} seeds)", "fold": name, "metrics": _fold(members)}
+              for name, members in groups.items() if len(members) > 1]  # fmt: skip
+    return drawn + folded
+
+
+def seed_groups(runs: list[Run]) -> list[str]:
+    """A name for each run; the same for runs that differ in nothing but the seed."""
+    names: dict[str, str] = {}
+    found = []
+    for run in runs:
+        kept = {k: v for k, v in run["settings"].items() if k != "seed" and not k.startswith((*_NOISE, "versions.", "threads"))}
+        found.append(names.setdefault(json.dumps(kept, sort_keys=True) if kept else run["name"], run["name"]))
+    return found
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _thin(against: dict[str, Any], values: Any) -> dict[str, Any]:
+    """At most _POINTS bins: the last abscissa of each, and the mean, least and greatest of its values that are finite."""
+    edges = np.unique(np.linspace(0, len(values), min(len(values), _POINTS) + 1).astype(int))[:-1]
+    ends = np.append(edges[1:], len(values)) - 1
+    finite = np.isfinite(values)
+    count = np.add.reduceat(finite, edges) if len(values) else np.zeros(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.add.reduceat(np.where(finite, values, 0.0), edges) / count if len(values) else values
+    low = np.minimum.reduceat(np.where(finite, values, np.inf), edges) if len(values) else values
+    high = np.maximum.reduceat(np.where(finite, values, -np.inf), edges) if len(values) else values
+    thin: dict[str, Any] = {by: against[column][ends] for by, column in BY.items()}
+    return thin | {"mean": mean, "low": np.where(count, low, np.nan), "high": np.where(count, high, np.nan)}
+
+
+def _fold(members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over seeds and its 95% interval (Student's t), where all of them have values."""
+    folded = {}
+    for name in set.intersection(*(set(member) for member in members)):
+        curves_ = [member[name] for member in members]
+        longest = max(curves_, key=lambda curve: len(curve["steps"]))
+        grid = longest["steps"][longest["steps"] <= min(curve["steps"][-1] for curve in curves_)]
+        values = np.stack([np.interp(grid, curve["steps"], curve["mean"]) for curve in curves_])
+        mean, count = values.mean(0), len(values)
+        half = (_T[count - 1] if count <= len(_T) else 1.96) * values.std(0, ddof=1) / math.sqrt(count)
+        folded[name] = {by: longest[by][: len(grid)] for by in BY} | {"mean": mean, "low": mean - half, "high": mean + half}
+    return folded
+
+
+def _smooth(values: Any, window: int) -> Any:
+    """Means over the last `window` values, of those that are finite."""
+    finite = np.isfinite(values)
+    total, count = np.cumsum(np.where(finite, values, 0.0)), np.cumsum(finite)
+    total[window:], count[window:] = total[window:] - total[:-window].copy(), count[window:] - count[:-window].copy()
+    return total / np.maximum(count, 1)
+
+
+def compare(references: list[str], target: float | None = None, price: float = 0.0) -> dict[str, Any]:
+    """Everything about several runs: `settings` that differ, `results`, `problems`, and `runs` as read.
+
+    Raises RequestError when none of them can be read.
+    """
+    found, problems = find(references)
+    runs = []
+    for run in found:
+        try:
+            runs.append(read(run))
+        except RequestError as problem:
+            problems.append(str(problem))
+    if not runs:
+        raise RequestError("\n".join(problems), "run directories", "bigtrain status")
+    if len(tasks := {run["settings"].get("task") for run in runs if run["settings"]}) > 1:
+        problems.append(f"different tasks ({', '.join(sorted(map(str, tasks)))}): their losses cannot be compared")
+    rows = [results(run, target, price) for run in runs]
+    return {"settings": differences(runs), "results": rows, "problems": problems, "runs": runs}
+
+
+def page(compared: dict[str, Any], by: str) -> str:
+    """One HTML page with everything in it: no network, no other file."""
+    data = {key: compared[key] for key in ("settings", "results", "problems")} | {"curves": curves(compared["runs"]), "by": by}
+    text = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    return asset("templates", "compare.html").read_text(encoding="utf-8").replace("/*DATA*/ null", text)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: numbers that are not finite become null, others keep six digits."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(inner) for inner in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """The results, one run a line."""
+    import csv
+    import io
+
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def show(compared: dict[str, Any]) -> None:
+    """Two tables on the terminal, a column for each run: what differs, and what came of it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    screen, rows = Console(), compared["results"]
+    for title, lines in (("settings that differ", compared["settings"]), ("results", _columns(rows))):
+        for first in range(0, len(rows), _WIDE):
+            some = slice(first, first + _WIDE)
+            table = Table(title if lines else "no setting differs", *(escape(row["run"]) for row in rows[some]), box=None)
+            for key, values in lines.items():
+                table.add_row(key, *(Text(_short(value)) for value in values[some]))
+            screen.print(table, "")
+    for problem in compared["problems"]:
+        screen.print(f"note: {problem}", markup=False, highlight=False)
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "run"))
+    return {key: [row.get(key) for row in rows] for key in keys}
+
+
+def _short(value: Any) -> str:
+    return (
+        ""
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if type(value) is int
+        else str(value)
+    )
