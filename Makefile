@@ -2,16 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types slurm soak gpu clean
+.PHONY: demo test check lint types browser slurm soak gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
 	$(BIN)/bigtrain generate tiny-lm "def "
 
 test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
-	$(BIN)/python -m pytest -m "not gpu and not slurm"
+	$(BIN)/python -m pytest -m "not gpu and not slurm and not browser"
 
-check: lint types test slurm  ## what CI runs
+check: lint types test browser slurm  ## what CI runs
+
+browser: .venv/installed-dev  ## the page of `bigtrain compare` in a real Chromium (Debian; as root)
+	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -m browser
 
 slurm: .venv/installed-dev  ## the Slurm script on a real two-node Slurm on this machine (Debian; as root)
 	command -v slurmctld slurmd >/dev/null || { apt-get update -q && apt-get install -y -q slurmctld slurmd slurm-client; }

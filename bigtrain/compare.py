@@ -5,6 +5,7 @@ import glob
 import json
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def read(run: RunDir) -> Run:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         settings = {key: setting["value"] for key, setting in json.loads(run.effective.read_text()).items()}
     return {"name": run.name, "settings": settings, "lines": lines, "evals": evals, "status": status}
+
+
+def _read_or_why_not(run: RunDir) -> Run | str:
+    try:
+        return read(run)
+    except RequestError as problem:
+        return str(problem)
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        return f"{run.path}: {problem}"
 
 
 def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
@@ -168,12 +178,10 @@ def compare(references: list[str], target: float | None = None, price: float = 0
     Raises RequestError when none of them can be read.
     """
     found, problems = find(references)
-    runs = []
-    for run in found:
-        try:
-            runs.append(read(run))
-        except RequestError as problem:
-            problems.append(str(problem))
+    with ThreadPoolExecutor(1) as pool:  # most of the time is spent in pyarrow, which lets go of the GIL
+        all_read = list(pool.map(_read_or_why_not, found))
+    runs = [each for each in all_read if isinstance(each, dict)]
+    problems += [each for each in all_read if isinstance(each, str)]
     if not runs:
         raise RequestError("\n".join(problems), "run directories", "bigtrain status")
     if len(tasks := {run["settings"].get("task") for run in runs if run["settings"]}) > 1:

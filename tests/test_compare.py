@@ -1,0 +1,239 @@
+"""What is read back from run directories: status, goodput, compare and its page, the doctor's judgement, counted FLOPs."""
+
+import csv
+import html
+import io
+import json
+import math
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import bigtrain
+
+from bigtrain import compare, footprint
+from bigtrain.doctor import compare as judge
+from bigtrain.rundir import RunDir, asset, read_columns, read_metrics
+from bigtrain.status import goodput
+
+GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
+
+
+def make_run(folder: Path, name: str, seed: int, rate: float, steps: int = 200, noise: float = 0.0) -> Path:
+    """The files of a run that has finished, with curves from a formula."""
+    run = folder / "runs" / name
+    run.mkdir(parents=True)
+    recipe = asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", f"name: {name}")
+    (run / "recipe.yaml").write_text(recipe.replace("steps: 1800", f"steps: {steps}"))
+    settings = {"task": "image_classification", "seed": seed, "optim.lr": rate, "engine.world_size": 2, "engine.kind": "ddp"}
+    (run / "effective.json").write_text(json.dumps({key: {"value": value, "origin": ""} for key, value in settings.items()}))
+    (run / "summary.json").write_text("{}")
+    lines: list[dict[str, Any]] = [{"kind": "event", "step": 0, "event": "started", "time": 1000.0}]
+    for step in range(1, steps + 1):
+        loss = 2.0 * math.exp(-step * rate) + 0.1 + 0.01 * seed + noise * math.sin(step * (seed + 1))
+        line = {"kind": "train", "step": step, "samples": step * 64, "weight": step * 64, "loss": loss, "applied": True}
+        line |= {"samples_per_s": 1280.0, "mfu": 0.4, "seconds": 0.05, "peak_memory_bytes": 2**30}
+        lines.append(line | {"time": 1000 + step * 0.1})
+        if step % 50 == 0:
+            lines.append({"kind": "eval", "step": step, "loss": loss, "accuracy": 1 - loss / 3, "time": 1000 + step * 0.1})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of each of two learning rates."""
+    folder = tmp_path_factory.mktemp("six")
+    for rate, label in ((0.01, "slow"), (0.03, "fast")):
+        for seed in range(3):
+            make_run(folder, f"{label}-{seed}", seed, rate)
+    return folder
+
+
+def test_six_runs_are_compared_as_written_down(six: Path) -> None:
+    done = bigtrain("compare", "slow-*", "fast-*", "--to", "0.5", "--price", "2", cwd=six, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    shown = "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"
+    if not GOLDEN.exists():
+        GOLDEN.write_text(shown)
+    assert shown == GOLDEN.read_text()
+
+
+def test_json_and_csv_say_the_same(six: Path) -> None:
+    (plain,) = (json.loads(bigtrain("compare", "fast-0", "--json", cwd=six).stdout)["results"],)
+    (row,) = csv.DictReader(io.StringIO(bigtrain("compare", "fast-0", "--csv", cwd=six).stdout))
+    assert {key: str(value) for key, value in plain[0].items()} == row
+    assert plain[0]["hours"] == pytest.approx(200 * 0.05 / 3600)
+
+
+def test_seeds_of_one_recipe_are_one_group_with_an_interval(six: Path) -> None:
+    runs = [compare.read(RunDir(path)) for path in sorted((six / "runs").iterdir())]
+    assert compare.seed_groups(runs) == ["fast-0"] * 3 + ["slow-0"] * 3
+    folded = [curve for curve in compare.curves(runs) if "fold" in curve]
+    mean, low, high = (folded[0]["metrics"]["loss"][key] for key in ("mean", "low", "high"))
+    members = np.stack([run["lines"]["loss"] for run in runs[:3]])
+    assert np.allclose(mean, members.mean(0))
+    assert np.allclose(high - low, 2 * 4.30 * members.std(0, ddof=1) / math.sqrt(3), rtol=1e-2)
+
+
+def test_downsampling_keeps_least_mean_and_greatest() -> None:
+    values = np.random.default_rng(0).normal(size=10_000)
+    values[1234], values[77] = 50.0, np.nan
+    against = {column: np.arange(10_000) for column in compare.BY.values()}
+    thin = compare._thin(against, values)
+    assert len(thin["mean"]) <= 800
+    assert thin["high"].max() == 50.0
+    assert thin["low"].min() == np.nanmin(values)
+    assert np.average(thin["mean"], weights=np.full(800, 12.5)) == pytest.approx(np.nanmean(values), abs=0.01)
+
+
+@pytest.mark.parametrize("odd", ["none", "empty", "cut", "no steps", "nan", "broken inside", "not text"])
+def test_a_run_that_is_odd_is_named_and_the_others_are_compared(odd: str, tmp_path: Path) -> None:
+    make_run(tmp_path, "good", 0, 0.01)
+    path = make_run(tmp_path, "odd $(x) [b]", 1, 0.01)
+    metrics = path / "metrics.jsonl"
+    text = metrics.read_text()
+    if odd == "none":
+        shutil.rmtree(path)
+    new = {
+        "empty": "",
+        "cut": text[:-40],
+        "no steps": text.splitlines()[0] + "\n",
+        "nan": text.replace('"loss": 0.', '"loss": null, "x": 0.'),
+        "broken inside": text.replace('"step": 100, "samples"', '"step": 1"00, "samples"'),
+    }.get(odd)
+    if new is not None:
+        metrics.write_text(new)
+    if odd == "not text":
+        metrics.write_bytes(b"\xff\xfe\n" + text.encode() + b'{"kind": "train", "step": "\xff"}\n')
+    for command in (["compare", "good", "odd*"], ["status"]):
+        done = bigtrain(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "good" in done.stdout
+    assert "odd" in bigtrain("compare", "good", "odd*", cwd=tmp_path).stdout
+
+
+def test_nothing_to_compare_is_a_wrong_request(tmp_path: Path) -> None:
+    done = bigtrain("compare", "nope", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nope: no run" in done.stderr
+
+
+def test_ten_runs_of_a_hundred_thousand_steps_open_in_three_seconds(tmp_path: Path) -> None:
+    first = make_run(tmp_path, "run-0", 0, 1e-4, steps=100_000)
+    for number in range(1, 10):
+        shutil.copytree(first, first.with_name(f"run-{number}"))
+    began = time.perf_counter()
+    done = bigtrain("compare", "run-*", "--html", "page.html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 3
+    assert (tmp_path / "page.html").stat().st_size < 2e6
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<script>
+addEventListener("error", e => { parent.document.title = "ERROR " + e.message; });
+setTimeout(() => {
+  const box = $("canvas").getBoundingClientRect(), pen = $("canvas").getContext("2d");
+  const middle = {clientX: box.left + box.width / 2, clientY: box.top + 50, pointerType: "mouse"};
+  $("canvas").dispatchEvent(new PointerEvent("pointermove", middle));
+  const pixels = pen.getImageData(0, 0, $("canvas").width, $("canvas").height).data, colours = new Set();
+  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] === 255) colours.add(pixels.slice(i, i + 3).join());
+  parent.document.title = JSON.stringify({tip: $("tip").innerText, shown: $("tip").style.display, colours: [...colours],
+    page: document.documentElement.scrollWidth, window: innerWidth, rows: $("results").rows.length});
+}, 300);
+</script></body>"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (make browser installs it)")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_draws_and_answers_in_a_real_browser(six: Path, tmp_path: Path, width: int) -> None:
+    assert bigtrain("compare", "slow-*", "fast-*", "--html", str(tmp_path / "page.html"), cwd=six).returncode == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "http" not in page, "no network"
+    probed = html.escape(page.replace("</body>", PROBE))  # in a frame, because Chromium's own window is never that narrow
+    (tmp_path / "page.html").write_text(
+        f'<title>-</title><iframe style="width:{width}px;height:900px" srcdoc="{probed}"></iframe>'
+    )
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--virtual-time-budget=3000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=90, check=False
+    )
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    found = json.loads(html.unescape(title))
+    assert found["shown"] == "block"
+    assert "fast-0 (3 seeds): 0." in found["tip"]
+    assert {"112,72,232", "138,109,59"} <= set(found["colours"]), "both curves, in their colours"
+    assert found["page"] <= found["window"], "nothing wider than the window"
+    assert found["rows"] > 10
+
+
+def test_status_says_what_each_run_does(six: Path, tmp_path: Path) -> None:
+    shutil.copytree(six / "runs", tmp_path / "runs")
+    died = tmp_path / "runs" / "slow-1"
+    (died / "summary.json").unlink()
+    failed = tmp_path / "runs" / "slow-2" / "metrics.jsonl"
+    failed.write_text(failed.read_text() + '{"kind": "event", "step": 200, "event": "failed", "reason": "it burnt"}\n')
+    (tmp_path / "runs" / "slow-2" / "summary.json").unlink()
+    found = {one["run"]: one for one in json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)}
+    assert {name: one["state"] for name, one in found.items()} == dict.fromkeys(
+        ("fast-0", "fast-1", "fast-2", "slow-0"), "finished"
+    ) | {"slow-1": "died", "slow-2": "FAILED"}
+    assert found["slow-2"]["health"] == ["it burnt"]
+    assert found["fast-0"]["goodput"] == pytest.approx(0.5, rel=0.01), "half a step's time is spent on steps"
+    assert "it burnt" in bigtrain("status", cwd=tmp_path, COLUMNS="160").stdout
+
+
+def test_steps_done_twice_count_once_in_goodput() -> None:
+    lines = {"step": np.array([1, 2, 3, 2, 3]), "seconds": np.ones(5), "time": np.array([1.0, 2, 3, 9, 10])}
+    assert goodput(lines, [{"time": 0.0}, {"time": 7.0}], running=False) == pytest.approx(0.3)
+
+
+def test_lines_are_read_alike_in_both_ways(six: Path) -> None:
+    path = six / "runs" / "fast-0" / "metrics.jsonl"
+    slow = [line["loss"] for line in read_metrics(path, "train")]
+    assert read_columns(path, "train", {"loss": "float64"})["loss"].tolist() == slow
+    assert len(list(read_metrics(path))) == len(path.read_text().splitlines())
+
+
+def healthy(rank: int) -> dict[str, Any]:
+    return {"rank": rank, "host": f"node{rank}", "versions": {"torch": "2.13.0"}, "device": "cpu", "devices": 0, "memory": 1e11,
+            "used": 0, "blind": False, "shm": 1e11, "disk": 1e12, "unwritable": "", "shared": True, "write": 1e9, "skew": 0.0,
+            "busy_port": 0, "latency": 1e-5, "bandwidth": 1e9, "flops": 1e12, "wandb": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sick, check",
+    [({}, None), ({"versions": {"torch": "2.12.0"}}, "torch"), ({"versions": {"torch": "2.13.0", "CUDA": "13"}}, "CUDA"),
+     ({"devices": 7}, "devices per node"), ({"shm": 1e6}, "/dev/shm free"), ({"shared": False}, "run directory"),
+     ({"skew": -9.0}, "clocks"), ({"flops": 5e11}, "matrix multiply"), ({"used": 9e10}, "device is ours"),
+     ({"blind": True}, "CUDA")],
+)  # fmt: skip
+def test_the_doctor_names_the_sick_rank(sick: dict[str, Any], check: str | None) -> None:
+    rows = judge([healthy(0), healthy(1), healthy(2) | sick])
+    red = [row for row in rows if not row["ok"]]
+    assert [row["check"] for row in red] == ([check] if check else [])
+    assert all("2" in row["found"] and row["advice"] for row in red)
+
+
+def test_flops_of_any_module_are_counted() -> None:
+    lstm, attention = torch.nn.LSTM(32, 64, batch_first=True), torch.nn.functional.scaled_dot_product_attention
+    x, q = torch.randn(4, 10, 32), torch.randn(2, 4, 16, 32)
+    for call, expected in [
+        (lambda: torch.nn.Linear(32, 64)(x), 2 * 4 * 10 * 32 * 64),
+        (lambda: lstm(x), 2 * 4 * 10 * 4 * 64 * (32 + 64)),
+        (lambda: torch.nn.Conv2d(1, 8, 3)(torch.randn(2, 1, 8, 8)), 2 * 2 * 8 * 9 * 36),
+        (lambda: attention(q, q, q, is_causal=True), 2 * 2 * 2 * 4 * 16 * 16 * 32),
+    ]:
+        with torch.no_grad(), footprint.counter() as counted:
+            call()
+        assert counted.get_total_flops() == expected
