@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from bigtrain.errors import RequestError
-from bigtrain.rundir import RUNS, RunDir, asset, read_metrics
-from bigtrain.status import read_steps, status_of
+from bigtrain.rundir import RUNS, RunDir, asset, read_columns
+from bigtrain.status import COLUMNS, judge
 
 BY = {"steps": "step", "samples": "samples", "tokens": "weight", "hours": "hours"}  # --by → column
 _POINTS = 800  # of a curve, at most; each is the mean, least and greatest of what it stands for
@@ -42,15 +42,15 @@ def find(references: list[str]) -> tuple[list[RunDir], list[str]]:
 
 def read(run: RunDir) -> Run:
     """All that is compared of one run; RequestError when it has no training step."""
-    lines = read_steps(run)
-    status = status_of(run, lines)
+    lines, others = read_columns(run.metrics, COLUMNS)
+    status = judge(run, lines, others)
     if not len(lines["step"]):
         raise RequestError(f"{run.path}: no training step in metrics.jsonl")
     _, last = np.unique(lines["step"][::-1], return_index=True)  # a step that was done twice counts as it was done last
     lines = {name: values[::-1][last] for name, values in lines.items()}
     log_every = np.diff(lines["step"], prepend=0)
     lines["hours"] = np.cumsum(np.nan_to_num(lines["seconds"]) * log_every) / 3600
-    evals = {line["step"]: line for line in read_metrics(run.metrics, "eval")}
+    evals = {line["step"]: line for line in others if line.get("kind") == "eval"}
     settings = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):
         settings = {key: setting["value"] for key, setting in json.loads(run.effective.read_text()).items()}
@@ -178,7 +178,7 @@ def compare(references: list[str], target: float | None = None, price: float = 0
     Raises RequestError when none of them can be read.
     """
     found, problems = find(references)
-    with ThreadPoolExecutor(1) as pool:  # most of the time is spent in pyarrow, which lets go of the GIL
+    with ThreadPoolExecutor(2) as pool:  # most of the time is spent in pyarrow, which lets go of the GIL
         all_read = list(pool.map(_read_or_why_not, found))
     runs = [each for each in all_read if isinstance(each, dict)]
     problems += [each for each in all_read if isinstance(each, str)]

@@ -142,6 +142,11 @@ HARMLESS = ("name", "track", "slurm", "data.workers", "engine.kind", "engine.off
 def changes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str, str]:
     """What differs, as key → "old → new". Raises RequestError for a key that is neither harmless nor allowed."""
     old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
+    if unknown := [key for key in allowed if not any(f"{known}.".startswith(f"{key}.") for known in old | new)]:
+        near = difflib.get_close_matches(unknown[0], old | new, n=1)
+        raise RequestError(
+            f"--allow-change {unknown[0]}: no such key", "a key of the recipe", f"--allow-change {near[0]}" if near else ""
+        )
     found = {k: f"{old.get(k)} → {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)}
     refused = [key for key in found if not any(f"{key}.".startswith(f"{ok}.") for ok in (*HARMLESS, *allowed))]
     if refused:

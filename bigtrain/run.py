@@ -31,6 +31,7 @@ from bigtrain.track import Everyone, MetricsFile, Terminal, WandB, console, logg
 from bigtrain.watch import Watchdog
 
 Settings = dict[str, dict[str, Any]]
+_PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets")
 
 
 def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] = (), as_json: bool = False) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] 
     try:
         model = models.build(recipe, corpus, ranks.shard)
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
-        _refuse_other_data(ranks, task)
+        _refuse_other_ranks(ranks, task)
         flops = _try_forward(ranks, task)
         settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _facts_of(model)
         settings |= _speed_of(flops, ranks, device)
@@ -203,8 +204,16 @@ def _take_the_best(t: Training, run: RunDir) -> dict[str, float] | None:
     return evaluate(t.engine, t.task)
 
 
-def _refuse_other_data(ranks: engine.Engine, task: Task) -> None:
-    """Every rank reads the data for itself: all must have found the same."""
+def _refuse_other_ranks(ranks: engine.Engine, task: Task) -> None:
+    """Every rank has its own installation and reads the data for itself: all must have the same."""
+    versions = ranks.gather([f"{package} {version(package)}" for package in _PACKAGES])
+    for rank, seen in enumerate(versions):
+        if pairs := [(theirs, ours) for theirs, ours in zip(seen, versions[0], strict=True) if theirs != ours]:
+            raise RequestError(
+                "; ".join(f"rank {rank} has {theirs}, rank 0 {ours}" for theirs, ours in pairs),
+                "the same versions on every rank",
+                "bigtrain doctor on every rank shows them all",
+            )
     found = ranks.gather([len(task.corpus.train), len(task.corpus.eval), task.corpus.bad])
     if different := [rank for rank, seen in enumerate(found) if seen != found[0]]:
         raise RequestError(
@@ -266,7 +275,7 @@ def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: di
     origin = source if source and ds_config and source.endswith(".json") else f"ds_configs for {plan.kind}"
     for key, value in flatten(ds_config).items() if ds_config else ():
         settings[f"deepspeed.{key}"] = {"value": value, "origin": origin}
-    for package in ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets"):
+    for package in _PACKAGES:
         settings[f"versions.{package}"] = {"value": version(package), "origin": "installed"}
     settings |= {name: {"value": value, "origin": "where it runs"} for name, value in _whereabouts().items()}
     settings["threads"] = {"value": torch.get_num_threads(), "origin": "OMP_NUM_THREADS or the machine"}

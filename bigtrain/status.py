@@ -11,7 +11,7 @@ import numpy as np
 
 from bigtrain.errors import BigtrainError
 from bigtrain.load import load_recipe
-from bigtrain.rundir import RUNS, RunDir, owner, read_columns, read_metrics
+from bigtrain.rundir import RUNS, RunDir, owner, read_columns
 from bigtrain.slurm import queue
 
 COLUMNS = {"step": "int64", "samples": "int64", "weight": "int64"}
@@ -36,11 +36,6 @@ def _last_sign(path: Path) -> float:
     return max((sign.stat().st_mtime for sign in signs if sign.exists()), default=0.0)
 
 
-def read_steps(run: RunDir) -> dict[str, Any]:
-    """The training lines of a run as arrays, in the order in which they were written; empty ones where there are none."""
-    return read_columns(run.metrics, "train", COLUMNS) if run.metrics.is_file() else {name: np.zeros(0) for name in COLUMNS}
-
-
 def status_or_why_not(run: RunDir) -> dict[str, Any]:
     """As status_of; a run whose files are not what they should be must not hide the others."""
     try:
@@ -57,10 +52,14 @@ def status_or_why_not(run: RunDir) -> dict[str, Any]:
         } | empty
 
 
-def status_of(run: RunDir, lines: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One run: its state, how far and how fast, and what is wrong with it. `lines`: its steps, where they are read already."""
-    events = [event for event in read_metrics(run.metrics, "event") if "event" in event]
-    lines = read_steps(run) if lines is None else lines
+def status_of(run: RunDir) -> dict[str, Any]:
+    """One run: its state, how far and how fast, and what is wrong with it."""
+    return judge(run, *read_columns(run.metrics, COLUMNS))
+
+
+def judge(run: RunDir, lines: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """As status_of, from what was read of the run already."""
+    events = [event for event in others if "event" in event]
     try:
         settings = load_recipe(str(run.recipe)).recipe.train if run.recipe.is_file() else None
     except BigtrainError:

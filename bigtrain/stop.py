@@ -4,6 +4,7 @@ import os
 import signal
 from types import FrameType
 
+from bigtrain.errors import RequestError
 from bigtrain.rundir import RunDir
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -12,11 +13,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR1, or by a file STOP in the run directory; a second signal changes nothing."""
 
-    # Slurm gives KillWait (30 s) after SIGTERM; slurm/train.sbatch says how long before the end it sends SIGUSR1.
-    grace = float(os.environ.get("BIGTRAIN_GRACE_SECONDS") or 30)
-
     def __init__(self, run: RunDir, main: bool = True) -> None:
-        """Only the `main` rank looks for files: a shared disk should not be asked by all."""
+        """Only the `main` rank looks for files: a shared disk should not be asked by all.
+
+        Raises RequestError when BIGTRAIN_GRACE_SECONDS is no number.
+        """
+        # Slurm gives KillWait (30 s) after SIGTERM; slurm/train.sbatch says how long before the end it sends SIGUSR1.
+        said = os.environ.get("BIGTRAIN_GRACE_SECONDS") or "30"
+        if not said.replace(".", "", 1).isdigit():
+            raise RequestError(f"BIGTRAIN_GRACE_SECONDS is {said!r}", "a number of seconds", "export BIGTRAIN_GRACE_SECONDS=120")
+        self.grace = float(said)
         self.run, self.main = run, main
         self.received: str | None = None
         for number in _SIGNALS:

@@ -154,6 +154,7 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[Training
         state,
         SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
         checkpoint.Checkpoints(ranks, run, recipe, state),
+        SimpleNamespace(at=lambda place: None, stepped=lambda *_: None, news=[]),  # type: ignore[arg-type]
     ), collect
 
 

@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -474,3 +475,31 @@ def test_a_lock_left_by_a_process_killed_while_deepspeed_compiles_is_removed(tmp
     (folder / "lock").touch()
     done = bigtrain("train", *CNN, "engine.kind=zero1", "train.steps=2", cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_ranks_with_other_versions_are_refused_and_named(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "datasets-4.1.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 4.1.0\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    first = start("train", *CNN, cwd=tmp_path, RANK="0", LOCAL_RANK="0", **common)
+    second = start("train", *CNN, cwd=tmp_path, RANK="1", LOCAL_RANK="1", PYTHONPATH=str(other.parent), **common)
+    ends = [first.wait(60), second.wait(60)]
+    assert [end.returncode for end in ends] == [2, 2]
+    assert "rank 1 has datasets 4.1.0, rank 0 datasets" in ends[0].stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_small_mistakes_are_named(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    wrong = bigtrain("train", *CNN, "optim.lr=1e-4", "--allow-change", "optim.lrr", cwd=tmp_path)
+    assert (wrong.returncode, "try:      --allow-change optim.lr" in wrong.stderr) == (2, True), wrong.stderr
+    wrong = bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path, BIGTRAIN_GRACE_SECONDS="2m")
+    assert (wrong.returncode, "BIGTRAIN_GRACE_SECONDS is '2m'" in wrong.stderr) == (2, True), wrong.stderr
+    newest = committed(run)[-1]
+    newest.rename(tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    assert verify(newest) == ["it is a link to somewhere else"]
