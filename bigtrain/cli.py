@@ -149,15 +149,9 @@ def prove(
 
 
 def _proof(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"against {result['steps']} steps straight through on {result['ranks']} ranks")
-    for column in result["rows"][0]:
-        table.add_column(column)
+    print(f"against {result['steps']} steps straight through on {result['ranks']} ranks:")
     for row in result["rows"]:
-        table.add_row(*row.values())
-    Console().print(table)
+        print("\n".join(f"  {key:<15} {value}" for key, value in row.items()), end="\n\n")
     print(result["verdict"])
 
 
@@ -228,20 +222,8 @@ def sync(run: RunArgument) -> None:
 
 
 @app.command()
-def doctor(
-    slurm: Annotated[bool, typer.Option("--slurm", help="on every task of this Slurm allocation")] = False, as_json: Json = False
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """Check this machine, or an allocation (srun bigtrain doctor), before hours are spent; exit 1 if anything is wrong."""
-    if slurm:
-        import shutil
-
-        from bigtrain.errors import RequestError
-
-        if "SLURM_JOB_ID" not in os.environ:
-            raise RequestError("--slurm, but this is no allocation", "inside sbatch or salloc", "salloc --nodes=2 …, then again")
-        if not shutil.which("srun"):
-            raise RequestError("--slurm, but there is no srun here", "a node of a Slurm cluster")
-        os.execvp("srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *(["--json"] if as_json else [])])
     from bigtrain.doctor import examine
 
     rows, rank = examine()
@@ -252,17 +234,10 @@ def doctor(
 
 
 def _diagnosis(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("check", "found", box=None)
     for row in rows:
-        table.add_row(Text(row["check"]), Text(row["found"], style="" if row["ok"] else "bold red"))
-    Console(soft_wrap=True).print(table)
-    for row in rows:
+        print(f"{'ok   ' if row['ok'] else 'WRONG'}  {row['check']:<16}  {row['found']}")
         if not row["ok"]:
-            print(f"WRONG: {row['check']}: {row['found']}\n  try: {row['advice']}")
+            print(f"       try: {row['advice']}")
 
 
 @app.command()

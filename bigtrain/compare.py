@@ -4,7 +4,6 @@ import contextlib
 import glob
 import json
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,11 @@ def find(references: list[str]) -> tuple[list[RunDir], list[str]]:
 
 
 def read(run: RunDir) -> Run:
-    """All that is compared of one run; RequestError when it has no training step."""
+    """All that is compared of one run; ValueError when it has no training step."""
     lines, others = read_columns(run.metrics, COLUMNS)
     status = judge(run, lines, others)
     if not len(lines["step"]):
-        raise RequestError(f"{run.path}: no training step in metrics.jsonl")
+        raise ValueError("no training step in metrics.jsonl")
     _, last = np.unique(lines["step"][::-1], return_index=True)  # a step that was done twice counts as it was done last
     lines = {name: values[::-1][last] for name, values in lines.items()}
     log_every = np.diff(lines["step"], prepend=0)
@@ -60,8 +59,6 @@ def read(run: RunDir) -> Run:
 def _read_or_why_not(run: RunDir) -> Run | str:
     try:
         return read(run)
-    except RequestError as problem:
-        return str(problem)
     except (OSError, ValueError, TypeError, KeyError) as problem:
         return f"{run.path}: {problem}"
 
@@ -208,12 +205,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+def to_csv(rows: list[dict[str, Any]]) -> str:
     """The results, one run a line."""
     import csv
     import io
 
-    rows = list(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

@@ -236,20 +236,6 @@ class Engine(ABC):
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def mark(self) -> Any:
-        """A point in this rank's work, to be measured from; costs nothing and waits for nothing."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, marks: list[Any]) -> float:
-        """Seconds from the first mark to the second, the third to the fourth …, once the device has passed them all."""
-        if self.device.type != "cuda":
-            return float(sum(marks[1::2]) - sum(marks[::2]))
-        return float(sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))) / 1000
-
     def sync_buffers(self) -> None:
         """Give every rank the mean of all ranks' float buffers (BatchNorm's running statistics differ per rank)."""
         if self.world_size == 1:

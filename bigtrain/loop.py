@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ def _step(t: Training) -> Wishes:
     mine = Wishes(*t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written())
     sums = engine.sum(local, _digest(pieces), *mine)  # read once the step has been waited for anyway
     rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
-    loss, spiked, marks = _gradients(t, pieces, sums[0].clamp(min=1))
+    loss, spiked, forward = _gradients(t, pieces, sums[0].clamp(min=1))
     t.watch.at("update")
     result = engine.step(rate)
     weight, samples, *wishes = sums.tolist()
@@ -171,7 +171,7 @@ def _step(t: Training) -> Wishes:
             }
         )
         _watch(t, total / max(weight, 1), spiked)
-    t.watch.stepped(state.step, time.perf_counter() - began, fetched + engine.between(marks))
+    t.watch.stepped(state.step, time.perf_counter() - began, fetched + forward)
     while t.watch.news:
         t.tracker.event(state.step, "straggler", **t.watch.news.pop())
     if Wishes(*wishes).bad:
@@ -179,12 +179,12 @@ def _step(t: Training) -> Wishes:
     return Wishes(*wishes)
 
 
-def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[torch.Tensor, bool, list[Any]]:
+def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[torch.Tensor, bool, float]:
     """Forward and backward over this rank's micro-batches.
 
-    Returns its part of the summed loss, whether the step is spoilt, and marks around the forward passes.
+    Returns its part of the summed loss, whether the step is spoilt, and this host's seconds in forward passes.
     """
-    engine, task, spiked, marks = t.engine, t.task, False, []
+    engine, task, spiked, forward = t.engine, t.task, False, 0.0
     engine.model.train()
     loss = torch.zeros((), device=engine.device)
     for number, piece in enumerate(pieces):
@@ -192,10 +192,10 @@ def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[
         _seed_draws(t.recipe.seed, piece.first)
         with engine.micro_batch(last):
             t.watch.at("forward")
-            marks.append(engine.mark())
+            began = time.perf_counter()
             with engine.autocast():
                 loss_sum = task.loss_sum(engine.model, engine.to_device(piece.batch))
-            marks.append(engine.mark())
+            forward += time.perf_counter() - began
             loss_sum = loss_sum if piece.counts else loss_sum * 0.0
             loss += loss_sum.detach()
             if last and t.recipe.train.on_spike != "warn":
@@ -205,7 +205,7 @@ def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[
             t.watch.at("backward")
             # An infinite loss may have a finite gradient; times NaN it has none, and all ranks leave the step out.
             engine.backward(loss_sum * (1.0 + 0.0 * loss_sum.detach()), weight)
-    return loss, spiked, marks
+    return loss, spiked, forward
 
 
 def _seed_draws(seed: int, position: int) -> None:

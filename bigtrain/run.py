@@ -107,7 +107,7 @@ def _train(
     changed: dict[str, str],
     screen: Console,
 ) -> dict[str, Any]:
-    recipe, corpus = loaded.recipe, task.corpus
+    recipe, corpus, stop = loaded.recipe, task.corpus, StopFlag(run, ranks.main)
     path, lines = checkpoint.newest(ranks, run)
     state, moved = checkpoint.load(ranks, path) if path else (State(data_size=len(corpus.train)), "")
     if state.data_size != len(corpus.train):
@@ -138,30 +138,32 @@ def _train(
     checkpoints = Checkpoints(ranks, run, recipe, state)
     watch.report = lambda event, **found: tracker.event(state.step, event, **found)
     work = settings["flops_per_unit"]["value"] / settings["peak_flops"]["value"]
-    training = Training(recipe, ranks, task, batches, tracker, state, StopFlag(run, ranks.main), checkpoints, watch, work)
-    summary: dict[str, Any] = {"name": run.name, "parameters": settings["parameters"]["value"]}
-    finished = False
+    training = Training(recipe, ranks, task, batches, tracker, state, stop, checkpoints, watch, work)
+    summary = _carry_out(training, run, {"name": run.name, "parameters": settings["parameters"]["value"]})
+    ranks.barrier()  # a launcher may end the job when the first rank has left for a while
+    return summary
+
+
+def _carry_out(t: Training, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
+    """Train, export, and close what was opened, however it ends; `summary` and what came of it."""
     try:
-        results = train(training)
-        watch.at("end")
-        if recipe.train.keep_best:
-            results = _take_the_best(training, run) or results
-        counts = {key: value for key, value in asdict(state).items() if isinstance(value, int)}
-        summary |= {"status": "finished", **counts, **results, "baselines": corpus.baselines}
-        export.write(ranks, recipe, corpus, run, summary)
-        if ranks.main:
+        results = train(t)
+        t.watch.at("end")
+        if t.recipe.train.keep_best:
+            results = _take_the_best(t, run) or results
+        counts = {key: value for key, value in asdict(t.state).items() if isinstance(value, int)}
+        summary |= {"status": "finished", **counts, **results, "baselines": t.task.corpus.baselines}
+        export.write(t.engine, t.recipe, t.task.corpus, run, summary)
+        if t.engine.main:
             run.write_json(run.summary, summary)
-        finished = True
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
             event = "lost a peer" if _lost_a_peer(problem) else "failed"
-            tracker.event(state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__)
+            t.tracker.event(t.state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__)
         raise
     finally:
-        checkpoints.close()
-        tracker.close({key: value for key, value in summary.items() if isinstance(value, int | float)})
-        if finished:
-            ranks.barrier()  # a launcher may end the job when the first rank has left for a while
+        t.checkpoints.close()
+        t.tracker.close({key: value for key, value in summary.items() if isinstance(value, int | float)})
     return summary
 
 

@@ -202,16 +202,9 @@ def _columns(lines: bytes, names: dict[str, str]) -> dict[str, Any]:
     try:
         table = arrow.read_json(pa.BufferReader(lines), parse_options=options) if lines.strip() else schema.empty_table()
     except pa.ArrowInvalid:  # a line that is not whole, or not text, or none of ours: leave such lines out
-        whole = [line for line in lines.split(b"\n") if line.startswith(b'{"kind": "train"') and _is_json(line)]
+        whole = [line for line in lines.split(b"\n") if line.startswith(b'{"kind": "train"') and list(_records([line]))]
         if len(joined := b"\n".join(whole)) >= len(lines.strip()):
             raise
         return _columns(joined, names)
     filled = {name: table[name].fill_null(float("nan") if of == "float64" else 0) for name, of in names.items()}
     return {name: np.asarray(column) for name, column in filled.items()}
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False

@@ -80,12 +80,14 @@ class Watchdog:
             os._exit(LOST_PEERS)
 
     def _rounds(self) -> None:
-        rounds, before = 0, time.monotonic()
-        while not self._done.wait(self.interval):
-            asleep = time.monotonic() - before - self.interval
-            if asleep > self.interval + _ANSWER:  # all of this process was: suspended, and continued
-                self.since += asleep
+        rounds = 0
+        while True:
             before = time.monotonic()
+            if self._done.wait(self.interval):
+                return
+            asleep = time.monotonic() - before - self.interval
+            if asleep > self.interval + 1:  # all of this process was: suspended, and continued
+                self.since += asleep
             self._post()
             if time.monotonic() - self.since > self.limit or self._alarmed():
                 self._end()
@@ -203,6 +205,10 @@ def _second_client() -> Any:
         store = store.underlying_store
     if not isinstance(store, torch.distributed.TCPStore):
         return None
-    client = torch.distributed.TCPStore(store.host, store.port, None, False, timedelta(seconds=_ANSWER), wait_for_workers=False)
+    wait = timedelta(seconds=_ANSWER)
+    try:
+        client = torch.distributed.TCPStore(store.host, store.port, None, False, wait, wait_for_workers=False)
+    except RuntimeError:
+        return None  # this rank then watches itself alone
     # torchrun keeps its store over restarts, and an alarm of the last life must not ring in this one.
     return torch.distributed.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)

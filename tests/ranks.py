@@ -272,8 +272,8 @@ def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank is told to stop while all evaluate: all leave together."""
     training, _ = build(case)
     mine = training.engine.rank == training.engine.world_size - 1
-    stop: Any = SimpleNamespace(wanted=lambda: (mine, False))
-    return {"none": training.engine.gather(evaluate(training.engine, training.task, stop))}
+    training.stop = SimpleNamespace(wanted=lambda: (mine, False))  # type: ignore[assignment]
+    return {"none": training.engine.gather(evaluate(training.engine, training.task, training))}
 
 
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:

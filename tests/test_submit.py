@@ -55,7 +55,7 @@ def test_nothing_in_a_recipe_is_run_by_a_shell(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [recipe.name], "nothing ran"
 
 
-@pytest.mark.parametrize("key", ["partition", "account", "qos", "constraint", "dependency", "array", "container", "time"])
+@pytest.mark.parametrize("key", ["partition", "account", "qos", "constraint", "dependency", "array", "time"])
 @pytest.mark.parametrize("text", ["$(touch x)", 'a"b', "a\\n#SBATCH --wrap=touch", "a b"])
 def test_what_sbatch_itself_reads_is_one_plain_word(tmp_path: Path, key: str, text: str) -> None:
     asked = f'slurm.{key}="{text}"' if '"' not in text else f"slurm.{key}='{text}'"
