@@ -323,4 +323,4 @@ def main() -> None:
         from bigtrain.run import exit_code_of
 
         traceback.print_exc()
-        _leave(exit_code_of(problem))
+        sys.exit(exit_code_of(problem))  # no verdict: it may be another rank's death in words that nobody knew

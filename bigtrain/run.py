@@ -240,7 +240,9 @@ def _try_forward(ranks: engine.Engine, task: Task) -> float:
     ranks.model.eval()
     try:
         with torch.no_grad(), ranks.autocast():
-            with footprint.counter() as counted, torch.compiler.set_stance("force_eager"):
+            # What is compiled cannot be counted; and to say so imports torch._dynamo, which takes seconds.
+            eager = torch.compiler.set_stance("force_eager") if ranks.plan.compile else contextlib.nullcontext()
+            with footprint.counter() as counted, eager:
                 task.loss_sum(ranks.model, batch)
             looks_ahead = task.name == "causal_lm" and _looks_ahead(ranks, task, batch)
     except RequestError:
