@@ -37,7 +37,9 @@ def train(
 ) -> None:
     """Train; goes on by itself if the run has a checkpoint."""
     from bigtrain.load import load_recipe
+    from bigtrain.stop import listen
 
+    listen()
     loaded = load_recipe(recipe, overrides)
     from bigtrain.run import run_recipe
 

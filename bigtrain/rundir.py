@@ -164,10 +164,11 @@ def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]
     start = f'{{"kind": "{kind}"' if kind else "{"
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            yield from _records(line for line in file if line.startswith(start))
+            yield from records(line for line in file if line.startswith(start))
 
 
-def _records(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+def records(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """The lines that are a JSON object each; others are left out."""
     for line in lines:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -189,7 +190,7 @@ def read_columns(path: Path, names: dict[str, str]) -> tuple[dict[str, Any], lis
         position = data.find(b"\n", begin + 1)
         position = len(data) if position < 0 else position
         others.append(data[begin + 1 : position])
-    return _columns(b"".join([*kept, data[position:]]), names), list(_records(others))
+    return _columns(b"".join([*kept, data[position:]]), names), list(records(others))
 
 
 def _columns(lines: bytes, names: dict[str, str]) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _columns(lines: bytes, names: dict[str, str]) -> dict[str, Any]:
     try:
         table = arrow.read_json(pa.BufferReader(lines), parse_options=options) if lines.strip() else schema.empty_table()
     except pa.ArrowInvalid:  # a line that is not whole, or not text, or none of ours: leave such lines out
-        whole = [line for line in lines.split(b"\n") if line.startswith(b'{"kind": "train"') and list(_records([line]))]
+        whole = [line for line in lines.split(b"\n") if line.startswith(b'{"kind": "train"') and list(records([line]))]
         if len(joined := b"\n".join(whole)) >= len(lines.strip()):
             raise
         return _columns(joined, names)

@@ -1,7 +1,5 @@
 """What each run below runs/ is doing, read back from its files and from Slurm's queue."""
 
-import contextlib
-import json
 import math
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 
 from bigtrain.errors import BigtrainError
 from bigtrain.load import load_recipe
-from bigtrain.rundir import RUNS, RunDir, owner, read_columns
+from bigtrain.rundir import RUNS, RunDir, owner, read_columns, records
 from bigtrain.slurm import queue
 
 COLUMNS = {"step": "int64", "samples": "int64", "weight": "int64"}
@@ -123,11 +121,7 @@ def _state(run: RunDir, events: list[dict[str, Any]], began: list[Any], step: in
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [each for each in found if isinstance(each, dict) and "job" in each]
+    return [each for each in records(lines) if "job" in each]
 
 
 def _health(run: RunDir, recent: dict[str, Any], events: list[dict[str, Any]], state: str) -> list[str]:

@@ -10,6 +10,15 @@ from bigtrain.rundir import RunDir
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+_early: list[str] = []  # a signal that came before there was anything to stop
+
+
+def listen() -> None:
+    """Remember signals from the first moment on: a start may take minutes, and Slurm may send SIGUSR1 in its midst."""
+    for number in _SIGNALS[::2]:  # not Ctrl-C, which ends a start at once
+        signal.signal(number, lambda found, _frame: _early.append(signal.Signals(found).name))
+
+
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR1, or by a file STOP in the run directory; a second signal changes nothing."""
 
@@ -24,7 +33,7 @@ class StopFlag:
             raise RequestError(f"BIGTRAIN_GRACE_SECONDS is {said!r}", "a number of seconds", "export BIGTRAIN_GRACE_SECONDS=120")
         self.grace = float(said)
         self.run, self.main = run, main
-        self.received: str | None = None
+        self.received: str | None = _early[0] if _early else None
         for number in _SIGNALS:
             signal.signal(number, self._receive)
 

@@ -108,6 +108,10 @@ class Cluster:
         fields = dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job).split() if "=" in part)
         return fields.get(name, "")
 
+    def release(self, job: str) -> None:
+        """Start a requeued job now, which Slurm would hold back for two minutes."""
+        self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+
     def finish(self, job: str, seconds: float = 150) -> str:
         """Wait for the job's end, and never for the two minutes that a requeued one is held back."""
 
@@ -117,7 +121,7 @@ class Cluster:
             nonlocal waiting
             waiting = waiting + 1 if self.state(job) == "PENDING" else 0
             if waiting > 8:  # four seconds: its last life must be over everywhere, or the node refuses the next
-                self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+                self.release(job)
             return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
 
         self.wait(ended, seconds, f"the end of job {job}")
