@@ -220,7 +220,8 @@ def test_a_submitted_job_trains_the_recipe_as_it_was(cluster: Cluster, tmp_path:
     urgent = cluster.submit("--partition=high", *NODES, "--exclusive", "--wrap", "sleep 8", cwd=tmp_path)
     run = cluster.environment | {"WANTED": "yes", "UNWANTED": "yes", "BIGTRAIN_SETUP": ""}
     bare = [*bigtrain, "submit", "mine.yaml", *overrides, "slurm.setup=look.sh", "slurm.time=10"]
-    (tmp_path / "look.sh").write_text('echo "WANTED=${WANTED:-no} UNWANTED=${UNWANTED:-no}"\n')
+    look = 'echo "WANTED=${WANTED:-no} UNWANTED=${UNWANTED:-no}"\n'
+    (tmp_path / "look.sh").write_text(f"{look}export PATH={Path(sys.executable).parent}:$PATH\n")
     done = subprocess.run([*bare, "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     job = json.loads(done.stdout)["job"]
