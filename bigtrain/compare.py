@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from bigtrain.errors import RequestError
+from bigtrain.recipe import LOWER_IS_BETTER
 from bigtrain.rundir import RUNS, RunDir, asset, read_columns
 from bigtrain.status import COLUMNS, judge
 
 BY = {"steps": "step", "samples": "samples", "tokens": "weight", "hours": "hours"}  # --by → column
 _POINTS = 800  # of a curve, at most; each is the mean, least and greatest of what it stands for
 _WIDE = 5  # runs beside each other on a terminal
-_LOWER = ("loss", "perplexity", "bits_per_byte", "mse")
 # 97.5% quantiles of Student's t by degrees of freedom, for intervals over a few seeds.
 _T = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 # What differs between any two runs and says nothing of what was asked for.
@@ -74,7 +74,7 @@ def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
         values = [line[name] for _, line in sorted(run["evals"].items()) if isinstance(line.get(name), int | float)]
         if values:
             row[f"held-out {name}"] = values[-1]
-            row[f"best held-out {name}"] = min(values) if name in _LOWER else max(values)
+            row[f"best held-out {name}"] = min(values) if name in LOWER_IS_BETTER else max(values)
     row["hours"] = float(lines["hours"][-1])
     if target is not None:
         smooth = _smooth(losses, min(50, max(len(losses) // 20, 1)))
@@ -84,9 +84,8 @@ def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
     for unit in ("tokens_per_s", "samples_per_s", "mfu"):
         if np.isfinite(lines[unit]).any():
             row[unit] = float(np.nanmedian(lines[unit]))
-    row["memory GiB"] = (
-        float(np.nanmax(lines["peak_memory_bytes"])) / 2**30 if np.isfinite(lines["peak_memory_bytes"]).any() else None
-    )
+    if np.isfinite(memory := lines["peak_memory_bytes"]).any():
+        row["memory GiB"] = float(np.nanmax(memory)) / 2**30
     row |= {"restarts": status["restarts"], "goodput": status["goodput"]}
     if price:
         row["cost"] = price * row["hours"] * int(settings.get("engine.world_size", 1))
@@ -242,12 +241,6 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _short(value: Any) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if type(value) is int
-        else str(value)
-    )
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)

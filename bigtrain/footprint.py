@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-# Dense bf16 FLOP/s without sparsity, from the vendors' data sheets; a part of torch's device name → its peak.
+# Dense bf16 FLOP/s, from the vendors' data sheets; a part of torch's device name → its peak; the first that fits counts.
 PEAKS = {
-    "B300": 2250e12, "B200": 2250e12, "GB200": 2500e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
     "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI355X": 2500e12,
     "MI325X": 1307e12, "MI300X": 1307e12, "MI250X": 383e12,

@@ -20,13 +20,12 @@ from bigtrain.engine import Engine
 from bigtrain.errors import StoppedEarly, TrainingFailed
 from bigtrain.fault import strike
 from bigtrain.optim import learning_rate
-from bigtrain.recipe import Recipe
+from bigtrain.recipe import LOWER_IS_BETTER, Recipe
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import Task
 from bigtrain.track import Everyone
 from bigtrain.watch import Watchdog
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse")
 _WINDOW = 32  # losses that a spike is measured against
 
 

@@ -12,6 +12,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse")  # of the metrics; for the others higher is
 # What may stand in a line that sbatch reads: nothing that could end the line, the word or a quotation.
 SlurmValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;@%/+=&|*?~()\[\]-]+$")]
 

@@ -124,6 +124,7 @@ def _train(
         )
     tracker = Everyone()
     if ranks.main:  # only now: a start that was refused must leave the run as it was
+        settings |= {name: {"value": value, "origin": "where it runs"} for name, value in _whereabouts().items()}
         write_atomic(run.recipe, to_yaml(recipe))
         run.write_json(run.effective, settings)
         _announce(screen, run, settings, task, path)
@@ -281,7 +282,6 @@ def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: di
         settings[f"deepspeed.{key}"] = {"value": value, "origin": origin}
     for package in _PACKAGES:
         settings[f"versions.{package}"] = {"value": version(package), "origin": "installed"}
-    settings |= {name: {"value": value, "origin": "where it runs"} for name, value in _whereabouts().items()}
     settings["threads"] = {"value": torch.get_num_threads(), "origin": "OMP_NUM_THREADS or the machine"}
     return settings
 

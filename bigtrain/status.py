@@ -15,12 +15,8 @@ from bigtrain.slurm import queue
 COLUMNS = {"step": "int64", "samples": "int64", "weight": "int64"}
 COLUMNS |= dict.fromkeys(("loss", "seconds", "time", "tokens_per_s", "samples_per_s", "mfu", "peak_memory_bytes"), "float64")
 _RECENT = 20  # lines that a rate is taken from
-_ENDS = {
-    "stopped": "stopped",
-    "failed": "FAILED",
-    "lost a peer": "lost a rank",
-    "hang": "HUNG",
-}  # the last event of a run that is not running → its state
+# The last event of a run that is not running → its state.
+_ENDS = {"stopped": "stopped", "failed": "FAILED", "lost a peer": "lost a rank", "hang": "HUNG"}
 
 
 def all_runs() -> list[RunDir]:
@@ -89,7 +85,7 @@ def goodput(lines: dict[str, Any], began: list[dict[str, Any]], running: bool, l
     _, last = np.unique(lines["step"][::-1], return_index=True)  # each step's last line
     counted = float(lines["seconds"][::-1][last].sum()) * log_every
     end = time.time() if running else float(np.nanmax(lines["time"]))
-    return min(counted / max(end - began[0]["time"], 1e-9), 1.0)
+    return min(counted / max(end - float(began[0]["time"]), 1e-9), 1.0)
 
 
 def _pace(recent: dict[str, Any]) -> float:
@@ -102,7 +98,7 @@ def _pace(recent: dict[str, Any]) -> float:
 def _state(run: RunDir, events: list[dict[str, Any]], began: list[Any], step: int, steps: int) -> tuple[str, str | None]:
     """(state, Slurm's job): running, queued, requeued, finished, stopped, FAILED, HUNG, or died: killed, and no word of it."""
     holder, alive = owner(run)
-    submitted = list(_json_lines(run.path / "jobs.jsonl"))
+    submitted = _json_lines(run.path / "jobs.jsonl")
     job = holder.get("job") or (submitted[-1]["job"] if submitted else None) or (began[-1].get("job") if began else None)
     queued = queue().get(str(job), "") if job else ""
     if alive or queued in ("RUNNING", "COMPLETING"):

@@ -15,7 +15,7 @@ _early: list[str] = []  # a signal that came before there was anything to stop
 
 def listen() -> None:
     """Remember signals from the first moment on: a start may take minutes, and Slurm may send SIGUSR1 in its midst."""
-    for number in _SIGNALS[::2]:  # not Ctrl-C, which ends a start at once
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # not Ctrl-C, which ends a start at once
         signal.signal(number, lambda found, _frame: _early.append(signal.Signals(found).name))
 
 

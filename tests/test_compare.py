@@ -229,6 +229,11 @@ def test_the_doctor_names_the_sick_rank(sick: dict[str, Any], check: str | None)
     assert all("2" in row["found"] and row["advice"] for row in red)
 
 
+def test_no_accelerator_is_taken_for_another() -> None:
+    names = list(footprint.PEAKS)
+    assert not [name for number, name in enumerate(names) if any(earlier in name for earlier in names[:number])]
+
+
 def test_flops_of_any_module_are_counted() -> None:
     lstm, attention = torch.nn.LSTM(32, 64, batch_first=True), torch.nn.functional.scaled_dot_product_attention
     x, q = torch.randn(4, 10, 32), torch.randn(2, 4, 16, 32)
