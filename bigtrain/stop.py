@@ -14,24 +14,30 @@ _early: list[str] = []  # a signal that came before there was anything to stop
 
 
 def listen() -> None:
-    """Remember signals from the first moment on: a start may take minutes, and Slurm may send SIGUSR1 in its midst."""
+    """Remember signals from the first moment on: a start may take minutes, and Slurm may send SIGUSR1 in its midst.
+
+    Raises RequestError, while nothing is written yet, for a grace period that is no number.
+    """
+    grace_seconds()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # not Ctrl-C, which ends a start at once
         signal.signal(number, lambda found, _frame: _early.append(signal.Signals(found).name))
+
+
+def grace_seconds() -> float:
+    """How long there is to save after a signal. RequestError when BIGTRAIN_GRACE_SECONDS is no number."""
+    # Slurm gives KillWait (30 s) after SIGTERM; slurm/train.sbatch says how long before the end it sends SIGUSR1.
+    said = os.environ.get("BIGTRAIN_GRACE_SECONDS") or "30"
+    if not said.replace(".", "", 1).isdigit():
+        raise RequestError(f"BIGTRAIN_GRACE_SECONDS is {said!r}", "a number of seconds", "export BIGTRAIN_GRACE_SECONDS=120")
+    return float(said)
 
 
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR1, or by a file STOP in the run directory; a second signal changes nothing."""
 
     def __init__(self, run: RunDir, main: bool = True) -> None:
-        """Only the `main` rank looks for files: a shared disk should not be asked by all.
-
-        Raises RequestError when BIGTRAIN_GRACE_SECONDS is no number.
-        """
-        # Slurm gives KillWait (30 s) after SIGTERM; slurm/train.sbatch says how long before the end it sends SIGUSR1.
-        said = os.environ.get("BIGTRAIN_GRACE_SECONDS") or "30"
-        if not said.replace(".", "", 1).isdigit():
-            raise RequestError(f"BIGTRAIN_GRACE_SECONDS is {said!r}", "a number of seconds", "export BIGTRAIN_GRACE_SECONDS=120")
-        self.grace = float(said)
+        """Only the `main` rank looks for files: a shared disk should not be asked by all."""
+        self.grace = grace_seconds()
         self.run, self.main = run, main
         self.received: str | None = _early[0] if _early else None
         for number in _SIGNALS:

@@ -499,6 +499,9 @@ def test_small_mistakes_are_named(whole: Path, tmp_path: Path) -> None:
     assert (wrong.returncode, "try:      --allow-change optim.lr" in wrong.stderr) == (2, True), wrong.stderr
     wrong = bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path, BIGTRAIN_GRACE_SECONDS="2m")
     assert (wrong.returncode, "BIGTRAIN_GRACE_SECONDS is '2m'" in wrong.stderr) == (2, True), wrong.stderr
+    (tmp_path / "new").mkdir()
+    assert bigtrain("train", *CNN, cwd=tmp_path / "new", BIGTRAIN_GRACE_SECONDS="2m").returncode == 2
+    assert not list((tmp_path / "new").iterdir()), "nothing is written"
     newest = committed(run)[-1]
     newest.rename(tmp_path / "elsewhere")
     newest.symlink_to(tmp_path / "elsewhere")
