@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from filelock import FileLock
@@ -70,12 +70,11 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What became of an optimizer step."""
+class StepResult(NamedTuple):
+    """What became of an optimizer step: numbers, or tensors on a device that may not have come so far yet."""
 
-    applied: bool
-    grad_norm: float  # before clipping; not finite when the step was skipped for it
+    applied: Tensor | bool
+    grad_norm: Tensor | float  # before clipping; not finite when the step was skipped for it
 
 
 @dataclass(frozen=True)
@@ -217,12 +216,36 @@ class Engine(ABC):
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def put(self, *values: Tensor | float) -> Tensor:
+        """Numbers of host and device side by side: float64, on the device, without waiting for it."""
+        cuda = self.device.type == "cuda"
+        known = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+        found = torch.tensor(known, dtype=torch.float64, pin_memory=cuda).to(self.device, non_blocking=True)
+        for place, value in enumerate(values):
+            if isinstance(value, Tensor):
+                found[place] = value
+        return found
+
     def sum(self, *values: Tensor | float) -> Tensor:
-        """Values added up over ranks: float64, on the device, without waiting for the host."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        """Values added up over ranks, as `put` has them."""
+        total = self.put(*values)
         if self.world_size > 1:
             torch.distributed.all_reduce(total)
         return total
+
+    def read(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """Send numbers to the host; what is returned waits until they are there, and not for what the device does since."""
+        if self.device.type != "cuda":
+            return numbers.tolist
+        here, arrived = torch.empty_like(numbers, device="cpu", pin_memory=True), torch.cuda.Event()
+        here.copy_(numbers, non_blocking=True)
+        arrived.record()
+
+        def arrive() -> list[float]:
+            arrived.synchronize()
+            return here.tolist()
+
+        return arrive
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -366,9 +389,14 @@ class _DDP(Engine):
     def step(self, learning_rate: float) -> StepResult:
         self._set_rate(learning_rate)
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf))
-        applied = math.isfinite(norm)
-        if applied:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf)
+        applied = norm.isfinite()
+        # torch's fused optimizers leave a step out by themselves, so nobody waits to see the norm. (But SGD takes the
+        # momentum of a first step that it left out from memory that nobody wrote.)
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.optimizer.defaults.get("momentum")
+        if fused:
+            self.optimizer.found_inf = (~applied).float()
+        if fused or applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(applied, norm)

@@ -4,8 +4,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +20,33 @@ from bigtrain.engine import Engine
 from bigtrain.errors import StoppedEarly, TrainingFailed
 from bigtrain.fault import strike
 from bigtrain.optim import learning_rate
-from bigtrain.recipe import LOWER_IS_BETTER, Recipe
+from bigtrain.recipe import LOWER_IS_BETTER, Recipe, Train
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import Task
 from bigtrain.track import Everyone
 from bigtrain.watch import Watchdog
 
 _WINDOW = 32  # losses that a spike is measured against
+
+
+@dataclass
+class Lap:
+    """The steps since the last line of metrics: seconds that the loop spent in them, their number, and what they weighed."""
+
+    seconds: float = 0.0
+    began: float = 0.0  # when the one under way did
+    steps: int = 0
+    weight: float = 0.0
+
+
+class Pending(NamedTuple):
+    """A step that the device may not have finished yet."""
+
+    rate: float
+    pieces: list[Piece]
+    spiked: bool
+    logged: bool
+    numbers: Callable[[], list[float]]  # waits: loss, applied, gradient norm, weight, digest, wishes
 
 
 @dataclass
@@ -44,6 +64,8 @@ class Training:
     watch: Watchdog
     work: float = 0.0  # seconds that one unit of weight would take if all devices ran at their peak
     failed: str = ""  # why the last checkpoint could not be written
+    pending: Pending | None = None  # the step that was begun last, until it is settled
+    lap: Lap = field(default_factory=Lap)
 
 
 class Wishes(NamedTuple):
@@ -128,9 +150,13 @@ def _report(t: Training, all_saved: list[checkpoint.Saved]) -> None:
 
 
 def _step(t: Training) -> Wishes:
-    """One optimizer step; returns what all ranks together wish."""
-    began = time.perf_counter()
-    engine, task, state, recipe = t.engine, t.task, t.state, t.recipe
+    """One optimizer step; returns what all ranks together wish, as far as it is known.
+
+    A step that nothing depends on at once (a line of metrics, an evaluation, a checkpoint) is left to the device, and
+    settled within the next, once that one keeps the device busy: so the host never waits for an idle device.
+    """
+    began = t.lap.began = time.perf_counter()
+    engine, task, state, settings = t.engine, t.task, t.state, t.recipe.train
     strike(engine.rank, state.step + 1)
     t.watch.at("data")
     pieces = next(t.batches)
@@ -138,44 +164,62 @@ def _step(t: Training) -> Wishes:
     t.watch.at("meeting")
     local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
     mine = Wishes(*t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written())
-    sums = engine.sum(local, _digest(pieces), *mine)  # read once the step has been waited for anyway
-    rate = learning_rate(state.applied, recipe.train.steps, recipe.optim)
+    sums = engine.sum(local, _digest(pieces), *mine)
     loss, spiked, forward = _gradients(t, pieces, sums[0].clamp(min=1))
     t.watch.at("update")
+    before = _settle(t)
+    rate = learning_rate(state.applied, settings.steps, t.recipe.optim)
     result = engine.step(rate)
-    weight, samples, *wishes = sums.tolist()
     state.step += 1
-    state.applied += result.applied
-    state.skips = 0 if result.applied else state.skips + 1
     state.samples += engine.plan.global_batch
+    logged = spiked or _is_due(state.step, settings, settings.log_every)
+    total = engine.sum(loss)[0] if logged else math.nan
+    t.pending = Pending(rate, pieces, spiked, logged, engine.read(engine.put(total, *result, *sums)))
+    at_once = logged or any(_is_due(state.step, settings, every) for every in (settings.eval_every, settings.checkpoint_every))
+    after = _settle(t) if at_once or before.stop or before.save else Wishes()
+    seconds = time.perf_counter() - began
+    t.lap.seconds += 0.0 if logged else seconds
+    t.watch.stepped(state.step, seconds, fetched + forward)
+    return Wishes(*map(max, before, after))
+
+
+def _is_due(step: int, settings: Train, every: int) -> bool:
+    return step % every == 0 or step == settings.steps
+
+
+def _settle(t: Training) -> Wishes:
+    """Wait for the step that was begun last, if it is not settled yet: what became of it, and what the ranks wished."""
+    step, t.pending = t.pending, None
+    if step is None:
+        return Wishes()
+    state, lap = t.state, t.lap
+    loss, applied, grad_norm, weight, digest, *others = step.numbers()
+    state.applied += int(applied)
+    state.skips = 0 if applied else state.skips + 1
     state.weight += int(weight)
-    if state.step % recipe.train.log_every == 0 or state.step == recipe.train.steps or spiked:
-        (total,) = engine.sum(loss).tolist()
-        seconds = time.perf_counter() - began
-        t.tracker.log(
-            {
-                "kind": "train",
-                "step": state.step,
-                "samples": state.samples,
-                "samples_digest": int(samples),
-                "weight": state.weight,
-                "loss": total / max(weight, 1),
-                "lr": rate,
-                "grad_norm": result.grad_norm,
-                "applied": result.applied,
-                f"{task.unit}_per_s": weight / seconds,
-                "mfu": t.work * weight / seconds,
-                "seconds": seconds,
-                "peak_memory_bytes": engine.peak_memory(),
-            }
-        )
-        _watch(t, total / max(weight, 1), spiked)
-    t.watch.stepped(state.step, time.perf_counter() - began, fetched + forward)
+    lap.steps, lap.weight = lap.steps + 1, lap.weight + weight
+    if step.logged:
+        found = {"loss": loss / max(weight, 1), "lr": step.rate, "grad_norm": grad_norm, "applied": bool(applied)}
+        _log(t, {"samples_digest": int(digest), "weight": state.weight, **found})
+        _watch(t, found["loss"], step.spiked)
     while t.watch.news:
         t.tracker.event(state.step, "straggler", **t.watch.news.pop())
-    if Wishes(*wishes).bad:
-        _count_bad(t, pieces)
-    return Wishes(*wishes)
+    if Wishes(*others).bad:
+        _count_bad(t, step.pieces)
+    return Wishes(*others)
+
+
+def _log(t: Training, found: dict[str, float]) -> None:
+    """A line of metrics; its seconds and rates are means over the steps since the last one."""
+    lap, t.lap = t.lap, Lap()
+    seconds = lap.seconds + time.perf_counter() - lap.began
+    rates = {
+        f"{t.task.unit}_per_s": lap.weight / seconds,
+        "mfu": t.work * lap.weight / seconds,
+        "seconds": seconds / lap.steps,
+        "peak_memory_bytes": t.engine.peak_memory(),
+    }
+    t.tracker.log({"kind": "train", "step": t.state.step, "samples": t.state.samples, **found, **rates})
 
 
 def _gradients(t: Training, pieces: list[Piece], weight: torch.Tensor) -> tuple[torch.Tensor, bool, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain import checkpoint, dsconfig, engine, models
 from bigtrain.data import Corpus, train_batches
@@ -230,9 +231,8 @@ def run_go_on(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"lines": collect.lines, "moved": moved}
 
 
-def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A NaN on rank 0 in step 2: all ranks skip it together, and go on unharmed."""
-    training, collect = build(case)
+def poison(training: Training) -> None:
+    """Make the loss of rank 0 NaN in step 2."""
     inner = training.task.loss_sum
 
     def poisoned(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -240,11 +240,54 @@ def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         return loss * float("nan") if training.state.step == 1 and training.engine.rank == 0 else loss
 
     training.task.loss_sum = poisoned  # type: ignore[method-assign]
+
+
+def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A NaN on rank 0 in step 2: all ranks skip it together, and go on unharmed."""
+    training, collect = build(case)
+    poison(training)
     for _ in range(3):
         _step(training)
     weights = training.engine.whole_weights()
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     return {"applied": [line["applied"] for line in collect.lines], "finite": finite, "count": training.state.applied}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device's (item, float, bool)."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Seven steps, the second not finite, with a line of metrics every step and then every third: the same weights, and
+    the host waits for the device in the steps that log alone. (On CUDA torch itself raises where anything else would wait.)
+    """
+    found, reads = [], []
+    for every in (1, 3):
+        training, collect = build(case)
+        settings = training.recipe.train.model_copy(update={"log_every": every})
+        training.recipe = training.recipe.model_copy(update={"train": settings})
+        poison(training)
+        for step in range(1, 8):
+            quiet = step % every != 0 and step < 7
+            if training.engine.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+            with HostReads() as counted:
+                _step(training)
+            reads += [counted.count] * quiet
+        found.append((collect.lines, training.engine.whole_weights()))
+    (lines, weights), (few, other_weights) = found
+    return {
+        "reads": reads,
+        "lines": [line for line in lines if line["step"] in (3, 6, 7)] == few,
+        "weights": all(torch.equal(weights[name], other_weights[name]) for name in weights),
+        "applied": training.state.applied,
+    }
 
 
 def run_spike(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -288,6 +331,7 @@ RUN = {
     "go_on": run_go_on,
     "resume": run_resume,
     "skip": run_skip,
+    "lazy": run_lazy,
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
     "weights": run_weights,

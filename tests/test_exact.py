@@ -19,6 +19,7 @@ from bigtrain import models
 
 pytestmark = pytest.mark.timeout(1500)  # of which the first test waits for all worlds: three minutes on a quiet machine
 STEPS = 8
+LAZY = ["lazy/adamw", "lazy/sgd", "lazy/sgd/momentum", "lazy/rmsprop"]
 ENGINES = {
     "ddp": {"kind": "ddp"},
     "zero1": {"kind": "zero1"},
@@ -55,6 +56,17 @@ def _deeds() -> dict[str, dict[str, Any]]:
         case = {"model": "transformer", "precision": precision, "micro_batch": 3} | ENGINES[engine]
         cases[f"resume/{engine}/{precision}"] = case | {"run": "resume", "dropout": 0.2}
         cases[f"skip/{engine}/{precision}"] = case | {"run": "skip"}
+    for name in LAZY:
+        optim = {"name": name.split("/")[1], "momentum": 0.9 if name.endswith("momentum") else 0.0, "schedule": "cosine"}
+        cases[name] = {
+            "run": "lazy",
+            "model": "cnn",
+            "precision": "fp32",
+            "micro_batch": 4,
+            "kind": "ddp",
+            "steps": 7,
+            "optim": optim,
+        }
     for engine, policy in product(("ddp", "zero2-offload", "zero3"), ("skip", "rewind")):
         case = {"run": "spike", "model": "rnn", "precision": "fp32", "micro_batch": 4, "on_spike": policy}
         cases[f"spike/{engine}/{policy}"] = case | ENGINES[engine]
@@ -204,6 +216,14 @@ def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(name: str, r
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("skip/")])
 def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: dict[str, Any]) -> None:
     assert results[name] == {"applied": [True, False, True], "finite": True, "count": 2}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(name: str, results: dict[str, Any]) -> None:
+    found = results[name]
+    assert found["lines"] and found["weights"] and found["applied"] == 6
+    if name in ("lazy/adamw", "lazy/sgd"):  # the others have no kernel that leaves a step out by itself
+        assert found["reads"][1:] == [0] * 3, "beyond the first step, in which the data loader draws its seed"
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2-offload", "zero3"])
