@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from bigtrain.errors import BigtrainError, RecipeError
+from bigtrain.errors import BigtrainError, RecipeError, RequestError, TrainingFailed
 
 app = typer.Typer(
     help="Train large models on any number of GPUs: a recipe in, a trained model out.",
@@ -33,6 +34,7 @@ def train(
     allow_change: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="go on although this key of the recipe has changed")
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors and the result alone")] = False,
     as_json: Json = False,
 ) -> None:
     """Train; goes on by itself if the run has a checkpoint."""
@@ -42,8 +44,9 @@ def train(
     listen()
     loaded = load_recipe(recipe, overrides)
     from bigtrain.run import run_recipe
+    from bigtrain.track import console
 
-    summary = run_recipe(loaded, fresh, allow_change or [], as_json)
+    summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
     if os.environ.get("RANK", "0") == "0":
         _print(summary, as_json, _finished)
 
@@ -98,7 +101,6 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder 
     """Copy a finished run's model (Hugging Face format) to OUT."""
     import shutil
 
-    from bigtrain.errors import RequestError
     from bigtrain.rundir import find_run
 
     found = find_run(run)
@@ -215,6 +217,38 @@ def compare(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument,
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUES...", help="e.g. optim.lr=1e-4,3e-4 seed=0..4")],
+    draw: Annotated[int | None, typer.Option("--random", min=1, help="draw so many combinations instead of all")] = None,
+    seed: Annotated[int, typer.Option(help="of the drawing")] = 0,
+    launcher: Annotated[str, typer.Option(help="what starts each run here")] = sys.executable,
+    slurm: Annotated[bool, typer.Option("--slurm", help="submit them as one Slurm array")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs instead")] = False,
+) -> None:
+    """Train many variants of a recipe, here one after another, and compare them; or let Slurm or W&B do it."""
+    from bigtrain import compare
+    from bigtrain import slurm as cluster
+    from bigtrain import sweep as many
+
+    axes = many.parse(settings, draw)
+    runs = many.expand(recipe, axes, draw, seed)
+    if wandb:
+        print(many.wandb_file(recipe, axes, draw), end="")
+    elif dry_run:
+        print("\n".join(shlex.join([recipe, *run]) for run in runs))
+    elif slurm:
+        print("job {job} is to train {count} runs, which {file} lists".format(**cluster.submit_array(recipe, runs)))
+    else:
+        failed = many.here(recipe, runs, launcher)
+        if len(failed) < len(runs):
+            compare.show(compare.compare([run[0].removeprefix("name=") for run in runs]))
+        if failed:
+            raise TrainingFailed(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+
+
+@app.command()
 def sync(run: RunArgument) -> None:
     """Upload to W&B what a run logged offline."""
     from bigtrain.rundir import find_run
@@ -224,8 +258,15 @@ def sync(run: RunArgument) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check this machine, or an allocation (srun bigtrain doctor), before hours are spent; exit 1 if anything is wrong."""
+def doctor(
+    slurm: Annotated[bool, typer.Option("--slurm", help="on every task of the allocation that this is called in")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check this machine, or a whole allocation, before hours are spent; exit 1 if anything is wrong."""
+    if slurm:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise RequestError("there is no Slurm allocation here", "inside salloc or sbatch", "salloc --nodes=2 bash")
+        os.execvp("srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *["--json"] * as_json])
     from bigtrain.doctor import examine
 
     rows, rank = examine()
@@ -259,7 +300,6 @@ def init(
     """Write a shipped recipe out under a name of your own, to edit."""
     import re
 
-    from bigtrain.errors import RequestError
     from bigtrain.load import recipe_path
     from bigtrain.recipe import NAME_PATTERN
 

@@ -56,6 +56,22 @@ def find_device(asked: str) -> Device:
     return Device("cpu", bool(flags.get("avx512_bf16") or flags.get("amx_bf16")))
 
 
+def tracker(kind: str, project: str, run: str, folder: Path, step: int) -> Any:
+    """Accelerate's tracker of that kind, begun: TensorBoard's files below `folder`, Trackio's where Trackio keeps them.
+
+    `step`: where the run goes on; what TensorBoard was told of later steps, by a life that was killed, is forgotten.
+    """
+    from accelerate import tracking
+
+    if kind == "tensorboard":
+        begun: Any = tracking.TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
+    else:
+        begun = tracking.TrackioTracker(project, name=run, resume="allow")
+    with contextlib.redirect_stdout(sys.stderr):  # Trackio greets
+        begun.start()
+    return begun
+
+
 def idle_devices(ranks: int) -> list[str]:
     """A line for one process that was started bare where several GPUs are."""
     count = torch.cuda.device_count()

@@ -203,7 +203,8 @@ def _settle(t: Training) -> Wishes:
         _log(t, {"samples_digest": int(digest), "weight": state.weight, **found})
         _watch(t, found["loss"], step.spiked)
     while t.watch.news:
-        t.tracker.event(state.step, "straggler", **t.watch.news.pop())
+        event, details = t.watch.news.pop()
+        t.tracker.event(state.step, event, **details)
     if Wishes(*others).bad:
         _count_bad(t, step.pieces)
     return Wishes(*others)
@@ -341,15 +342,20 @@ def evaluate(engine: Engine, task: Task, training: Training | None = None) -> di
     engine.sync_buffers()
     engine.model.eval()
     evaluator = task.evaluator(engine.device)
+    first: dict[str, torch.Tensor] = {}
     for number, piece in enumerate(eval_batches(task, engine.plan, engine.rank)):
         if training is not None:
             training.watch.at("evaluation")
             if number % 8 == 0 and engine.sum(training.stop.wanted()[0]) > 0:
                 return None
         batch = engine.to_device(piece.batch)
+        first = first or batch
         with engine.autocast():
             if piece.counts:
                 evaluator.update(engine.model, batch)
             else:
                 task.loss_sum(engine.model, batch)  # sharded engines gather weights together, so all ranks run along
+    if training is not None and training.recipe.track.wandb != "off":
+        with engine.autocast():
+            training.tracker.samples(training.state.step, evaluator.samples(engine.model, first))
     return evaluator.compute()

@@ -15,6 +15,7 @@ from bigtrain.loop import evaluate
 from bigtrain.plan import make_plan
 from bigtrain.rundir import RunDir
 from bigtrain.tasks import TASKS
+from bigtrain.tasks.language import write
 
 
 def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
@@ -75,16 +76,12 @@ def _write(model: Any, ids: Tensor, tokens: int, temperature: float, tokenizer: 
         found = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
         start = 0 if model.config.is_encoder_decoder else ids.shape[1]
         return list(found[0, start:].tolist())
-    written: list[int] = []
-    for _ in range(tokens):
-        logits = model(input_ids=ids)[0, -1].float()
-        if temperature > 0:
-            best = torch.topk(logits / temperature, min(50, len(logits)))
-            token = int(best.indices[torch.multinomial(best.values.softmax(0), 1)])
-        else:
-            token = int(logits.argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        written.append(token)
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    return written
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1)
+        best = torch.topk(logits / temperature, min(50, logits.shape[-1]))
+        return best.indices.gather(-1, torch.multinomial(best.values.softmax(-1), 1))[:, 0]
+
+    written = write(model, {"input_ids": ids}, "input_ids", tokens, choose)[0, ids.shape[1] :].tolist()
+    return written[: written.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in written else list(written)

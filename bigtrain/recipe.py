@@ -154,7 +154,8 @@ class Track(Section):
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         default="auto", description="auto: online when logged in, else offline"
     )
-    project: str = Field(default="bigtrain", description="W&B project")
+    also: list[Literal["tensorboard", "trackio"]] = Field(default=[], description="told the same; extras of their own names")
+    project: str = Field(default="bigtrain", description="W&B (and Trackio) project")
     group: str | None = Field(default=None, description="W&B group; null is the recipe's name")
     tags: list[str] = Field(default=[], description="W&B tags")
     notes: str | None = Field(default=None, description="W&B notes: what this run is for")

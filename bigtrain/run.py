@@ -1,6 +1,7 @@
 """What happens when a recipe is run: read from top to bottom."""
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -27,19 +28,21 @@ from bigtrain.rundir import RunDir, read_metrics, release_ownership, run_directo
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
 from bigtrain.tasks.base import outputs
-from bigtrain.track import Everyone, MetricsFile, Terminal, WandB, console, logged_in
+from bigtrain.track import Also, Everyone, MetricsFile, Terminal, WandB, keep_warnings, logged_in
 from bigtrain.watch import Watchdog
 
 Settings = dict[str, dict[str, Any]]
 _PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets")
 
 
-def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] = (), as_json: bool = False) -> dict[str, Any]:
+def run_recipe(loaded: Loaded, screen: Console, fresh: bool = False, allow_change: Sequence[str] = ()) -> dict[str, Any]:
     """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
     recipe = loaded.recipe
     changed = {} if fresh else _changes_since(run_directory(recipe.name), recipe, list(allow_change))
     if recipe.track.wandb == "online" and not logged_in():
         raise RequestError("track.wandb is online, but W&B has no key", "a login", "wandb login, or track.wandb=offline")
+    if missing := [kind for kind in recipe.track.also if importlib.util.find_spec(kind) is None]:
+        raise RequestError(f"track.also has {missing[0]}, which is not installed", "its extra", f"pip install {missing[0]}")
     device = engine.find_device(recipe.engine.device)
     launcher = dsconfig.read_launcher(os.environ)
     dsconfig.refuse_contradictions(launcher, recipe.engine, loaded.origins, os.environ)
@@ -59,7 +62,7 @@ def run_recipe(loaded: Loaded, fresh: bool = False, allow_change: Sequence[str] 
         settings |= _speed_of(flops, ranks, device)
         run = _open_run(loaded.recipe.name, ranks, fresh)
         try:
-            return _train(loaded, run, ranks, watch, task, settings, changed, console(as_json))
+            return _train(loaded, run, ranks, watch, task, settings, changed, screen)
         finally:
             if ranks.main:
                 release_ownership(run)
@@ -123,6 +126,7 @@ def _train(
             "the job's output says why it ends; or a smaller train.checkpoint_every",
         )
     tracker = Everyone()
+    keep_warnings(run, ranks.rank)
     if ranks.main:  # only now: a start that was refused must leave the run as it was
         settings |= {name: {"value": value, "origin": "where it runs"} for name, value in _whereabouts().items()}
         write_atomic(run.recipe, to_yaml(recipe))
@@ -346,6 +350,8 @@ def _tracker(loaded: Loaded, run: RunDir, task: Task, settings: Settings, screen
         wandb = WandB(recipe.track, run, recipe.name, config, state.wandb_id, state.step)
         state.wandb_id = wandb.id
         everyone.trackers.append(wandb)
+    for kind in recipe.track.also:
+        everyone.trackers.append(Also(engine.tracker(kind, recipe.track.project, run.name, run.path, state.step)))
     return everyone
 
 

@@ -58,7 +58,7 @@ class RunDir:
         self.path, self.name = path, path.name
         self.recipe, self.effective = path / "recipe.yaml", path / "effective.json"
         self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
-        self.checkpoints, self.export = path / "checkpoints", path / "export"
+        self.checkpoints, self.export, self.logs = path / "checkpoints", path / "export", path / "logs"
 
     def write_json(self, path: Path, value: Any) -> None:
         write_atomic(path, to_json(value, indent=2) + "\n")

@@ -2,28 +2,37 @@
 
 import contextlib
 import json
+import logging
 import math
 import netrc
 import os
+import re
 import secrets
+import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from bigtrain.errors import RequestError
 from bigtrain.recipe import Track
 from bigtrain.rundir import RunDir, read_metrics, to_json
 
 Record = dict[str, Any]
+_TREND = 32  # columns of the panel's bar, and half of those of its trend
 
 
 class Tracker(Protocol):
@@ -50,36 +59,96 @@ class MetricsFile:
 
 
 class Terminal:
-    """A progress bar on a terminal; elsewhere a plain line every few seconds, and one per evaluation."""
+    """A live panel on a terminal; elsewhere a plain line every few seconds. Evaluations and events are a line each."""
 
     def __init__(self, steps: int, unit: str, console: Console, every: float = 5.0) -> None:
         self.steps, self.unit, self.console, self.every = steps, unit, console, every
-        self.last = -math.inf
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            columns = ("{task.description}", BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=console)
-            self.task = self.bar.add_task("training", total=steps, text="")
-            self.bar.start()
+        self.last, self.began = -math.inf, (0, 0.0)  # when a line was printed last; the first step seen, and when
+        self.record: Record = {}
+        self.saved, self.skipped = "none yet", 0
+        self.trend: list[float] = []  # means over `block` losses each, of the whole run
+        self.block, self.part = 1, list[float]()
+        self.live = Live(get_renderable=self._panel, console=console, refresh_per_second=4) if console.is_terminal else None
+        if self.live is not None:
+            self.live.start()
 
     def log(self, record: Record) -> None:
         if record["kind"] != "train":
-            self.console.print(_line(record), highlight=False, markup=False)
+            self.saved = f"step {record['step']:,}" if record.get("event") == "checkpoint" else self.saved
+            if record.get("event") != "nodes":
+                self.console.print(_line(record), highlight=False, markup=False)
             return
-        text = (
-            f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-            f"  {record[self.unit + '_per_s']:,.0f} {self.unit}/s  mfu {record['mfu']:.1%}"
-            f"  {record['peak_memory_bytes'] / 2**30:.1f} GiB" + ("" if record["applied"] else "  SKIPPED")
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, completed=record["step"], text=text)
-        elif time.monotonic() - self.last >= self.every or record["step"] == self.steps:
+        self.record, self.skipped = record, self.skipped + (not record["applied"])
+        self.began = self.began if self.began[0] else (record["step"], record["time"])
+        if self.live is None and (time.monotonic() - self.last >= self.every or record["step"] == self.steps):
             self.last = time.monotonic()
+            text = (
+                f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
+                f"  {self._speed()}" + ("" if record["applied"] else "  SKIPPED")
+            )
             self.console.print(text, highlight=False, markup=False)
+        elif self.live is not None and math.isfinite(record["loss"]):
+            self._remember(record["loss"])
+
+    def _speed(self) -> str:
+        found = self.record
+        rate = f"{found[self.unit + '_per_s']:,.0f} {self.unit}/s"
+        return f"{rate}  mfu {found['mfu']:.1%}  {found['peak_memory_bytes'] / 2**30:.1f} GiB"
+
+    def _remember(self, loss: float) -> None:
+        self.part.append(loss)
+        if len(self.part) >= self.block:
+            self.trend.append(statistics.fmean(self.part))
+            self.part = []
+        if len(self.trend) == 2 * _TREND:  # whatever the length of the run, its trend fits beside the loss
+            self.trend = [statistics.fmean(pair) for pair in zip(self.trend[::2], self.trend[1::2], strict=True)]
+            self.block *= 2
+
+    def _panel(self) -> RenderableType:
+        """Drawn by rich's own thread, so that training never waits for a terminal."""
+        found, (first, began) = self.record, self.began
+        if not found:
+            return "waiting for the first step …"
+        pace = (found["time"] - began) / max(found["step"] - first, 1)  # evaluations and checkpoints included
+        low, high = min(self.trend, default=0.0), max(self.trend, default=1.0)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / max(high - low, 1e-12))] for value in self.trend)
+        table = Table.grid(padding=(0, 2))
+        left = timedelta(seconds=round(pace * (self.steps - found["step"])))
+        table.add_row("step", f"{found['step']:,} of {self.steps:,}  {found['step'] / self.steps:.0%}  {left} left")
+        table.add_row("", ProgressBar(self.steps, found["step"], width=_TREND))
+        table.add_row("loss", f"{found['loss']:.4f}  {bars}")
+        table.add_row("speed", self._speed())
+        table.add_row("", f"lr {found['lr']:.2e}  gradient norm {found['grad_norm']:.3g}")
+        table.add_row("kept", f"checkpoint {self.saved}" + (f"  [red]SKIPPED {self.skipped}[/]" if self.skipped else ""))
+        return table
 
     def close(self, summary: Record) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.live is not None:
+            self.live.stop()
+
+
+class Also:
+    """TensorBoard or Trackio, through one of Accelerate's trackers (engine.tracker)."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+
+    def log(self, record: Record) -> None:
+        if numbers := _numbers(record):
+            self.tracker.log(numbers, step=record["step"])
+
+    def close(self, summary: Record) -> None:
+        with contextlib.redirect_stdout(sys.stderr):  # Trackio says goodbye
+            self.tracker.finish()
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """What can be drawn over steps, under the names that a tracker shows; of events, what each machine was doing."""
+    kind = record["kind"]
+    if kind == "event":
+        nodes = record["machines"] if record["event"] == "nodes" else {}
+        return {f"nodes/{node}/{name}": value for node, values in nodes.items() for name, value in values.items()}
+    return {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
 
 
 def _line(record: Record) -> str:
@@ -103,7 +172,7 @@ class WandB:
         self.files, self.skipped = run, False
         id_file = run.path / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(known_id or secrets.token_hex(4))
+            id_file.write_text(known_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a W&B sweep has its own
         self.id = id_file.read_text().strip()
         online = track.wandb == "online" or (track.wandb == "auto" and logged_in())
         known = {"project": track.project, "group": track.group or recipe_name, "tags": track.tags, "notes": track.notes}
@@ -149,10 +218,15 @@ class WandB:
         if kind == "train" and not record["applied"] and not self.skipped:
             self.skipped = True
             self._try(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
-        if kind not in ("train", "eval") or (kind, step) in self.told:
-            return
-        numbers = {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
-        self._try(lambda: self.run.log({"step": step, **numbers}))
+        if (numbers := _numbers(record)) and (kind, step) not in self.told:
+            self._try(lambda: self.run.log({"step": step, **numbers}))
+
+    def samples(self, step: int, rows: list[Record]) -> None:
+        """A table of what the model made of some held-out examples; tensors are images."""
+        import wandb
+
+        shown = [[wandb.Image(value) if hasattr(value, "shape") else value for value in row.values()] for row in rows]
+        self._try(lambda: self.run.log({"step": step, "eval/samples": wandb.Table(columns=list(rows[0]), data=shown)}))
 
     def close(self, summary: Record) -> None:
         self._try(lambda: self._finish(summary))
@@ -260,11 +334,33 @@ class Everyone:
         """Something that happened, with what it takes to be understood."""
         self.log({"kind": "event", "step": step, "event": event, **details})
 
+    def samples(self, step: int, rows: list[Record]) -> None:
+        """Examples for those trackers that have room for them."""
+        for tracker in self.trackers:
+            if rows and isinstance(tracker, WandB):
+                tracker.samples(step, rows)
+
     def close(self, summary: Record) -> None:
         for tracker in self.trackers:
             tracker.close(summary)
 
 
-def console(as_json: bool = False) -> Console:
+def console(as_json: bool = False, quiet: bool = False) -> Console:
     """Where a person reads: standard output, or standard error when a program reads the other."""
-    return Console(stderr=as_json, soft_wrap=True)
+    return Console(stderr=as_json, soft_wrap=True, quiet=quiet)
+
+
+def keep_warnings(run: RunDir, rank: int) -> None:
+    """What libraries warn of goes to `runs/NAME/logs/rank-N.log`; what the user's own code does, to rank 0's terminal too."""
+    run.logs.mkdir(exist_ok=True)
+    kept = logging.FileHandler(run.logs / f"rank-{rank}.log", delay=True)
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown = logging.StreamHandler()
+    theirs = re.compile(rf"site-packages|dist-packages|^{re.escape(sysconfig.get_paths()['stdlib'])}")
+    shown.addFilter(lambda record: record.name == "py.warnings" and not theirs.search(record.getMessage()))
+    logging.getLogger().handlers = [kept, shown] if rank == 0 else [kept]
+    logging.captureWarnings(True)
+    warnings.resetwarnings()
+    for name in ("accelerate", "DeepSpeed", "torch.distributed", "transformers"):  # which speak to the terminal themselves
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate, logger.level = [], True, logging.WARNING

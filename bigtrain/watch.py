@@ -8,8 +8,10 @@ import contextlib
 import faulthandler
 import json
 import os
+import socket
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from bigtrain.engine import Engine
@@ -28,6 +31,7 @@ _SHORTEST, _STEPS = 600.0, 50  # `auto`: seconds, or as many of the last steps
 _PATIENCE = 10  # times longer until the first step is done (building, compilation), for checkpoints and at the end
 _SLOW = 1.5  # a straggler's forward passes, in medians over the ranks
 _RECENT = 20  # steps
+_MACHINES = 30.0  # seconds between two looks at how busy the machines are
 _ANSWER = 5.0  # seconds that the store has to answer in
 
 
@@ -39,9 +43,10 @@ class Watchdog:
         self.rank, self.ranks, self.timeout = engine.rank, engine.world_size, timeout
         self.report: Callable[..., None] = lambda event, **details: None
         self.step, self.place, self.passed, self.first = 0, "start", 0, True
-        self.since, self.news = time.monotonic(), list[dict[str, Any]]()
+        self.since, self.news = time.monotonic(), list[tuple[str, dict[str, Any]]]()
         self._seconds, self._busy = deque[float](maxlen=_RECENT), deque[float](maxlen=_RECENT)
         self._posts, self._slow_before, self._named = 0, set[int](), set[int]()
+        self._told = 0.0  # when of the machines last
         self._store = _second_client() if self.ranks > 1 else None
         self._asking: threading.Thread | None = None
         shortest = _SHORTEST if timeout == "auto" else timeout
@@ -99,6 +104,8 @@ class Watchdog:
         self._posts += 1
         where = {"posts": self._posts, "step": self.step + 1, "place": self.place, "passed": self.passed}
         where["busy"] = _mean(self._busy) if len(self._busy) == _RECENT else 0.0
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            where["machine"] = _machine()
         self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where)))
 
     def _alarmed(self) -> bool:
@@ -137,8 +144,11 @@ class Watchdog:
         last.daemon = True
         last.start()
         self._ask(lambda store: store.set("alarm", f"{self.rank}"))
-        sys.stderr.write(f"bigtrain (rank {self.rank}): no progress for {silence:.1f} s; Python's stacks:\n")
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with tempfile.TemporaryFile() as stacks:  # written at once, so that ranks do not mix their lines
+            faulthandler.dump_traceback(file=stacks, all_threads=True)
+            stacks.seek(0)
+            head = f"bigtrain (rank {self.rank}): no progress for {silence:.1f} s; Python's stacks:\n"
+            sys.stderr.write(head + stacks.read().decode(errors="replace"))
         before = self._positions()
         for _ in range(3):  # all have heard of the alarm by then, and said where they are
             time.sleep(self.interval)
@@ -157,16 +167,32 @@ class Watchdog:
         os._exit(LOST_PEERS)
 
     def _look_for_stragglers(self) -> None:
-        """Left in `news` for the loop: ranks that were slow now and the last time."""
-        busy = [position.get("busy", 0.0) for position in self._positions()]
+        """Left in `news` for the loop: ranks that were slow now and the last time; and how busy each machine is."""
+        positions = self._positions()
+        machines = dict(position["machine"] for position in positions if "machine" in position)
+        if len(machines) > 1 and time.monotonic() - self._told > _MACHINES:  # a single one is W&B's own to watch
+            self._told = time.monotonic()
+            self.news.append(("nodes", {"machines": machines}))
+        busy = [position.get("busy", 0.0) for position in positions]
         if not busy or not all(busy):
             return
         usual = statistics.median_low(busy)
         slow = {rank for rank, seconds in enumerate(busy) if seconds > max(_SLOW * usual, usual + 0.001)}
         for rank in sorted((slow & self._slow_before) - self._named):
-            self.news.append({"rank": rank, "seconds": busy[rank], "usual": usual})
+            self.news.append(("straggler", {"rank": rank, "seconds": busy[rank], "usual": usual}))
         self._named = (self._named | self._slow_before) & slow  # named once, until it has been as fast as the others
         self._slow_before = slow
+
+
+def _machine() -> tuple[str, dict[str, float]]:
+    """This machine's name, and how much of it is in use, in percent."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    used = {"cpu": psutil.cpu_percent(), "memory": psutil.virtual_memory().percent}
+    with contextlib.suppress(Exception):  # without nvidia-ml-py torch cannot ask, and says so in many ways
+        for device in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(device)
+            used |= {f"gpu{device}_memory": 100 - 100 * free / total, f"gpu{device}": float(torch.cuda.utilization(device))}
+    return name, used
 
 
 def _mean(values: deque[float]) -> float:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,17 @@ def start(*arguments: str, cwd: Path, **environment: str) -> Started:
     return Started(arguments, cwd, os.environ | environment)
 
 
-def start_ranks(count: int, *arguments: str, cwd: Path, **environment: str) -> list[Started]:
-    """Start it on several ranks, with the environment that torchrun sets, and nobody who watches over them."""
+def start_ranks(
+    count: int, *arguments: str, cwd: Path, each: Sequence[dict[str, str]] = ({},) * 9, **environment: str
+) -> list[Started]:
+    """Start it on several ranks, with the environment that torchrun sets (and what is `each` one's own), and nobody who
+    watches over them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)} | environment
-    return [start(*arguments, cwd=cwd, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(count)]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | each[rank] for rank in range(count)]
+    return [start(*arguments, cwd=cwd, **common, **mine) for mine in own]
 
 
 def bigtrain(*arguments: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:

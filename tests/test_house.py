@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "bigtrain"
 FLOORS = [
     {"errors", "recipe", "load", "rundir", "fault"},
-    {"plan", "dsconfig", "slurm", "status", "compare"},
+    {"plan", "dsconfig", "slurm", "status", "compare", "sweep"},
     {"models", "tasks", "data", "optim", "footprint"},
     {"engine"},
     {"loop", "checkpoint", "track", "stop", "watch"},

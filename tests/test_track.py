@@ -1,10 +1,18 @@
 """Tracking: one W&B run whatever ends it on the way, no server that can hold training up, and no secret in any file."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
 import signal
 import socket
+import sqlite3
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -67,6 +75,113 @@ def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Pa
     assert ended - lines[-1]["time"] < 15
     assert "later: bigtrain sync digits-cnn" in done.stderr
     assert len(told(tmp_path / RUN)[0]) == 12, "all is there, to be synced"
+
+
+def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(tmp_path: Path) -> None:
+    """Killed in step 10, resumed from 8: each step once in TensorBoard, as its own reader has it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = [*CNN, "track.wandb=off", "track.also=[tensorboard, trackio]"]
+    environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    assert bigtrain("train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT="kill@0:10", **environment).returncode == -signal.SIGKILL
+    done = bigtrain("train", *recipe, "--json", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 12, "and nothing else on standard output"
+    expected = {line["step"]: line["loss"] for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "train")}
+    events = EventAccumulator(str(tmp_path / RUN / "tensorboard"))
+    events.Reload()
+    assert {found.step: found.value for found in events.Scalars("train/loss")} == pytest.approx(expected)
+    assert [found.step for found in events.Scalars("eval/accuracy")] == [6, 12]
+    with sqlite3.connect(tmp_path / "trackio" / "bigtrain.db") as database:
+        rows = database.execute("select step, metrics from metrics").fetchall()
+    told = {step: json.loads(values)["train/loss"] for step, values in rows if "train/loss" in values}
+    assert told == pytest.approx(expected)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\ninner = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'trackio' else inner(n, *a)\n"
+    )
+    command = [sys.executable, "-m", "bigtrain", "train", "digits-cnn", "track.also=[trackio]"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "track.also has trackio, which is not installed" in done.stderr
+    assert "pip install trackio" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "column"),
+    [("digits-cnn", "predicted"), ("tiny-lm", "written"), ("dates-seq2seq", "written"), ("breast-cancer", "predicted")],
+)
+def test_wandb_has_a_table_of_samples_at_each_evaluation(recipe: str, column: str, tmp_path: Path) -> None:
+    short = ["train.steps=4", "train.eval_every=2", "train.checkpoint_every=4", "track.wandb=offline", "engine.precision=fp32"]
+    done = on_ranks(2, "train", recipe, *short, "engine.kind=zero3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tables = [json.loads(path.read_text()) for path in (tmp_path / "runs" / recipe).rglob("*.table.json")]
+    assert len(tables) == 2
+    for table in tables:
+        assert column in table["columns"]
+        assert 0 < len(table["data"]) <= 8
+    if recipe == "digits-cnn":
+        assert list((tmp_path / "runs" / recipe).rglob("media/images/*.png")), "with the pictures"
+
+
+def test_every_machine_is_seen_in_wandb(tmp_path: Path) -> None:
+    """Two ranks that take themselves to be on two machines."""
+    recipe = [*CNN, "track.wandb=offline", "train.steps=400", "train.checkpoint_every=400", "train.hang_timeout=8"]
+    ranks = start_ranks(
+        2, "train", *recipe, cwd=tmp_path, each=[{"SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0"} for rank in (1, 2)]
+    )
+    assert [rank.wait().returncode for rank in ranks] == [0, 0]
+    seen = [line["machines"] for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "event") if line["event"] == "nodes"]
+    assert seen and all(set(machines) == {"n1", "n2"} for machines in seen)
+    (file,) = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    items = [json.loads(line).get("history", {}).get("item", {}) for line in shown.splitlines()]
+    assert [item["nodes/n2/cpu"] for item in items if "nodes/n2/cpu" in item] == [machines["n2"]["cpu"] for machines in seen]
+
+
+def test_warnings_of_libraries_are_kept_and_those_of_the_user_shown(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import logging, warnings\nfrom bigtrain.models.cnn import CNN\n\n\n"
+        "class Mine(CNN):\n"
+        "    def forward(self, pixel_values):\n"
+        "        warnings.warn('mine: look here')\n"
+        "        logging.getLogger('DeepSpeed').warning('deepspeed: of no use to you')\n"
+        "        return super().forward(pixel_values)\n"
+    )
+    done = on_ranks(2, "train", *CNN, "model.name=mine:Mine", "track.wandb=off", "--quiet", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.count("mine: look here") == 1
+    assert "of no use" not in done.stdout + done.stderr
+    assert "step" not in done.stdout.replace("12 steps", ""), "quiet: the result alone"
+    for rank in (0, 1):
+        kept = (tmp_path / RUN / "logs" / f"rank-{rank}.log").read_text()
+        assert "mine: look here" in kept
+        assert "of no use to you" in kept
+
+
+def test_a_terminal_shows_a_live_panel(tmp_path: Path) -> None:
+    """A real one: a pseudo-terminal."""
+    main, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "bigtrain", "train", *CNN, "track.wandb=off", "train.steps=150", "train.eval_every=75"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=ours, stdout=ours, stderr=ours, env=os.environ | {"TERM": "xterm-256color"}
+    )
+    os.close(ours)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(main, 65536):
+            shown += part
+    os.close(main)
+    assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    for expected in ("150 of 150  100%", " left", "samples/s  mfu", "checkpoint step", "gradient norm", "evaluation  loss", "█"):
+        assert expected in text, text[-3000:]
 
 
 CANARIES = {"of its form": "hf_" + "Canary9" * 5, "of this environment": "an-odd-canary-of-mine"}

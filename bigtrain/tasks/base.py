@@ -13,6 +13,7 @@ from bigtrain.data.examples import Corpus, Example
 from bigtrain.errors import RequestError
 
 Batch = dict[str, Tensor]
+SAMPLES = 8  # rows of a table of examples
 IGNORED = -100  # the label of a position that does not count, as torch's cross_entropy has it
 
 
@@ -73,15 +74,19 @@ class Evaluator:
         logits, labels = self.task.logits(model, batch), batch["labels"]
         self.total.update(self.task.judge(logits, labels))
         self.count.update(self.task.weight(batch))
-        self.add(logits, labels)
+        self.add(logits, labels, batch)
 
     def compute(self) -> dict[str, float]:
         """`loss`, per unit of weight, and the task's metrics by name. A collective."""
         loss = float(self.total.compute()) / float(self.count.compute())
         return {"loss": loss} | self.metrics(loss)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
         """What the task's own metrics make of a batch."""
+
+    def samples(self, model: Callable[..., Any], batch: Batch) -> list[dict[str, Any]]:
+        """What the model makes of a few held-out examples, as rows for a table (tensors are images). A collective."""
+        return []
 
     def metrics(self, loss: float) -> dict[str, float]:
         """The task's own metrics."""

@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryF1Score, BinaryRecall, MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from bigtrain.data.examples import Example
-from bigtrain.tasks.base import Batch, Evaluator, Task
+from bigtrain.tasks.base import SAMPLES, Batch, Evaluator, Task
 
 
 class Classification(Task):
@@ -49,9 +49,26 @@ class ClassificationEvaluator(Evaluator):
         else:
             metrics |= {"recall": MulticlassRecall(classes), "f1": MulticlassF1Score(classes)}
         self.collection = MetricCollection(metrics, compute_groups=False).to(device)
+        self.wrong: list[dict[str, Any]] = []
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        self.collection.update(logits.argmax(-1), labels)
+    def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
+        found = logits.argmax(-1)
+        self.collection.update(found, labels)
+        if len(self.wrong) < SAMPLES:
+            for index in (found != labels).nonzero().flatten()[: SAMPLES - len(self.wrong)].tolist():
+                said, true = (self.task.corpus.classes[int(answer[index])] for answer in (found, labels))
+                self.wrong.append({"input": self._input(batch, index), "label": true, "predicted": said})
+
+    def _input(self, batch: Batch, index: int) -> Any:
+        if "pixel_values" in batch:
+            return batch["pixel_values"][index].float().cpu()
+        if "input_ids" in batch:
+            return self.task.corpus.tokenizer.decode(batch["input_ids"][index], skip_special_tokens=True)
+        return str([round(value, 4) for value in batch["features"][index].tolist()])
+
+    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+        """The first examples that were classified wrongly."""
+        return self.wrong
 
     def metrics(self, loss: float) -> dict[str, float]:
         return {name: float(value) for name, value in self.collection.compute().items()}

@@ -1,6 +1,8 @@
 """Tasks over sequences of target tokens: language modelling and sequence to sequence."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import MeanMetric
 
 from bigtrain.data.examples import Example
-from bigtrain.tasks.base import IGNORED, Batch, Evaluator, Task
+from bigtrain.tasks.base import IGNORED, SAMPLES, Batch, Evaluator, Task, outputs
+
+_WRITTEN = 24  # tokens of a sample, at most
 
 
 class _TokenTask(Task):
@@ -61,6 +65,14 @@ class Seq2Seq(_TokenTask):
         return LanguageEvaluator(self, device, None)
 
 
+def write(model: Any, batch: Batch, key: str, tokens: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """`batch[key]` [batch, length] with `tokens` more, each chosen from the logits [batch, vocabulary] of those before."""
+    for _ in range(tokens):
+        chosen = choose(outputs(model, **batch)[:, -1])
+        batch = batch | {key: torch.cat([batch[key], chosen[:, None]], dim=1)}
+    return batch[key]
+
+
 class LanguageEvaluator(Evaluator):
     """loss (nats per target token) and perplexity; bits per byte of text; or the share of exact sequences."""
 
@@ -69,11 +81,29 @@ class LanguageEvaluator(Evaluator):
         self.text_bytes = text_bytes
         self.exact = MeanMetric(nan_strategy="disable").to(device)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
         # All target tokens likeliest, given the target before them: then greedy decoding, which meets the same
         # prefixes, writes exactly the target; and the reverse. So no decoding is needed to count exact matches.
         right = (logits.argmax(-1) == labels) | (labels == IGNORED)
         self.exact.update(right.all(-1).float())
+
+    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+        """What the model writes by itself: after the first half of some texts, or for some sources.
+
+        The number of forward passes does not depend on the batch: where weights are sharded all ranks make them together.
+        """
+        some = {name: tensor[:SAMPLES] for name, tensor in batch.items() if name != "labels"}
+        read = self.task.corpus.tokenizer.batch_decode
+        most = self.task.corpus.sample_cost // 2  # half of data.seq_len
+        if "decoder_input_ids" in some:
+            sources, key, given = read(some["input_ids"], skip_special_tokens=True), "decoder_input_ids", 1
+        else:
+            sources, key, given = read(some["input_ids"][:, :most]), "input_ids", min(most, some["input_ids"].shape[1])
+        some[key] = some[key][:, :given]
+        written = write(model, some, key, min(most, _WRITTEN), lambda logits: logits.argmax(-1))
+        targets = batch["labels"][:SAMPLES, given - 1 : given - 1 + _WRITTEN].clamp(min=0)
+        texts = (sources, read(written[:, given:], skip_special_tokens=True), read(targets, skip_special_tokens=True))
+        return [{"given": a, "written": b, "true": c} for a, b, c in zip(*texts, strict=True)]
 
     def metrics(self, loss: float) -> dict[str, float]:
         perplexity = {"perplexity": math.exp(min(loss, 700.0))}

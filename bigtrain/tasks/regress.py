@@ -38,7 +38,7 @@ class RegressionEvaluator(Evaluator):
         super().__init__(task, device)
         self.r2 = R2Score().set_dtype(torch.float64).to(device)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
         self.r2.update(logits.flatten().double(), labels.double())
 
     def metrics(self, loss: float) -> dict[str, float]:

@@ -1,0 +1,109 @@
+"""Many runs of one recipe: which they are, and how they are started. Slurm and W&B do the scheduling; nothing here does."""
+
+import io
+import itertools
+import json
+import math
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from bigtrain.errors import RequestError, StoppedEarly
+from bigtrain.load import load_recipe, parse_value
+
+_RANGE = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\.\.([0-9.]+(?:e[+-]?[0-9]+)?)")
+Axes = dict[str, list[Any]]  # key → its values; a tuple among them is a range to draw from
+
+
+def parse(settings: list[str], draw: int | None) -> Axes:
+    """From `optim.lr=1e-4,3e-4 seed=0..4` to values: lists as YAML has them, and ranges of whole numbers, both ends included.
+
+    With `draw` a range of other numbers (1e-5..1e-3) may stand there, to be drawn from. RequestError for one that may not.
+    """
+    axes: Axes = {}
+    for key, _, text in (setting.partition("=") for setting in settings):
+        try:
+            axes[key] = [value for item in parse_value(f"[{text}]") for value in _spread(f"{key}={text}", item, draw)]
+        except YAMLError:
+            raise RequestError(f"{key}={text}: not a list of YAML values", "key=value,value or key=0..4") from None
+    if sum(map(len, axes.values())) == len(axes) and not any(isinstance(values[0], tuple) for values in axes.values()):
+        raise RequestError("no setting has more than one value", "a list or a range", "optim.lr=1e-4,3e-4 seed=0..4")
+    return axes
+
+
+def _spread(setting: str, item: Any, draw: int | None) -> list[Any]:
+    if not isinstance(item, str) or (span := _RANGE.fullmatch(item)) is None:
+        return [item]
+    least, greatest = map(parse_value, span.groups())
+    if isinstance(least, int) and isinstance(greatest, int):
+        return list(range(least, greatest + 1))
+    if draw is None or not 0 < least < greatest:
+        raise RequestError(f"{setting}: numbers without end", "0 < least..greatest, and --random N", f"{least:g},{greatest:g}")
+    return [(float(least), float(greatest))]
+
+
+def expand(recipe: str, axes: Axes, draw: int | None = None, seed: int = 0) -> list[list[str]]:
+    """The overrides of each run, its name first: all combinations, or `draw` of them at random (evenly in the logarithm
+    over a range). Raises RecipeError for a combination that is no recipe."""
+    if draw is None:
+        found = list(itertools.product(*axes.values()))
+    else:
+        chance = random.Random(seed)
+        found = [tuple(_drawn(chance, chance.choice(values)) for values in axes.values()) for _ in range(draw)]
+    fixed = {key: values[0] for key, values in axes.items() if len(values) == 1 and not isinstance(values[0], tuple)}
+    base = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in fixed.items()]).recipe
+    runs: dict[str, list[str]] = {}
+    for values in found:
+        varied = [(key.rpartition(".")[2], value) for key, value in zip(axes, values, strict=True) if key not in fixed]
+        words = [base.name, *(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in varied)]
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words))[:100].rstrip("-")
+        own = [f"{key}={json.dumps(value)}" for key, value in zip(axes, values, strict=True) if key != "name"]
+        runs[name] = [f"name={name}", f"track.group={base.track.group or base.name}", *own]
+        load_recipe(recipe, runs[name])
+    return list(runs.values())
+
+
+def _drawn(chance: random.Random, value: Any) -> Any:
+    return float(f"{math.exp(chance.uniform(*map(math.log, value))):.3g}") if isinstance(value, tuple) else value
+
+
+def here(recipe: str, runs: list[list[str]], launcher: str) -> list[str]:
+    """Train them one after another; the names of those that failed. StoppedEarly after a signal, which the run gets too."""
+    failed, stopped = [], list[int]()
+    for number, overrides in enumerate(runs, 1):
+        print(f"run {number} of {len(runs)}: {shlex.join(overrides)}", file=sys.stderr, flush=True)
+        child = subprocess.Popen([*shlex.split(launcher), "-m", "bigtrain", "train", recipe, *overrides])
+        for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(asked, partial(_pass_on, child, stopped))
+        code = child.wait()
+        if stopped or code == StoppedEarly.exit_code:
+            raise StoppedEarly(f"stopped in run {number} of {len(runs)}; the same command goes on from there")
+        failed += [overrides[0].removeprefix("name=")] * (code != 0)
+    return failed
+
+
+def _pass_on(child: subprocess.Popen[bytes], stopped: list[int], number: int, _frame: Any) -> None:
+    stopped.append(number)
+    child.send_signal(number)
+
+
+def wandb_file(recipe: str, axes: Axes, draw: int | None) -> str:
+    """The sweep as W&B reads it: `wandb sweep FILE`, then `wandb agent …` on each machine."""
+    ranges = {key: values[0] for key, values in axes.items() if isinstance(values[0], tuple)}
+    parameters: dict[str, Any] = {key: {"values": values} for key, values in axes.items()}
+    parameters |= {key: {"distribution": "log_uniform_values", "min": a, "max": b} for key, (a, b) in ranges.items()}
+    command = ["${env}", "${interpreter}", "-m", "bigtrain", "train", recipe, "--fresh", "${args_no_hyphens}"]
+    file: dict[str, Any] = {"project": load_recipe(recipe).recipe.track.project, "method": "random" if draw else "grid"}
+    file |= {"metric": {"name": "eval/loss", "goal": "minimize"}, "parameters": parameters, "command": command}
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(file | ({"run_cap": draw} if draw else {}), stream)
+    return stream.getvalue()
