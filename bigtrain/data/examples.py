@@ -144,7 +144,7 @@ class Sequences:
 
 def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
     data = recipe.data
-    cache = open_cache(recipe.task, data, recipe.model.pretrained, source, evaluation)
+    cache = open_cache(recipe, source, evaluation)
     refuse_bad(cache.meta["bad"], recipe)
     facts: dict[str, Any] = {
         "tokenizer": cache.tokenizer,
