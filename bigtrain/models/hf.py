@@ -31,16 +31,18 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None) -> PreTrainedMode
     auto = auto_class(recipe.task, recipe.model.name)
     if recipe.model.pretrained and not _on_meta():
         model = _pretrained(auto, recipe, config)
-        _set_dropout(model, recipe.model.dropout)
-        return model
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
-    except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
-        raise RequestError(f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args") from None
-    _set_dropout(model, recipe.model.dropout)
-    if not _on_meta():
-        materialise(model, recipe.seed, shard)
+    else:
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(config, trust_remote_code=False)
+        except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
+            found = f"model {recipe.model.name} with {recipe.model.args}: {problem}"
+            raise RequestError(found, "a consistent model.args") from None
+        if not _on_meta():
+            materialise(model, recipe.seed, shard)
+    for module in model.modules():
+        if recipe.model.dropout is not None and isinstance(module, nn.Dropout):
+            module.p = recipe.model.dropout
     return model
 
 
@@ -129,12 +131,6 @@ def _dropouts(config: PreTrainedConfig, dropout: float | None) -> dict[str, floa
         return {}
     numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, int | float)}
     return {key: dropout for key in numbers if "dropout" in key or key.endswith("pdrop")}
-
-
-def _set_dropout(model: nn.Module, dropout: float | None) -> None:
-    for module in model.modules():
-        if dropout is not None and isinstance(module, nn.Dropout):
-            module.p = dropout
 
 
 def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
