@@ -53,18 +53,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer over two groups: what is decayed (matrices, kernels, embeddings) and what is not."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    decayed: dict[str, Any] = {"params": [], "weight_decay": optim.weight_decay, "l1": optim.l1}
+    kept: dict[str, Any] = {"params": [], "weight_decay": 0.0, "l1": 0.0}
     for parameter in model.parameters():
         if parameter.requires_grad:
             # ds_shape: the whole shape of a parameter that ZeRO-3 has sharded to nothing here
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) > 1 or optim.decay_norms_and_biases else kept).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": optim.weight_decay, "l1": optim.l1},
-        {"params": kept, "weight_decay": 0.0, "l1": 0.0},
-    ]
-    optimizer = OPTIMIZERS[optim.name]([group for group in groups if group["params"]], optim)
+            (decayed if len(shape) > 1 or optim.decay_norms_and_biases else kept)["params"].append(parameter)
+    optimizer = OPTIMIZERS[optim.name]([group for group in (decayed, kept) if group["params"]], optim)
     if optim.l1:
         optimizer.register_step_pre_hook(_add_l1)
     return optimizer
@@ -88,19 +84,14 @@ def learning_rate(step: int, steps: int, optim: Optim) -> float:
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    floor = optim.final_lr_ratio
-    if optim.schedule == "linear":
-        factor = 1 - (1 - floor) * done
-    elif optim.schedule == "cosine":
-        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    elif optim.schedule == "step":
-        factor = optim.decay_factor ** ((step - warmup) // optim.decay_every)
-    elif optim.schedule == "exponential":
-        factor = optim.decay_factor ** ((step - warmup) / optim.decay_every)
-    elif optim.schedule == "wsd":
-        length = optim.decay_steps if optim.decay_steps is not None else (steps - warmup) // 5
-        left = steps - step
-        factor = 1.0 if left > length else floor + (1 - floor) * max(left, 0) / max(1, length)
-    else:
-        factor = 1.0
-    return optim.lr * max(factor, 0.0)
+    floor, left = optim.final_lr_ratio, steps - step
+    length = optim.decay_steps if optim.decay_steps is not None else (steps - warmup) // 5
+    factors = {
+        "constant": 1.0,
+        "linear": 1 - (1 - floor) * done,
+        "cosine": floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+        "step": optim.decay_factor ** ((step - warmup) // optim.decay_every),
+        "exponential": optim.decay_factor ** ((step - warmup) / optim.decay_every),
+        "wsd": 1.0 if left > length else floor + (1 - floor) * max(left, 0) / max(1, length),
+    }
+    return optim.lr * max(factors[optim.schedule], 0.0)

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,27 +25,17 @@ from bigtrain.rundir import RUNS, RunDir, read_metrics
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # of losses, where another number of ranks adds up in another order
 
 
-@dataclass(frozen=True)
-class Proof:
-    """How to start ranks, and the runs that are compared."""
+def _train(launcher: str, arguments: list[str], ranks: int, path: Path, fault: str = "") -> RunDir:
+    """A run from where it stands to its end, or to the fault; `launcher` with {ranks} in it.
 
-    recipe: str
-    overrides: list[str]
-    name: str
-    steps: int
-    launcher: str  # with {ranks}
-
-    def run(self, ranks: int, name: str, extra: list[str], fault: str = "") -> RunDir:
-        """A run from where it stands to its end, or to the fault. Raises TrainingFailed with its last words."""
-        settings = [f"name={name}", f"train.steps={self.steps}", f"train.eval_every={self.steps}", "train.log_every=1"]
-        settings += [f"train.checkpoint_every={self.steps // 4}", "track.wandb=off", *extra]
-        launch = shlex.split(self.launcher.format(ranks=ranks))
-        command = [*launch, "-m", "bigtrain", "train", self.recipe, *self.overrides, *settings]
-        environment = os.environ | {"BIGTRAIN_FAULT": fault}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if bool(done.returncode) != bool(fault):
-            raise TrainingFailed(f"{shlex.join(command)} ended with {done.returncode}\n{done.stderr[-2000:]}")
-        return RunDir(RUNS / name)
+    Raises TrainingFailed with its last words.
+    """
+    command = [*shlex.split(launcher.format(ranks=ranks)), "-m", "bigtrain", "train", *arguments, f"name={path.name}"]
+    environment = os.environ | {"BIGTRAIN_FAULT": fault}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if bool(done.returncode) != bool(fault):
+        raise TrainingFailed(f"{shlex.join(command)} ended with {done.returncode}\n{done.stderr[-2000:]}")
+    return RunDir(path)
 
 
 def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int, launcher: str) -> dict[str, Any]:
@@ -54,16 +44,17 @@ def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int
     Raises RequestError where a run of that name is in the way.
     """
     name = f"{loaded.recipe.name}-prove"
-    proof = Proof(ref, overrides, name, steps, launcher)
+    settings = [ref, *overrides, f"train.steps={steps}", f"train.eval_every={steps}", "train.log_every=1"]
+    settings += [f"train.checkpoint_every={steps // 4}", "track.wandb=off"]
     legs = [RUNS / f"{name}-{leg}" for leg in ("straight", "resumed", "half")]
     if there := [str(path) for path in legs if path.exists()]:
         raise RequestError(f"{', '.join(there)}: left from an earlier proof", "nothing there", f"rm -r {' '.join(there)}")
-    straight = proof.run(ranks, legs[0].name, [])
-    effective = _effective(straight)
+    straight = _train(launcher, settings, ranks, legs[0])
+    effective = json.loads(straight.effective.read_text())
     # The pieces of a global batch stay the same on any number of ranks; so do the draws of dropout.
-    fixed = [f"engine.{key}={effective[f'engine.{key}']}" for key in ("micro_batch", "precision")]
+    settings += [f"engine.{key}={effective[f'engine.{key}']['value']}" for key in ("micro_batch", "precision")]
     kill_at = random.randrange(steps // 2, steps) + 1
-    killed = proof.run(ranks, legs[1].name, fixed, fault=f"kill@{ranks - 1}:{kill_at}")
+    killed = _train(launcher, settings, ranks, legs[1], fault=f"kill@{ranks - 1}:{kill_at}")
     reached = max((line["step"] for line in read_metrics(killed.metrics, "train")), default=0)
     if reached != kill_at - 1:
         raise TrainingFailed(f"{legs[1]} ended after step {reached}, not by the kill in step {kill_at}")
@@ -75,8 +66,8 @@ def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int
     rows = []
     for leg, path in runs.items():
         exact = path == legs[1]
-        done = proof.run(ranks if exact else ranks // 2, path.name, fixed)
-        tolerance = 0.0 if exact else TOLERANCE[effective["engine.precision"]]
+        done = _train(launcher, settings, ranks if exact else ranks // 2, path)
+        tolerance = 0.0 if exact else TOLERANCE[effective["engine.precision"]["value"]]
         rows.append({"run": leg, "from step": _resumed_at(done), **_compare(straight, done, tolerance)})
     if rows[0]["from step"] == "0":
         raise TrainingFailed(f"{legs[1]} was not resumed: it had no checkpoint when it was killed", "one", "more --steps")
@@ -84,10 +75,6 @@ def prove(loaded: Loaded, ref: str, overrides: list[str], ranks: int, steps: int
     for path in legs if good else []:
         shutil.rmtree(path, ignore_errors=True)
     return {"rows": rows, "steps": steps, "ranks": ranks, "verdict": "PASS" if good else "FAIL"}
-
-
-def _effective(run: RunDir) -> dict[str, Any]:
-    return {key: setting["value"] for key, setting in json.loads(run.effective.read_text()).items()}
 
 
 def _resumed_at(run: RunDir) -> str:

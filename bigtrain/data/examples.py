@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.Image import DecompressionBombError
+from PIL import Image
 from rich.progress import track
+from torch.utils.data import Subset
 
 from bigtrain.data.sources import FIELDS, Record, Source, open_source
 from bigtrain.data.tokens import Ragged, held_out, open_cache, refuse_empty
@@ -19,6 +21,8 @@ from bigtrain.errors import BadSampleError, RequestError
 from bigtrain.recipe import Recipe
 
 Example = dict[str, Any]
+Part = Subset[Record]  # some of the records
+Shape = tuple[int, int, int]  # channels, height, width
 _IN_MEMORY = 256 << 20  # bytes of decoded images kept
 
 
@@ -39,7 +43,7 @@ class Corpus:
     tokenizer: Any = None
     vocab_size: int | None = None
     classes: list[str] = field(default_factory=list)
-    image: tuple[int, int, int] | None = None  # channels, height, width
+    image: Shape | None = None
     features: int | None = None
     eval_bytes: int | None = None
     baselines: dict[str, float] = field(default_factory=dict)
@@ -62,8 +66,7 @@ def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> Corpus:
     if kind in ("text", "source"):
         corpus = _text(recipe, source, evaluation)
     else:
-        train, held = _split(recipe, source, evaluation)
-        corpus = (_images if kind == "image" else _table)(recipe, train, held, trained)
+        corpus = (_images if kind == "image" else _table)(recipe, *_split(recipe, source, evaluation), trained)
     if trained is not None and corpus.classes != trained["classes"]:
         raise RequestError(f"the data has classes {corpus.classes}", f"those of the model: {trained['classes']}")
     if "label" in FIELDS[recipe.task] and len(corpus.classes) < 2:
@@ -71,35 +74,14 @@ def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> Corpus:
     return corpus
 
 
-def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple["_Part", "_Part"]:
+def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple[Part, Part]:
     everything: Any = source.records()
-    everything = everything if hasattr(everything, "__getitem__") else list(everything)
     if evaluation is not None:
-        held_records: Any = evaluation.records()
-        train, held = _Part(everything, range(len(everything))), _Part(held_records, range(len(held_records)))
-    else:
-        # By number, without reading the record: a record may be an image on a slow disk.
-        fraction = recipe.data.eval_fraction
-        out = [held_out({}, index, "", fraction) for index in range(len(everything))]
-        train = _Part(everything, [i for i, o in enumerate(out) if not o])
-        held = _Part(everything, [i for i, o in enumerate(out) if o])
-    refuse_empty({"train": len(train), "eval": len(held)})
-    return train, held
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some of the records."""
-
-    records: Any
-    indices: Any
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:
-        record: Record = self.records[self.indices[index]]
-        return record
+        other: Any = evaluation.records()
+        return Subset(everything, range(len(everything))), Subset(other, range(len(other)))
+    # By number, without reading the record: a record may be an image on a slow disk.
+    out = [held_out({}, index, "", recipe.data.eval_fraction) for index in range(len(everything))]
+    return Subset(everything, [i for i, o in enumerate(out) if not o]), Subset(everything, [i for i, o in enumerate(out) if o])
 
 
 # Text -------------------------------------------------------------------------------------------------------------
@@ -129,82 +111,68 @@ class Windows:
 class Sequences:
     """Token sequences by field, and perhaps a label each."""
 
-    fields: dict[str, Ragged]
-    labels: NDArray[np.int64] | None
+    fields: Mapping[str, Ragged | NDArray[np.int64]]
 
     def __len__(self) -> int:
         return len(next(iter(self.fields.values())))
 
     def __getitem__(self, index: int) -> Example:
-        example: Example = {name: ragged[index] for name, ragged in self.fields.items()}
-        if self.labels is not None:
-            example["label"] = int(self.labels[index])
-        return example
+        return {name: column[index] for name, column in self.fields.items()}
 
 
 def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
-    data = recipe.data
-    cache = open_cache(recipe.task, data, recipe.model.pretrained, source, evaluation)
+    cache, length = open_cache(recipe, source, evaluation), recipe.data.seq_len
     refuse_bad(cache.meta["bad"], recipe)
-    facts: dict[str, Any] = {
-        "tokenizer": cache.tokenizer,
-        "vocab_size": cache.meta["vocab_size"],
-        "sample_cost": data.seq_len,
-        "bad": cache.meta["bad"],
-    }
+    facts: dict[str, Any] = {key: cache.meta[key] for key in ("vocab_size", "classes", "bad")}
+    sets: list[Examples] = []
+    for part in ("train", "eval"):
+        if recipe.task == "causal_lm":
+            sets.append(Windows(cache.field(part, "text").flat, length, cache.tokenizer.eos_token_id))
+        else:
+            names = FIELDS[recipe.task]
+            sets.append(Sequences({name: cache.labels(part) if name == "label" else cache.field(part, name) for name in names}))
     if recipe.task == "causal_lm":
-        parts = [cache.field(part, "text").flat for part in ("train", "eval")]
-        text, held_text = (Windows(flat, data.seq_len, cache.tokenizer.eos_token_id) for flat in parts)
         facts |= {"eval_bytes": cache.meta["eval_bytes"], "baselines": cache.meta["baselines"]}
-        return Corpus(text, held_text, **facts)
-    fields = [name for name in FIELDS[recipe.task] if name != "label"]
-    labelled = "label" in FIELDS[recipe.task]
-    train, held = (
-        Sequences({name: cache.field(part, name) for name in fields}, cache.labels(part) if labelled else None)
-        for part in ("train", "eval")
-    )
     if cut := cache.meta["cut"]:
-        facts["notes"] = [f"{cut:,} texts were longer than data.seq_len={data.seq_len} and were cut"]
-    return Corpus(train, held, classes=cache.meta["classes"], **facts)
+        facts["notes"] = [f"{cut:,} texts were longer than data.seq_len={length} and were cut"]
+    return Corpus(sets[0], sets[1], length, cache.tokenizer, **facts)
 
 
 # Images -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Images:
     """Images as float32 tensors [channels, height, width], normalised by the training set's mean and deviation."""
 
-    records: _Part
-    numbers: dict[str, int]
+    records: Part
     size: int | None
-    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1))
-    std: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1, 1))
+    numbers: dict[str, int]
+    mean: torch.Tensor
+    std: torch.Tensor
+    remember: bool
     cache: dict[int, Example] = field(default_factory=dict)
-    remember: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def raw(self, index: int) -> tuple[torch.Tensor, str]:
-        """Pixels in 0 … 1 and the label's name. Raises RequestError for an image that does not decode."""
-        try:
-            record = self.records[index]
-            image = record["image"]
-            pixels = _pixels(image, self.size)
-        except (OSError, SyntaxError, ValueError, DecompressionBombError) as problem:
-            number = self.records.indices[index]
-            raise BadSampleError(f"image {number} does not decode: {problem}") from None
-        return pixels, str(record["label"])
-
     def __getitem__(self, index: int) -> Example:
         if index in self.cache:
             return self.cache[index]
-        pixels, label = self.raw(index)
+        pixels, label = _decode(self.records, self.size, index)
         example = {"image": (pixels - self.mean) / self.std, "label": self.numbers[label]}
         if self.remember:
             self.cache[index] = example
         return example
+
+
+def _decode(records: Part, size: int | None, index: int) -> tuple[torch.Tensor, str]:
+    """Pixels in 0 … 1 and the label's name. Raises BadSampleError for an image that does not decode."""
+    try:
+        record = records[index]
+        return _pixels(record["image"], size), str(record["label"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise BadSampleError(f"image {records.indices[index]} does not decode: {problem}") from None
 
 
 def _pixels(image: Any, size: int | None) -> torch.Tensor:
@@ -212,12 +180,7 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
 
     Arrays are grey; files are read as colour, so that grey ones may stand among them.
     """
-    from PIL import Image
-
-    if isinstance(image, np.ndarray):
-        picture = Image.fromarray(image)
-    else:
-        picture = image.convert("RGB")
+    picture: Image.Image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
     if size is not None and picture.size != (size, size):
         width, height = picture.size
         scale = size / min(width, height)
@@ -228,32 +191,27 @@ def _pixels(image: Any, size: int | None) -> torch.Tensor:
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
 
 
-def _images(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
-    sets = [Images(part, {}, recipe.data.image_size) for part in (train, held)]
-    shapes, labels, bad, good = _look_at_all(sets)
+def _images(recipe: Recipe, train: Part, held: Part, trained: dict[str, Any] | None) -> Corpus:
+    size = recipe.data.image_size
+    shapes, classes, bad, (good, good_held) = _look_at_all((train, held), size)
     refuse_bad(bad, recipe)
-    refuse_empty({"train": len(good), "eval": len(sets[1])}, bad)
-    classes = sorted(labels)
+    refuse_empty({"train": len(good), "eval": len(good_held)}, bad)
     if len(shapes) > 1:
         raise RequestError(f"images of {len(shapes)} shapes, {min(shapes)} to {max(shapes)}", "one size", "data.image_size=224")
     channels, height, width = shape = shapes.pop()
-    sample = torch.stack([sets[0].raw(i)[0] for i in good[:: max(1, len(good) // 2000)]])
+    sample = torch.stack([_decode(train, size, i)[0] for i in good[:: max(1, len(good) // 2000)]])
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
     if trained is not None:
         mean, std = torch.tensor(trained["image_mean"]), torch.tensor(trained["image_std"])
     small = (len(train) + len(held)) * channels * height * width * 4 <= _IN_MEMORY
-    for images in sets:
-        images.numbers.update({name: number for number, name in enumerate(classes)})
-        images.mean, images.std, images.remember = mean.view(-1, 1, 1), std.view(-1, 1, 1), small
-    return Corpus(
-        sets[0],
-        sets[1],
-        sample_cost=channels * height * width // 64 + 1,
-        classes=classes,
-        image=shape,
-        preprocessing={"image_mean": mean.tolist(), "image_std": std.tolist(), "image_size": [height, width]},
-        bad=bad,
-    )
+    # A bad image for training keeps its number, and is left out when its turn comes: were the others to move up, a
+    # resumed run would see other samples.
+    parts = (train, Subset(held.dataset, [held.indices[index] for index in good_held]))
+    numbers = {name: number for number, name in enumerate(classes)}
+    sets = [Images(part, size, numbers, mean.view(-1, 1, 1), std.view(-1, 1, 1), small) for part in parts]
+    seen = {"image_mean": mean.tolist(), "image_std": std.tolist(), "image_size": [height, width]}
+    cost = channels * height * width // 64 + 1
+    return Corpus(sets[0], sets[1], cost, classes=classes, image=shape, preprocessing=seen, bad=bad)
 
 
 def refuse_bad(bad: list[str], recipe: Recipe) -> None:
@@ -263,19 +221,19 @@ def refuse_bad(bad: list[str], recipe: Recipe) -> None:
         raise RequestError(f"{bad[0]}{more}", "data that can be read", f"mend it, or data.max_bad={len(bad)} to leave it out")
 
 
-def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str], list[str], list[int]]:
+def _look_at_all(parts: tuple[Part, ...], size: int | None) -> tuple[set[Shape], list[str], list[str], list[list[int]]]:
     """Decode every image once before training: a broken one is found now, not in the third hour.
 
-    Shapes, labels, the bad images, and the numbers of the good ones for training. A bad image for training keeps its
-    number, and is left out when its turn comes: were the others to move up, a resumed run would see other samples.
+    Shapes, classes, the bad images, and the numbers of the good ones in each part.
     """
-    shapes: set[tuple[int, int, int]] = set()
+    shapes: set[Shape] = set()
     labels: set[str] = set()
     bad: list[str] = []
+    good: list[list[int]] = []
 
-    def look(images: Images, index: int) -> int | None:
+    def look(part: Part, index: int) -> int | None:
         try:
-            pixels, label = images.raw(index)
+            pixels, label = _decode(part, size, index)
         except BadSampleError as problem:
             bad.append(problem.found)
             return None
@@ -284,16 +242,12 @@ def _look_at_all(sets: list[Images]) -> tuple[set[tuple[int, int, int]], set[str
         return index
 
     with ThreadPoolExecutor() as pool:
-        for images in sets:
-            found = pool.map(partial(look, images), range(len(images)))
-            quiet = not sys.stderr.isatty() or len(images) < 5000
-            seen = list(track(found, "checking images", total=len(images), transient=True, disable=quiet))
-            good = [index for index in seen if index is not None]
-            if images is sets[0]:
-                for_training = good
-            else:
-                images.records = _Part(images.records.records, [images.records.indices[index] for index in good])
-    return shapes, labels, sorted(bad), for_training
+        for part in parts:
+            found = pool.map(partial(look, part), range(len(part)))
+            quiet = not sys.stderr.isatty() or len(part) < 5000
+            seen = track(found, "checking images", total=len(part), transient=True, disable=quiet)
+            good.append([index for index in seen if index is not None])
+    return shapes, sorted(labels), sorted(bad), good
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
@@ -314,7 +268,7 @@ class Table:
         return {"features": self.features[index], self.name: self.answers[index].item()}
 
 
-def _table(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | None) -> Corpus:
+def _table(recipe: Recipe, train: Part, held: Part, trained: dict[str, Any] | None) -> Corpus:
     answer = FIELDS[recipe.task][1]
     good: list[list[Record]] = [[], []]
     bad: list[str] = []
@@ -322,11 +276,8 @@ def _table(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | 
         for index in range(len(part)):
             record = part[index]
             value = record[answer]
-            if (
-                not np.isfinite(record["features"]).all()
-                or value is None
-                or (isinstance(value, float) and not math.isfinite(value))
-            ):
+            unknown = value is None or (isinstance(value, float) and not math.isfinite(value))
+            if unknown or not np.isfinite(record["features"]).all():
                 bad.append(f"row {part.indices[index]}: nothing, or not a finite number, in one of its columns")
             else:
                 kept.append(record)
@@ -348,12 +299,5 @@ def _table(recipe: Recipe, train: _Part, held: _Part, trained: dict[str, Any] | 
     if trained is not None:
         mean, std = (np.asarray(trained[f"feature_{name}"], np.float32) for name in ("mean", "std"))
     sets = [Table((r - mean) / std, column, answer) for r, column in zip(rows, columns, strict=True)]
-    return Corpus(
-        sets[0],
-        sets[1],
-        sample_cost=rows[0].shape[1] // 64 + 1,
-        classes=classes,
-        features=rows[0].shape[1],
-        preprocessing={"feature_mean": mean.tolist(), "feature_std": std.tolist()},
-        bad=bad,
-    )
+    width, seen = rows[0].shape[1], {"feature_mean": mean.tolist(), "feature_std": std.tolist()}
+    return Corpus(sets[0], sets[1], width // 64 + 1, classes=classes, features=width, preprocessing=seen, bad=bad)

@@ -55,8 +55,7 @@ def open_source(name: str, task: str, data: Data) -> Source:
         if task == "image_classification":
             return _from_datasets(task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name)
         name = str(Path(name) / "**" / "*")
-    files = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
-    if files:
+    if files := [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]:
         return _from_files(task, data, files)
     if any(sign in name for sign in "*?[") or name.startswith((".", "/", "~")) or Path(name).suffix:
         raise RequestError(f"no file matches {name!r}", "files, a folder, or a source", _or(list(BUILT_IN)))
@@ -118,10 +117,8 @@ def _from_datasets(task: str, data: Data, builder: str, files: list[Path], folde
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
         try:
-            if folder is not None:
-                table = datasets.load_dataset(builder, data_dir=folder, split="train")
-            else:
-                table = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train")
+            where: dict[str, Any] = {"data_dir": folder} if folder else {"data_files": [str(path) for path in files]}
+            table = datasets.load_dataset(builder, split="train", **where)
         except Exception as problem:  # datasets raises whatever its reader raised
             cause = problem.__cause__ or problem
             raise RequestError(
@@ -156,41 +153,26 @@ def _with_fields(table: Any, task: str, data: Data) -> Any:
     if fields[0] == "features":
         return _numeric_rows(table, fields[1], data)
     wanted = {field: data.columns.get(field, field) for field in fields}
-    missing = [column for column in wanted.values() if column not in table.column_names]
-    if missing:
+    if missing := [column for column in wanted.values() if column not in table.column_names]:
         raise RequestError(
             f"the data has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}",
             f"columns for task {task}: {', '.join(fields)}",
             f"data.columns.{fields[0]}=NAME_OF_A_COLUMN",
         )
-    table = table.select_columns(list(dict.fromkeys(wanted.values())))
-    names = getattr(table.features.get(wanted.get("label", "")), "names", None)
-    return _Renamed(table, wanted, names)
+    names = getattr(table.features.get(wanted.get("label")), "names", None)
 
+    def renamed(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found = {field: rows[column] for field, column in wanted.items()}
+        return found | {"label": [names[number] for number in found["label"]]} if names else found
 
-@dataclass(frozen=True)
-class _Renamed:
-    """A view of a datasets table, fields instead of columns (iterable too: beyond its end, a table raises IndexError)."""
-
-    table: Any
-    wanted: dict[str, str]
-    names: list[str] | None
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Record:
-        row = self.table[index]
-        record = {field: row[column] for field, column in self.wanted.items()}
-        if self.names and "label" in record:
-            record["label"] = self.names[record["label"]]
-        return record
+    # A view, not rename_columns: two fields may be the same column.
+    return table.select_columns(list(dict.fromkeys(wanted.values()))).with_transform(renamed)
 
 
 def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
     column = data.columns.get(answer, answer)
-    numeric = [name for name, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "float"))]
-    inputs = [name for name in numeric if name != column]
+    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in table.features.items() if name != column}
+    inputs = [name for name, kind in kinds.items() if kind.startswith(("int", "float"))]
     if column not in table.column_names or not inputs:
         raise RequestError(
             f"the data has columns {', '.join(table.column_names)}",
@@ -206,22 +188,17 @@ def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
 
-def _stdlib_files() -> list[tuple[str, Path]]:
+def _python_stdlib(task: str) -> Source:
     """The interpreter's own library, without tests and without tables that are data in the shape of code."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    relative = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    return [(path.as_posix(), root / path) for path in relative if not _NOT_LIBRARY & set(path.parts)]
-
-
-def _python_stdlib(task: str) -> Source:
-    files = _stdlib_files()
+    files = [path for path in sorted(root.rglob("*.py")) if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
 
     def documents() -> Iterable[Record]:
-        for name, path in files:
-            yield {"text": path.read_text(encoding="utf-8", errors="replace"), "group": name}
+        for path in files:
+            yield {"text": path.read_text(encoding="utf-8", errors="replace"), "group": path.relative_to(root).as_posix()}
 
     read = documents if task == "causal_lm" else lambda: _library_functions(documents())
-    return Source(f"python-stdlib 1 {task} {sys.version} {_stamp([path for _, path in files])}", read)
+    return Source(f"python-stdlib 1 {task} {sys.version} {_stamp(files)}", read)
 
 
 def _library_functions(documents: Iterable[Record]) -> list[Record]:

@@ -1,5 +1,6 @@
 """Batches for one rank: its slices of every global batch, in the one order there is."""
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def train_batches(task: "Task", recipe: Recipe, plan: Plan, rank: int, first: in
     loader = DataLoader(
         _Stream(task.corpus.train, recipe.seed, task.collate, recipe.data.augment),
         batch_size=None,
-        sampler=_Sampler(plan, rank, first),
+        sampler=_positions(plan, rank, first),
         num_workers=recipe.data.workers,
         persistent_workers=recipe.data.workers > 0,
         worker_init_fn=_leave_signals_to_the_rank,
@@ -55,21 +56,12 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
-class _Sampler:
+def _positions(plan: Plan, rank: int, first: int) -> Iterator[tuple[range, bool]]:
     """Ranges of positions: where the step begins, and the rank's offsets from there."""
-
-    plan: Plan
-    rank: int
-    first: int
-
-    def __iter__(self) -> Iterator[tuple[range, bool]]:
-        start = self.first
-        while True:
-            for piece in self.plan.micro_batches(self.rank):
-                # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
-                yield range(start + piece.start, start + max(piece.stop, piece.start + 1)), len(piece) > 0
-            start += self.plan.global_batch
+    for start in itertools.count(first, plan.global_batch):
+        for piece in plan.micro_batches(rank):
+            # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
+            yield range(start + piece.start, start + max(piece.stop, piece.start + 1)), len(piece) > 0
 
 
 class _Stream(Dataset[Piece]):
@@ -124,7 +116,6 @@ def eval_batches(task: "Task", plan: Plan, rank: int) -> Iterator[Piece]:
     examples = task.corpus.eval
     mine = range(rank, len(examples), plan.world_size)
     most = -(-len(examples) // plan.world_size)
-    size = plan.micro_batch
-    for start in range(0, most, size):
-        piece: Any = mine[start : start + size]
+    for start in range(0, most, plan.micro_batch):
+        piece: Any = mine[start : start + plan.micro_batch]
         yield Piece(task.collate([examples[index] for index in piece or [0]]), len(piece) > 0)

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from bigtrain.data.sources import FIELDS, Record, Source
 from bigtrain.errors import RequestError
-from bigtrain.recipe import Data, Tokenizer
+from bigtrain.recipe import Recipe, Tokenizer
 
 _VERSION = 2  # of the cache's format and of how text becomes ids
 PAD, EOS = "<pad>", "<eos>"
@@ -62,18 +62,17 @@ class Ragged:
 
 class _RaggedWriter:
     def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path, self.ends, self.size = path, [], 0  # type: tuple[Path, list[int], int]
+        self.path, self.lengths = path, []  # type: tuple[Path, list[int]]
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.file = path.with_suffix(".bin").open("wb")
 
     def add(self, ids: list[int]) -> None:
         self.file.write(np.asarray(ids, self.dtype).tobytes())
-        self.size += len(ids)
-        self.ends.append(self.size)
+        self.lengths.append(len(ids))
 
     def close(self) -> None:
         self.file.close()
-        np.save(self.path.with_suffix(".ends.npy"), np.asarray(self.ends, np.int64))
+        np.save(self.path.with_suffix(".ends.npy"), np.cumsum(self.lengths, dtype=np.int64))
         self.path.with_suffix(".dtype").write_text(self.dtype.name)
 
 
@@ -89,13 +88,13 @@ class TokenCache:
         return Ragged(self.folder / f"{part}-{name}")
 
     def labels(self, part: str) -> NDArray[np.int64]:
-        labels: NDArray[np.int64] = np.load(self.folder / f"{part}-label.npy", allow_pickle=False)
-        return labels
+        return np.load(self.folder / f"{part}-label.npy", allow_pickle=False)
 
 
-def open_cache(task: str, data: Data, pretrained: str | None, source: Source, evaluation: Source | None) -> TokenCache:
+def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> TokenCache:
     """The token cache for this data, built now if it is not there yet."""
-    tokenizer = data.tokenizer if data.tokenizer != "auto" else pretrained or "bytes"
+    task, data = recipe.task, recipe.data
+    tokenizer = data.tokenizer if data.tokenizer != "auto" else recipe.model.pretrained or "bytes"
     spec = tokenizer.model_dump() if isinstance(tokenizer, Tokenizer) else tokenizer
     # A pretrained tokenizer adds its special tokens and cuts; then the length is part of what the ids are.
     held = evaluation.identity if evaluation else data.eval_fraction
@@ -110,7 +109,7 @@ def open_cache(task: str, data: Data, pretrained: str | None, source: Source, ev
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
             try:
-                _build(building, task, data, spec, source, evaluation)
+                _build(building, recipe, spec, source, evaluation)
                 building.rename(folder)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
@@ -145,26 +144,19 @@ def _make_tokenizer(spec: Any, texts: Iterable[str]) -> Any:
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if spec == "bytes":
-        fast = Fast(models.BPE({token: i for i, token in enumerate([PAD, EOS, *alphabet])}, []))
-        fast.add_special_tokens([PAD, EOS])
-        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    else:
-        fast = Fast(models.BPE())
-        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = trainers.BpeTrainer(
-            vocab_size=spec["vocab_size"], special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
-        )
-        fast.train_from_iterator(texts, trainer)
+    # Trained on nothing, the vocabulary is the special tokens and the 256 bytes.
+    train, size = (False, 0) if spec == "bytes" else (True, spec["vocab_size"])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False)
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=train)
     fast.decoder = decoders.ByteLevel()
+    fast.train_from_iterator(texts if train else [], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
-def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evaluation: Source | None) -> None:
-    first = FIELDS[task][0]
-    note = Console(stderr=True)
-
+def _build(folder: Path, recipe: Recipe, spec: Any, source: Source, evaluation: Source | None) -> None:
+    task, first, note = recipe.task, FIELDS[recipe.task][0], Console(stderr=True)
     bad: set[str] = set()
 
     def parts() -> Iterator[tuple[str, Record]]:
@@ -173,7 +165,7 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
                 if problem := _bad_text(record, task):
                     bad.add(f"record {index} of data.{part}: {problem}")
                     continue
-                held = part == "eval" or (evaluation is None and held_out(record, index, first, data.eval_fraction))
+                held = part == "eval" or (evaluation is None and held_out(record, index, first, recipe.data.eval_fraction))
                 yield ("eval" if held else "train"), record
 
     fields = [field for field in FIELDS[task] if field != "label"]
@@ -184,7 +176,7 @@ def _build(folder: Path, task: str, data: Data, spec: Any, source: Source, evalu
     if tokenizer.eos_token_id is None and task != "text_classification":
         raise RequestError(f"data.tokenizer: {spec} has no end-of-text token", "a tokenizer with eos_token")
     tokenizer.save_pretrained(folder / "tokenizer")
-    meta = _encode(folder, task, data, tokenizer, parts(), fields, note)
+    meta = _encode(folder, recipe, tokenizer, parts(), fields, note)
     refuse_empty(meta["records"], bad)
     (folder / "meta.json").write_text(json.dumps(meta | {"bad": sorted(bad)}))
 
@@ -208,14 +200,13 @@ def _bad_text(record: Record, task: str) -> str:
 
 
 def _encode(
-    folder: Path, task: str, data: Data, tokenizer: Any, parts: Iterator[tuple[str, Record]], fields: list[str], note: Console
+    folder: Path, recipe: Recipe, tokenizer: Any, parts: Iterator[tuple[str, Record]], fields: list[str], note: Console
 ) -> dict[str, Any]:
     """Write every record's ids; returns what is known of them."""
-    writers = {(part, f): _RaggedWriter(folder / f"{part}-{f}", _size(tokenizer)) for part in ("train", "eval") for f in fields}
+    task, most, eos = recipe.task, recipe.data.seq_len, tokenizer.eos_token_id
     labels: dict[str, list[str]] = {"train": [], "eval": []}
-    records = {"train": 0, "eval": 0}
-    cut = 0
-    text = _TextStatistics()
+    writers = {(part, f): _RaggedWriter(folder / f"{part}-{f}", _size(tokenizer)) for part in labels for f in fields}
+    cut, text = 0, _TextStatistics()
     batches = iter(lambda: list(islice(parts, 64)), [])
     for batch in track(batches, "tokenising", console=note, transient=True, disable=not sys.stderr.isatty()):
         for field in fields:
@@ -223,17 +214,12 @@ def _encode(
             # The Rust tokenizer works on all cores within a batch.
             encoded = tokenizer(texts, add_special_tokens=task != "causal_lm", return_attention_mask=False)["input_ids"]
             for (part, record), ids in zip(batch, encoded, strict=True):
-                if task == "causal_lm":
-                    ids.append(tokenizer.eos_token_id)
-                else:
-                    cut += len(ids) > data.seq_len
-                    ids = _fit(ids, data.seq_len, tokenizer.eos_token_id, field != "text")  # noqa: PLW2901
-                writers[part, field].add(ids)
+                cut += task != "causal_lm" and len(ids) > most
+                writers[part, field].add([*ids, eos] if task == "causal_lm" else _fit(ids, most, eos, field != "text"))
                 if part == "eval" and task == "causal_lm":
                     text.add(record[field])
-        for part, record in batch:
-            records[part] += 1
-            if "label" in FIELDS[task]:
+        if "label" in FIELDS[task]:
+            for part, record in batch:
                 labels[part].append(str(record["label"]))
     for writer in writers.values():
         writer.close()
@@ -241,6 +227,7 @@ def _encode(
     numbers = {name: number for number, name in enumerate(classes)}
     for part, names in labels.items():
         np.save(folder / f"{part}-label.npy", np.asarray([numbers[name] for name in names], np.int64))
+    records = {part: len(writers[part, fields[0]].lengths) for part in labels}
     return {"records": records, "classes": classes, "cut": cut, "vocab_size": _size(tokenizer), **text.summary()}
 
 

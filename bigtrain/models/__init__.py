@@ -5,7 +5,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,12 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None = None) -> nn.Modu
     Raises RequestError for names, arguments and shapes that do not fit.
     """
     name = recipe.model.name
-    if name in MODELS:
-        model = _ours(recipe, corpus)
-    elif ":" in name:
-        model = _construct(import_class(name), recipe, corpus)
+    if name in MODELS or ":" in name:
+        model = _own(recipe, corpus)
     else:
         from bigtrain.models import hf  # two seconds that our own models need not pay
 
-        return hf.build(recipe, corpus, shard)
-    if recipe.model.pretrained and not _on_meta():
-        _load_own(model, Path(recipe.model.pretrained))
+        model = hf.build(recipe, corpus, shard)
     if shard is not None:
         shard(list(model.parameters()))
     return model
@@ -55,15 +51,11 @@ def shapes(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """What the data says of a model's shape, by the argument names our models (and a user's class) may have."""
     classes = len(corpus.classes) or (corpus.vocab_size if recipe.task in ("causal_lm", "seq2seq") else 1)
     facts: dict[str, Any] = {"num_outputs": classes, "num_classes": classes, "vocab_size": corpus.vocab_size}
-    facts |= {"per_position": recipe.task == "causal_lm"}
+    facts |= {"per_position": recipe.task == "causal_lm", "in_features": corpus.features, "dropout": recipe.model.dropout}
     if corpus.image is not None:
         channels, height, width = corpus.image
         facts |= {"in_channels": channels, "image_size": height, "in_features": channels * height * width}
         facts |= {"row_width": channels * width}
-    if corpus.features is not None:
-        facts["in_features"] = corpus.features
-    if recipe.model.dropout is not None:
-        facts["dropout"] = recipe.model.dropout
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -75,17 +67,10 @@ _SERVES = {
 }
 
 
-def _ours(recipe: Recipe, corpus: Corpus) -> nn.Module:
-    name = recipe.model.name
-    if recipe.task not in _SERVES[name]:
-        able = [other for other, tasks in _SERVES.items() if recipe.task in tasks]
-        expected = f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
-        raise RequestError(f"model {name} does not serve task {recipe.task}", expected)
-    return _construct(MODELS[name], recipe, corpus)
-
-
-def import_class(name: str) -> type[nn.Module]:
-    """The class that `package.module:Class` stands for, found from here or along PYTHONPATH."""
+def _class(name: str) -> type[nn.Module]:
+    """One of MODELS, or the class that `package.module:Class` stands for, found from here or along PYTHONPATH."""
+    if name in MODELS:
+        return MODELS[name]
     module_name, _, class_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -102,53 +87,63 @@ def import_class(name: str) -> type[nn.Module]:
     return found
 
 
-def _construct(cls: type[nn.Module], recipe: Recipe, corpus: Corpus) -> nn.Module:
-    """`cls` with the recipe's arguments, and those shapes of the data that it has a name for."""
+def _own(recipe: Recipe, corpus: Corpus) -> nn.Module:
+    """Our model, or the user's, with the recipe's arguments, and those shapes of the data that it has a name for."""
+    name = recipe.model.name
+    if name in _SERVES and recipe.task not in _SERVES[name]:
+        able = [other for other, tasks in _SERVES.items() if recipe.task in tasks]
+        expected = f"one of: {', '.join(able)}, or a transformers model type" if able else "a transformers model type, e.g. t5"
+        raise RequestError(f"model {name} does not serve task {recipe.task}", expected)
+    cls = _class(name)
     parameters = inspect.signature(cls).parameters
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for key in recipe.model.args:
-        if key not in parameters and not open_ended:
-            raise RequestError(
-                f"model.args.{key}: {recipe.model.name} has no such argument{_nearest(key, parameters)}",
-                f"one of: {', '.join(parameters)}",
-            )
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        refuse_unknown(recipe, parameters, f"one of: {', '.join(parameters)}")
     facts = {key: value for key, value in shapes(recipe, corpus).items() if key in parameters}
     if recipe.model.dropout is not None and "dropout" not in parameters:
-        raise RequestError(f"model.dropout: {recipe.model.name} takes no dropout", "leave model.dropout out")
+        raise RequestError(f"model.dropout: {name} takes no dropout", "leave model.dropout out")
     args = facts | recipe.model.args
-    if corpus.vocab_size is not None and args.get("vocab_size", corpus.vocab_size) < corpus.vocab_size:
-        raise vocabulary_error(corpus.vocab_size, args["vocab_size"])
+    refuse_small_vocabulary(corpus, args.get("vocab_size"))
     torch.manual_seed(recipe.seed)  # modules are built in the same order everywhere, so the draws are the same
     try:
         model = cls(**args)
     except Exception as problem:  # the constructor may refuse in any way
-        raise RequestError(
-            f"model.args: {recipe.model.name} refuses {args}: {type(problem).__name__}: {problem}", "arguments it accepts"
-        ) from None
+        refusal = f"{name} refuses {args}: {type(problem).__name__}: {problem}"
+        raise RequestError(f"model.args: {refusal}", "arguments it accepts") from None
     model.bigtrain_args = args  # type: ignore[assignment]  # what export writes down to build it again
+    if recipe.model.pretrained and not _on_meta():
+        _load_own(model, Path(recipe.model.pretrained))
     return model
 
 
-def vocabulary_error(tokens: int, vocab_size: int) -> RequestError:
-    return RequestError(
-        f"the tokenizer has {tokens:,} entries, but the model's vocabulary {vocab_size:,}: some token ids would be beyond it",
-        f"model.args.vocab_size of at least {tokens}",
-        "leave model.args.vocab_size out",
-    )
+def refuse_unknown(recipe: Recipe, known: Collection[str], expected: str) -> None:
+    """Raises RequestError for an argument that the model does not know."""
+    for key in recipe.model.args:
+        if key not in known:
+            raise RequestError(f"model.args.{key}: {recipe.model.name} has no such argument{nearest(key, known)}", expected)
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+def refuse_small_vocabulary(corpus: Corpus, size: int | None) -> None:
+    """Raises RequestError for a model of `size` token ids, if the data has more."""
+    if size is not None and corpus.vocab_size is not None and size < corpus.vocab_size:
+        tokens = corpus.vocab_size
+        raise RequestError(
+            f"the tokenizer has {tokens:,} entries, but the model's vocabulary {size:,}: some token ids would be beyond it",
+            f"model.args.vocab_size of at least {tokens}",
+            "leave model.args.vocab_size out",
+        )
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def save_own(model: nn.Module, weights: dict[str, Tensor], name: str, folder: Path) -> None:
     """Weights and what it takes to build the model again; tied tensors once."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[int | str, tuple[str, Tensor]] = {}
     for key, tensor in weights.items():
-        if not any(tensor.data_ptr() == other.data_ptr() and tensor.numel() for other in kept.values()):
-            kept[key] = tensor.contiguous()
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        kept.setdefault(tensor.data_ptr() if tensor.numel() else key, (key, tensor.contiguous()))
+    save_file(dict(kept.values()), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"architecture": name, "args": model.bigtrain_args}, indent=2) + "\n")
 
 
@@ -160,8 +155,7 @@ def load_exported(folder: Path, task: str) -> nn.Module:
 
         whole: nn.Module = hf.auto_class(task, config["model_type"]).from_pretrained(folder, dtype=torch.float32)
         return whole
-    name = config["architecture"]
-    model = (MODELS[name] if name in MODELS else import_class(name))(**config["args"])
+    model = _class(config["architecture"])(**config["args"])
     _load_own(model, folder)
     return model
 

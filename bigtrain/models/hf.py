@@ -1,6 +1,5 @@
 """Models of transformers, by model type and arguments, or from pretrained safetensors. Remote code is never run."""
 
-import difflib
 import math
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from bigtrain.data.examples import Corpus
 from bigtrain.errors import RequestError
-from bigtrain.models import Shard, _nearest, _on_meta, vocabulary_error
+from bigtrain.models import MODELS, Shard, _on_meta, nearest, refuse_small_vocabulary, refuse_unknown
 from bigtrain.recipe import Recipe
 
 transformers.logging.set_verbosity_error()
@@ -32,18 +31,18 @@ def build(recipe: Recipe, corpus: Corpus, shard: Shard | None) -> PreTrainedMode
     auto = auto_class(recipe.task, recipe.model.name)
     if recipe.model.pretrained and not _on_meta():
         model = _pretrained(auto, recipe, config)
-        _set_dropout(model, recipe.model.dropout)
-        if shard is not None:
-            shard(list(model.parameters()))
-        return model
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
-    except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
-        raise RequestError(f"model {recipe.model.name} with {recipe.model.args}: {problem}", "a consistent model.args") from None
-    _set_dropout(model, recipe.model.dropout)
-    if not _on_meta():
-        materialise(model, recipe.seed, shard)
+    else:
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(config, trust_remote_code=False)
+        except (TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as problem:
+            found = f"model {recipe.model.name} with {recipe.model.args}: {problem}"
+            raise RequestError(found, "a consistent model.args") from None
+        if not _on_meta():
+            materialise(model, recipe.seed, shard)
+    for module in model.modules():
+        if recipe.model.dropout is not None and isinstance(module, nn.Dropout):
+            module.p = recipe.model.dropout
     return model
 
 
@@ -58,31 +57,22 @@ def auto_class(task: str, model_name: str) -> Any:
 
 def _config(recipe: Recipe, corpus: Corpus) -> PreTrainedConfig:
     """The model's configuration: the recipe's arguments and what the data says, every key known to the model."""
-    args = dict(recipe.model.args)
-    name = recipe.model.name
-    if recipe.model.pretrained:
-        default = _pretrained_config(recipe.model.pretrained, name)
-    else:
-        default = _default_config(name)
+    name, args, pretrained = recipe.model.name, recipe.model.args, recipe.model.pretrained
+    default = _pretrained_config(pretrained, name) if pretrained else _default_config(name)
     known = set(default.to_dict()) | set(getattr(type(default), "attribute_map", {}))
-    if unknown := [key for key in args if key not in known]:
-        near = _nearest(unknown[0], known)
-        raise RequestError(
-            f"model.args.{unknown[0]}: {name} has no such argument{near}", f"arguments of {type(default).__name__}"
-        )
+    refuse_unknown(recipe, known, f"arguments of {type(default).__name__}")
     facts = {key: value for key, value in _facts(recipe, corpus).items() if key in known or key == "id2label"}
-    vocab_size = args.get("vocab_size", default.get_text_config().vocab_size if recipe.model.pretrained else None)
+    vocab_size = args.get("vocab_size", getattr(default.get_text_config(), "vocab_size", None) if pretrained else None)
+    refuse_small_vocabulary(corpus, vocab_size)
     if corpus.vocab_size is not None and vocab_size is not None:
-        if vocab_size < corpus.vocab_size:
-            raise vocabulary_error(corpus.vocab_size, vocab_size)
         facts["vocab_size"] = vocab_size
     dropouts = _dropouts(default, recipe.model.dropout)
     if recipe.model.dropout is not None and not dropouts:
         raise RequestError(f"model.dropout: {name} has no dropout", "leave model.dropout out")
     settings = facts | dropouts | args
     try:
-        if recipe.model.pretrained:
-            config = AutoConfig.from_pretrained(recipe.model.pretrained, trust_remote_code=False, **settings)
+        if pretrained:
+            config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **settings)
         else:
             config = AutoConfig.for_model(name, **settings)
     except Exception as problem:  # each config checks its arguments in its own way
@@ -97,11 +87,8 @@ def _default_config(name: str) -> PreTrainedConfig:
     except ValueError:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-        from bigtrain.models import MODELS
-
-        near = difflib.get_close_matches(name, [*CONFIG_MAPPING_NAMES, *MODELS], n=1)
         raise RequestError(
-            f"model.name {name!r} is unknown" + (f"; did you mean {near[0]}?" if near else ""),
+            f"model.name {name!r} is unknown{nearest(name, [*CONFIG_MAPPING_NAMES, *MODELS])}",
             f"one of {', '.join(MODELS)}, a transformers model type (gpt2, llama, t5, bert, resnet …), or package.module:Class",
         ) from None
 
@@ -131,8 +118,8 @@ def _facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
         if recipe.task == "seq2seq":
             facts["decoder_start_token_id"] = pad
     if corpus.classes:
-        facts["id2label"] = dict(enumerate(corpus.classes))
-        facts["label2id"] = {label: number for number, label in enumerate(corpus.classes)}
+        numbers = {label: number for number, label in enumerate(corpus.classes)}
+        facts |= {"id2label": dict(enumerate(corpus.classes)), "label2id": numbers}
     if corpus.image is not None:
         facts |= {"num_channels": corpus.image[0], "image_size": corpus.image[1]}
     return facts
@@ -144,12 +131,6 @@ def _dropouts(config: PreTrainedConfig, dropout: float | None) -> dict[str, floa
         return {}
     numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, int | float)}
     return {key: dropout for key in numbers if "dropout" in key or key.endswith("pdrop")}
-
-
-def _set_dropout(model: nn.Module, dropout: float | None) -> None:
-    for module in model.modules():
-        if dropout is not None and isinstance(module, nn.Dropout):
-            module.p = dropout
 
 
 def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
@@ -164,24 +145,20 @@ def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    folder = recipe.model.pretrained
     torch.manual_seed(recipe.seed)  # for a new head
     try:
         model, report = auto.from_pretrained(
-            recipe.model.pretrained,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
+            folder, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as problem:
         raise RequestError(
-            f"model.pretrained: {recipe.model.pretrained} cannot be loaded: {str(problem).splitlines()[0]}",
+            f"model.pretrained: {folder} cannot be loaded: {str(problem).splitlines()[0]}",
             "safetensors of this architecture and shape",
         ) from None
     # A new head for a new task is drawn; a layer that the file does not have would be a silent lie.
     if lacking := [name for name in report["missing_keys"] if any(part.isdigit() for part in name.split("."))]:
-        raise RequestError(f"model.pretrained: {recipe.model.pretrained} has no {lacking[0]}", "all layers of the model")
+        raise RequestError(f"model.pretrained: {folder} has no {lacking[0]}", "all layers of the model")
     return model
 
 
@@ -197,8 +174,6 @@ def materialise(model: PreTrainedModel, seed: int, shard: Shard | None = None) -
         _materialise(model, "", model, seed, shard, {})
     model.tie_weights()
     _all_drawn(model)
-    if shard is not None:
-        shard(list(model.parameters()))
 
 
 def _materialise(

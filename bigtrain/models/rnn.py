@@ -35,14 +35,8 @@ class RNN(nn.Module):
         self.per_position = per_position
         self.embedding = nn.Embedding(vocab_size, embed) if vocab_size else None
         self.dropout = nn.Dropout(dropout)
-        self.rnn = _CELLS[cell](
-            embed if vocab_size else row_width,
-            hidden,
-            layers,
-            batch_first=True,
-            bidirectional=bidirectional,
-            dropout=dropout if layers > 1 else 0.0,
-        )
+        inputs, between = embed if vocab_size else row_width, dropout if layers > 1 else 0.0
+        self.rnn = _CELLS[cell](inputs, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=between)
         width = hidden * (1 + bidirectional)
         tied = tied and per_position and self.embedding is not None
         self.project = nn.Linear(width, embed) if tied and width != embed else None
