@@ -39,9 +39,7 @@ def examine() -> tuple[list[Row], int]:
     rank, ranks, address, port = _whereabouts()
     try:
         own = _this_rank(rank, port)
-        if ranks == 1:
-            return compare([own]), 0
-        reports = _exchange(_meet(rank, ranks, address, port), rank, ranks, own)
+        reports = [own] if ranks == 1 else _exchange(_meet(rank, ranks, address, port), rank, ranks, own)
     except RuntimeError as problem:
         reason = str(problem).splitlines()[0][:120]
         found = f"rank {rank} on {socket.gethostname()} did not reach all others at {address}: {reason}"
@@ -66,11 +64,10 @@ def compare(reports: list[Report]) -> list[Row]:
         _least(reports, "/dev/shm free", "shm", _SHM, "rm what is left there; containers: --shm-size=8g; or data.workers=0"),
         _least(reports, "disk free", "disk", _DISK, "another disk for runs/, or fewer checkpoints (train.keep)"),
     ]
-    shut = {r["rank"]: r["unwritable"] for r in reports if r["unwritable"]}
-    apart = {r["rank"]: "sees another runs/" for r in reports if r.get("shared") is False}
+    shut = {r["rank"]: r["unwritable"] or "sees another runs/" for r in reports if r["unwritable"] or not r.get("shared", True)}
     advice = "start where every node may write to the same runs/"
     slowest = min(r["write"] for r in reports) / 2**20
-    rows.append(_unless(shut or apart, "run directory", f"{RUNS}/ is written at {slowest:,.0f} MiB/s or more", advice))
+    rows.append(_unless(shut, "run directory", f"{RUNS}/ is written at {slowest:,.0f} MiB/s or more", advice))
     skews = {r["rank"]: f"{r['skew']:+.1f} s" for r in reports if abs(r.get("skew", 0.0)) > _SKEW}
     rows.append(_unless(skews, "clocks", f"within {_SKEW} s", "chronyc makestep (as root) on that node"))
     busy = {r["rank"]: f"{r['busy_port']} is in use" for r in reports if r["busy_port"]}
@@ -153,8 +150,7 @@ def _this_rank(rank: int, port: int) -> Report:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun itself holds the port
     report["busy_port"] = port if rank == 0 and port and not agents and not _is_free(port) else 0
     report["wandb"] = logged_in()
-    on = torch.device("cuda" if cuda else "cpu")
-    report["flops"] = product_rate(on, torch.bfloat16 if cuda else torch.float32)
+    report["flops"] = product_rate(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32)
     report["disk"] = shutil.disk_usage(RUNS if RUNS.exists() else Path.cwd()).free
     return report | _try_writing()
 
@@ -222,9 +218,9 @@ def _exchange(store: distributed.TCPStore, rank: int, ranks: int, own: Report) -
     """Every rank's report; clocks are read at one moment, and one rank's file is looked for by all."""
     marker = RUNS / f".doctor-shared-{uuid.uuid4().hex[:8]}"
     if rank == 0:
-        with contextlib.suppress(OSError):  # it has said already that it cannot write
+        with contextlib.suppress(OSError):
             marker.touch()
-        store.set("marker", str(marker))
+        store.set("marker", "." if own["unwritable"] else str(marker))  # where there is none, nobody need see it
     own["shared"] = Path(store.get("marker").decode()).exists()
     barrier(store, ranks, "here", _PATIENCE.total_seconds(), rank)
     own["clock"] = time.time()
@@ -244,7 +240,7 @@ def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> Report:
     try:
         group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=ranks, timeout=_PATIENCE)
-        seconds = {}
+        seconds = []
         for size, times in ((1, 20), (many, 5)):
             data = torch.ones(size, device=device)
             distributed.all_reduce(data)
@@ -252,9 +248,8 @@ def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> Report:
             for _ in range(times):
                 distributed.all_reduce(data)
             _ = float(data[0])  # waits
-            seconds[size] = (time.perf_counter() - began) / times
-        (_, latency), (size, long) = seconds.items()
+            seconds.append((time.perf_counter() - began) / times)
         distributed.destroy_process_group()
-        return {"latency": latency, "bandwidth": size * 4 * 2 * (ranks - 1) / ranks / long}
+        return {"latency": seconds[0], "bandwidth": many * 4 * 2 * (ranks - 1) / ranks / seconds[1]}
     except RuntimeError as problem:
         return {"no_collective": str(problem).splitlines()[0][:200]}
