@@ -36,8 +36,6 @@ class BadSampleError(RequestError):
 class TrainingFailed(BigtrainError):
     """Training failed and would fail again."""
 
-    exit_code = 3
-
 
 class StoppedEarly(BigtrainError):
     """Stopped on request with a committed checkpoint; the same command goes on."""

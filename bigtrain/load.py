@@ -122,10 +122,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys; an empty dictionary is a leaf."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+    above = f"{prefix}." if prefix else ""
+    return {leaf: each for key, inner in value.items() for leaf, each in flatten(inner, f"{above}{key}").items()}
 
 
 # What may change between two starts of a run: where it runs, how long, who is told, and what is done about what goes wrong.
@@ -276,13 +274,12 @@ def _nearest(loc: tuple[str, ...]) -> str:
     section: Any = Recipe
     for part in loc[:-1]:
         section = _section(section.model_fields[part])
-    here = list(section.model_fields)
-    if near := difflib.get_close_matches(loc[-1], here, n=1):
-        return f"; did you mean {'.'.join([*loc[:-1], near[0]])}?"
+    here = {name: ".".join([*loc[:-1], name]) for name in section.model_fields}
     sections = {key: _section(field) for key, field in Recipe.model_fields.items()}
     everywhere = SYNONYMS | {name: f"{key}.{name}" for key, each in sections.items() if each for name in each.model_fields}
-    if near := difflib.get_close_matches(loc[-1], everywhere, n=1):
-        return f"; did you mean {everywhere[near[0]]}?"
+    for known in (here, everywhere):
+        if near := difflib.get_close_matches(loc[-1], known, n=1):
+            return f"; did you mean {known[near[0]]}?"
     return f"; expected one of: {', '.join(here)}"
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,9 @@ def take_ownership(run: RunDir) -> None:
     with contextlib.suppress(Timeout):
         guard.acquire(timeout=0)
     holder, alive = owner(run)
-    if alive is None:  # a requeued job has its number, and is alone with it
-        alive = not (me["job"] and holder.get("job") == me["job"])
-    elif holder.get("pid") == me["pid"]:
-        alive = False
-    if alive or not guard.is_locked:
+    # Ours: held by this process already, or on another host by a requeued job, which has its number and is alone with it.
+    ours = holder.get("pid") == me["pid"] if alive else me["job"] and holder.get("job") == me["job"]
+    if not guard.is_locked or (alive is not False and not ours):
         guard.release()
         raise RequestError(
             f"{run.path} is being trained by process {holder.get('pid')} on {holder.get('host')}"
@@ -126,12 +125,8 @@ def release_ownership(run: RunDir) -> None:
 
 def run_directory(name: str, fresh: bool = False) -> RunDir:
     """`runs/NAME`, or with `fresh` the first of NAME, NAME-2, NAME-3 … that does not exist."""
-    path = RUNS / name
-    number = 2
-    while fresh and path.exists():
-        path = RUNS / f"{name}-{number}"
-        number += 1
-    return RunDir(path)
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(RunDir(RUNS / each) for each in names if not (fresh and (RUNS / each).exists()))
 
 
 def find_run(ref: str, submitted: bool = False) -> RunDir:
@@ -162,8 +157,7 @@ def records(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
     """The lines that are a JSON object each; others are left out."""
     for line in lines:
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
+            if isinstance(record := json.loads(line), dict):
                 yield record
 
 
