@@ -188,11 +188,8 @@ class Checkpoints:
         state_path.write_text(json.dumps(asdict(self.state)))
         manifest = {
             "files": files | {state_path.name: _settle(state_path)},
-            "world_size": engine.world_size,
-            "engine": engine.plan.kind,
+            **_facts_of(engine),
             "offload": engine.plan.offload,
-            "precision": engine.plan.precision,
-            "optimizer": engine.optimizer_name,
             "shapes": engine.shapes(),
             "recipe": self.recipe_hash,
             "versions": {name: version(name) for name in _PACKAGES},
@@ -215,6 +212,12 @@ class Checkpoints:
                 # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
                 shutil.rmtree(self.spare, ignore_errors=True)
                 path.rename(self.spare)
+
+
+def _facts_of(engine: Engine) -> dict[str, Any]:
+    """What a manifest says of the engine that wrote it, and another may have otherwise."""
+    kind, precision = engine.plan.kind, engine.plan.precision
+    return {"engine": kind, "world_size": engine.world_size, "precision": precision, "optimizer": engine.optimizer_name}
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
@@ -295,24 +298,22 @@ def newest(engine: Engine, run: RunDir) -> tuple[Path | None, list[str]]:
 
     Raises RequestError when root would load what anybody could have written.
     """
-    found: tuple[Path | None, list[str], str] = (None, [], "")
+    found: Path | None = None
+    lines: list[str] = []
     if engine.main:
-        lines: list[str] = []
         for path in reversed(committed(run)):
             if not (problems := verify(path)):
-                found = (path, lines, _stranger(path))
+                found = path
                 break
             aside = path.with_name(f"broken-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             lines.append(f"{path.name} does not verify and is set aside: {problems[0]}")
-        else:
-            found = (None, lines, "")
-    path_or_none, lines, stranger = engine.gather(found)[0]
+    found, lines, stranger = engine.gather((found, lines, _stranger(found) if found else ""))[0]
     if stranger and os.geteuid() == 0:
-        fix = f"chown -R root {path_or_none}; chmod -R o-w {path_or_none}"
+        fix = f"chown -R root {found}; chmod -R o-w {found}"
         raise RequestError(stranger, "a checkpoint of root's own, when root goes on from it", fix)
-    return path_or_none, [*lines, *filter(None, [stranger])]
+    return found, [*lines, *filter(None, [stranger])]
 
 
 def _stranger(path: Path) -> str:
@@ -340,10 +341,7 @@ def load(engine: Engine, path: Path) -> tuple[State, str]:
         found = f"{path}: {other[0]} is {shapes.get(other[0], 'absent')}, and the model's {ours.get(other[0], 'absent')}"
         raise RequestError(found, "a checkpoint of the same model", "the recipe as it was, or --fresh")
     engine.restore(Shards(path), optimizer == engine.optimizer_name)
-    plan = engine.plan
-    asked: dict[str, Any] = {"engine": plan.kind, "world_size": engine.world_size, "precision": plan.precision}
-    asked["optimizer"] = engine.optimizer_name
-    moved = [f"{key} {manifest[key]} → {value}" for key, value in asked.items() if manifest[key] != value]
+    moved = [f"{key} {manifest[key]} → {value}" for key, value in _facts_of(engine).items() if manifest[key] != value]
     return state, ", ".join(moved)
 
 
@@ -371,8 +369,7 @@ class Shards:
 
     def scalar(self, parameter: str, key: str) -> Tensor:
         _, file, name = self.pieces[parameter][key][0]
-        found: Tensor = file.get_tensor(name)
-        return found
+        return file.get_tensor(name)
 
     def read(self, parameter: str, key: str, start: int, into: Tensor) -> None:
         """Fill `into` with the elements from `start` on. RequestError if the checkpoint does not cover them."""

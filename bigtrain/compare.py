@@ -94,9 +94,13 @@ def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
 
 def differences(runs: list[Run]) -> dict[str, list[Any]]:
     """Setting → its value in each run, where they are not all the same."""
-    keys = list(dict.fromkeys(key for run in runs for key in run["settings"] if not key.startswith(_NOISE)))
-    rows = {key: [run["settings"].get(key) for run in runs] for key in keys}
-    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+    rows = _by_key([run["settings"] for run in runs]).items()
+    return {key: values for key, values in rows if not key.startswith(_NOISE) and any(value != values[0] for value in values)}
+
+
+def _by_key(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Key → its value in each row; keys in the order in which they come up."""
+    return {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
 
 
 def curves(runs: list[Run]) -> list[dict[str, Any]]:
@@ -136,14 +140,11 @@ def _thin(against: dict[str, Any], values: Any) -> dict[str, Any]:
     """At most _POINTS bins: the last abscissa of each, and the mean, least and greatest of its values that are finite."""
     edges = np.unique(np.linspace(0, len(values), min(len(values), _POINTS) + 1).astype(int))[:-1]
     ends = np.append(edges[1:], len(values)) - 1
-    finite = np.isfinite(values)
-    count = np.add.reduceat(finite, edges) if len(values) else np.zeros(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.add.reduceat(np.where(finite, values, 0.0), edges) / count if len(values) else values
-    low = np.minimum.reduceat(np.where(finite, values, np.inf), edges) if len(values) else values
-    high = np.maximum.reduceat(np.where(finite, values, -np.inf), edges) if len(values) else values
+    finite = np.where(np.isfinite(values), values, np.nan)
+    with np.errstate(invalid="ignore"):  # none of a bin's values may be
+        mean = np.add.reduceat(np.nan_to_num(finite), edges) / np.add.reduceat(np.isfinite(values), edges)
     thin: dict[str, Any] = {by: against[column][ends] for by, column in BY.items()}
-    return thin | {"mean": mean, "low": np.where(count, low, np.nan), "high": np.where(count, high, np.nan)}
+    return thin | {"mean": mean, "low": np.fmin.reduceat(finite, edges), "high": np.fmax.reduceat(finite, edges)}
 
 
 def _fold(members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
     import io
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer = csv.DictWriter(text, list(_by_key(rows)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -224,7 +225,8 @@ def show(compared: dict[str, Any]) -> None:
     from rich.text import Text
 
     screen, rows = Console(), compared["results"]
-    for title, lines in (("settings that differ", compared["settings"]), ("results", _columns(rows))):
+    columns = {key: values for key, values in _by_key(rows).items() if key != "run"}
+    for title, lines in (("settings that differ", compared["settings"]), ("results", columns)):
         for first in range(0, len(rows), _WIDE):
             some = slice(first, first + _WIDE)
             table = Table(title if lines else "no setting differs", *(escape(row["run"]) for row in rows[some]), box=None)
@@ -233,11 +235,6 @@ def show(compared: dict[str, Any]) -> None:
             screen.print(table, "")
     for problem in compared["problems"]:
         screen.print(f"note: {problem}", markup=False, highlight=False)
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "run"))
-    return {key: [row.get(key) for row in rows] for key in keys}
 
 
 def _short(value: Any) -> str:

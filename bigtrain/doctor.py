@@ -8,17 +8,19 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import distributed
+from torch.distributed.elastic.utils.store import barrier
 
 from bigtrain.footprint import product_rate
 from bigtrain.rundir import RUNS, to_json
@@ -37,18 +39,12 @@ def examine() -> tuple[list[Row], int]:
     rank, ranks, address, port = _whereabouts()
     try:
         own = _this_rank(rank, port)
-        if ranks == 1:
-            return compare([own]), 0
-        store = _meet(rank, ranks, address, port)
-        reports = _exchange(store, rank, ranks, own)
+        reports = [own] if ranks == 1 else _exchange(_meet(rank, ranks, address, port), rank, ranks, own)
     except RuntimeError as problem:
-        what = (
-            f"rank {rank} on {socket.gethostname()} did not reach all others at {address}: {str(problem).splitlines()[0][:120]}"
-        )
-        return [
-            _row("rendezvous", what, False, "a firewall, a wrong MASTER_ADDR, or ranks that never started"),
-            *compare([own]),
-        ], 0
+        reason = str(problem).splitlines()[0][:120]
+        found = f"rank {rank} on {socket.gethostname()} did not reach all others at {address}: {reason}"
+        advice = "a firewall, a wrong MASTER_ADDR, or ranks that never started"
+        return [_row("rendezvous", found, False, advice), *compare([own])], 0
     finally:
         if rank == 0:
             with contextlib.suppress(OSError):  # not empty, or it is not ours to remove
@@ -68,11 +64,10 @@ def compare(reports: list[Report]) -> list[Row]:
         _least(reports, "/dev/shm free", "shm", _SHM, "rm what is left there; containers: --shm-size=8g; or data.workers=0"),
         _least(reports, "disk free", "disk", _DISK, "another disk for runs/, or fewer checkpoints (train.keep)"),
     ]
-    shut = {r["rank"]: r["unwritable"] for r in reports if r["unwritable"]}
-    apart = {r["rank"]: "sees another runs/" for r in reports if r.get("shared") is False}
+    shut = {r["rank"]: r["unwritable"] or "sees another runs/" for r in reports if r["unwritable"] or not r.get("shared", True)}
     advice = "start where every node may write to the same runs/"
     slowest = min(r["write"] for r in reports) / 2**20
-    rows.append(_unless(shut or apart, "run directory", f"{RUNS}/ is written at {slowest:,.0f} MiB/s or more", advice))
+    rows.append(_unless(shut, "run directory", f"{RUNS}/ is written at {slowest:,.0f} MiB/s or more", advice))
     skews = {r["rank"]: f"{r['skew']:+.1f} s" for r in reports if abs(r.get("skew", 0.0)) > _SKEW}
     rows.append(_unless(skews, "clocks", f"within {_SKEW} s", "chronyc makestep (as root) on that node"))
     busy = {r["rank"]: f"{r['busy_port']} is in use" for r in reports if r["busy_port"]}
@@ -86,9 +81,9 @@ def compare(reports: list[Report]) -> list[Row]:
     rows.append(_unless(taken, "device is ours", "nobody else's memory on it", "end what else uses it (nvidia-smi)"))
     blind = {r["rank"]: f"{r['host']} has NVIDIA devices, and torch sees none" for r in reports if r["blind"]}
     rows.append(_unless(blind, "CUDA", "as it should be", "a CUDA build of torch, and a driver that fits: nvidia-smi"))
-    usual = statistics.median_high(r["flops"] for r in reports) / 1e12
-    rates = {r["rank"]: f"{r['flops'] / 1e12:.2f} TFLOP/s, where {usual:.2f} are usual" for r in reports}
-    slow = {r["rank"]: rates[r["rank"]] for r in reports if r["flops"] / 1e12 < _SLOW * usual}
+    rates = {r["rank"]: r["flops"] / 1e12 for r in reports}
+    usual = statistics.median_high(rates.values())
+    slow = {rank: f"{rate:.2f} TFLOP/s, where {usual:.2f} are usual" for rank, rate in rates.items() if rate < _SLOW * usual}
     rows.append(_unless(slow, "matrix multiply", f"{usual:.2f} TFLOP/s per rank", "leave that node out: sbatch --exclude"))
     said = "logged in" if first["wandb"] else "no key: runs are logged offline (wandb login)"
     return [*rows, _row("W&B", said, True)]
@@ -139,11 +134,12 @@ def _first_address(nodes: str) -> str:
 
 def _this_rank(rank: int, port: int) -> Report:
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     if cuda:
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         torch.cuda.set_device(local % torch.cuda.device_count())
     report: Report = {"rank": rank, "host": os.environ.get("SLURMD_NODENAME", socket.gethostname())}
-    report["versions"] = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+    installed = {name: next((found.version for found in distributions(name=name)), "missing") for name in PACKAGES}
+    report["versions"] = {"python": sys.version.split()[0]} | installed
     report["versions"] |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
     report["device"] = torch.cuda.get_device_name() if cuda else "cpu"
     report["devices"] = torch.cuda.device_count()
@@ -154,55 +150,40 @@ def _this_rank(rank: int, port: int) -> Report:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun itself holds the port
     report["busy_port"] = port if rank == 0 and port and not agents and not _is_free(port) else 0
     report["wandb"] = logged_in()
-    on = torch.device("cuda" if cuda else "cpu")
-    report["flops"] = product_rate(on, torch.bfloat16 if cuda else torch.float32)
+    report["flops"] = product_rate(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32)
     report["disk"] = shutil.disk_usage(RUNS if RUNS.exists() else Path.cwd()).free
-    report |= _try_writing(rank)
-    return report
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
+    return report | _try_writing()
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except (OSError, OverflowError):  # in use, or no port at all
-            return False
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError):  # in use, or no port at all
+        return False
     return True
 
 
-def _try_writing(rank: int, size: int = 64 << 20) -> Report:
+def _try_writing(size: int = 64 << 20) -> Report:
     """Write speed in bytes per second, fsync included; or why nothing can be written."""
-    path = RUNS / f".doctor-{rank}-{uuid.uuid4().hex[:8]}"
     try:
         RUNS.mkdir(exist_ok=True)
-        began = time.perf_counter()
-        with path.open("wb") as file:
+        with tempfile.NamedTemporaryFile(dir=RUNS, prefix=".doctor-") as file:
+            began = time.perf_counter()
             file.write(os.urandom(1 << 20) * (size >> 20))
             file.flush()
             os.fsync(file.fileno())
-        return {"unwritable": "", "write": size / (time.perf_counter() - began)}
+            return {"unwritable": "", "write": size / (time.perf_counter() - began)}
     except OSError as problem:
         return {"unwritable": f"{RUNS}: {problem.strerror} on {socket.gethostname()}", "write": 0.0}
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _meet(rank: int, ranks: int, address: str, port: int) -> distributed.TCPStore:
     """A store on the first port from `port` on that is free on rank 0's machine; the others try them in turn."""
     word = f"bigtrain doctor {os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}"
     deadline = time.monotonic() + _PATIENCE.total_seconds()
-    candidates = [port + offset for offset in range(8)]
+    candidates = range(port, port + 8)
     if rank == 0:
-        free = next((candidate for candidate in candidates if _is_free(candidate)), 0)
+        free = next(filter(_is_free, candidates), 0)
         if not free:
             raise RuntimeError(f"ports {candidates[0]} to {candidates[-1]} are all in use")
         store = distributed.TCPStore(address, free, ranks, True, _PATIENCE, wait_for_workers=False)
@@ -236,49 +217,39 @@ def _store_at(address: str, port: int, ranks: int, word: str) -> distributed.TCP
 def _exchange(store: distributed.TCPStore, rank: int, ranks: int, own: Report) -> list[Report]:
     """Every rank's report; clocks are read at one moment, and one rank's file is looked for by all."""
     marker = RUNS / f".doctor-shared-{uuid.uuid4().hex[:8]}"
-    if rank == 0 and not own["unwritable"]:
-        RUNS.mkdir(exist_ok=True)
-        marker.touch()
     if rank == 0:
-        store.set("marker", str(marker) if not own["unwritable"] else "")
-    path = store.get("marker").decode()
-    own["shared"] = Path(path).exists() if path else None
-    store.set(f"here {rank}", "")
-    if rank == 0:
-        store.wait([f"here {r}" for r in range(ranks)])
-        store.set("now", "")
-    store.wait(["now"])
+        with contextlib.suppress(OSError):
+            marker.touch()
+        store.set("marker", "." if own["unwritable"] else str(marker))  # where there is none, nobody need see it
+    own["shared"] = Path(store.get("marker").decode()).exists()
+    barrier(store, ranks, "here", _PATIENCE.total_seconds(), rank)
     own["clock"] = time.time()
     own |= _all_reduce(store, rank, ranks)
     store.set(f"report {rank}", to_json(own))
     if rank != 0:
-        store.get("seen")  # rank 0 serves the store
         return []
-    reports = [json.loads(store.get(f"report {r}")) for r in range(ranks)]
-    marker.unlink(missing_ok=True)
-    store.set("seen", "")
-    time.sleep(0.5)
+    reports = [json.loads(text) for text in store.multi_get([f"report {r}" for r in range(ranks)])]
+    with contextlib.suppress(OSError):
+        marker.unlink()
     return [report | {"skew": report["clock"] - reports[0]["clock"]} for report in reports]
 
 
 def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> Report:
     """Seconds for one number, and bytes per second for many (bus bandwidth: 2(n-1)/n of the bytes, as NCCL's tests define it)."""
-    cuda = torch.cuda.is_available()
+    device, backend, many = ("cuda", "nccl", 64 << 20) if torch.cuda.is_available() else ("cpu", "gloo", 4 << 20)
     try:
-        distributed.init_process_group("nccl" if cuda else "gloo", store=distributed.PrefixStore("group", store), rank=rank,
-                                       world_size=ranks, timeout=_PATIENCE)  # fmt: skip
-        device = "cuda" if cuda else "cpu"
-        seconds = {}
-        for size, times in ((1, 20), ((64 if cuda else 4) << 20, 5)):
+        group = distributed.PrefixStore("group", store)
+        distributed.init_process_group(backend, store=group, rank=rank, world_size=ranks, timeout=_PATIENCE)
+        seconds = []
+        for size, times in ((1, 20), (many, 5)):
             data = torch.ones(size, device=device)
             distributed.all_reduce(data)
             began = time.perf_counter()
             for _ in range(times):
                 distributed.all_reduce(data)
             _ = float(data[0])  # waits
-            seconds[size] = (time.perf_counter() - began) / times
-        (_, latency), (size, long) = seconds.items()
+            seconds.append((time.perf_counter() - began) / times)
         distributed.destroy_process_group()
-        return {"latency": latency, "bandwidth": size * 4 * 2 * (ranks - 1) / ranks / long}
+        return {"latency": seconds[0], "bandwidth": many * 4 * 2 * (ranks - 1) / ranks / seconds[1]}
     except RuntimeError as problem:
         return {"no_collective": str(problem).splitlines()[0][:200]}

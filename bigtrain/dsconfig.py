@@ -27,18 +27,16 @@ def read_launcher(environ: Mapping[str, str]) -> Launcher:
     precision: Literal["bf16"] | None = "bf16" if environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else None
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
         return Launcher(precision=precision, source="accelerate launch --mixed_precision" if precision else "")
-    path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    path, parts = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""), ("param", "optimizer")
     if path and path != "none":
         config, source = _read(Path(path)), path
+        zero = config["zero_optimization"]
+        stage, devices = zero.get("stage", 0), [zero.get(f"offload_{part}", {}).get("device", "none") for part in parts]
     else:
-        stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        config, source = None, f"accelerate launch (ZeRO stage {stage})"
-    said = config or {"zero_optimization": {"stage": stage} | {
-        f"offload_{part}": {"device": environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")}
-        for part in ("param", "optimizer")
-    }}  # fmt: skip
-    zero = said["zero_optimization"]
-    devices = [zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")]
+        config, stage = None, int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        source = f"accelerate launch (ZeRO stage {stage})"
+        devices = [environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none") for part in parts]
+    said = config or {}
     if "nvme" in devices:
         raise RequestError(
             f"{source}: asks for NVMe offload", "offload to cpu", '--offload_optimizer_device cpu, or "device": "cpu"'
@@ -48,7 +46,7 @@ def read_launcher(environ: Mapping[str, str]) -> Launcher:
     offload: Offload = "params" if devices[0] == "cpu" else "optimizer" if devices[1] == "cpu" else "none"
     if said.get("bf16", {}).get("enabled") is True:
         precision = "bf16"
-    return Launcher(_STAGE.get(zero.get("stage", 0)), offload, precision, config, source)
+    return Launcher(_STAGE.get(stage), offload, precision, config, source)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,13 +14,9 @@ class BigtrainError(Exception):
 
     def __init__(self, found: str, expected: str = "", fix: str = "") -> None:
         """Build the message: what was `found`, what was `expected`, and what to type (`fix`)."""
-        self.found, self.expected, self.fix = found, expected, fix
-        lines = [found]
-        if expected:
-            lines.append(f"  expected: {expected}")
-        if fix:
-            lines.append(f"  try:      {fix}")
-        super().__init__("\n".join(lines))
+        self.found = found
+        lines = {"\n  expected: ": expected, "\n  try:      ": fix}
+        super().__init__(found + "".join(opening + text for opening, text in lines.items() if text))
 
 
 class RequestError(BigtrainError):
@@ -39,8 +35,6 @@ class BadSampleError(RequestError):
 
 class TrainingFailed(BigtrainError):
     """Training failed and would fail again."""
-
-    exit_code = 3
 
 
 class StoppedEarly(BigtrainError):

@@ -7,12 +7,13 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -83,14 +84,10 @@ def holds_secret(text: str) -> bool:
     return bool(_SECRET.search(text)) or any(value in text for value in mine)
 
 
-def _refuse_secrets(ref: str, overrides: list[str], raw: Any = None) -> None:
-    """Raises RecipeError naming the place of a value that looks like a key, and never the value: what a recipe holds goes
-    into files, logs and uploads."""
-    places = ["the recipe's path"] if holds_secret(ref) else []
-    places += [f"override {text.partition('=')[0]!r}" for text in overrides if holds_secret(text)]
-    values = flatten(raw) if isinstance(raw, dict) else {}
-    places += [f"key {key}" for key, value in values.items() if holds_secret(f"{key} {value}")]
-    if places:
+def _refuse_secrets(texts: Iterable[tuple[str, str]]) -> None:
+    """Raises RecipeError naming the place of a text that looks like a key, and never the text: what a recipe holds goes
+    into files, logs and uploads. `texts`: (place, text)."""
+    if places := [place for place, text in texts if holds_secret(text)]:
         found = ", ".join("a key of the recipe" if holds_secret(place) else place for place in places)
         raise RecipeError(
             f"{found} looks like a secret",
@@ -104,10 +101,10 @@ def load_recipe(ref: str, overrides: list[str] | None = None) -> Loaded:
 
     Raises RecipeError naming every unknown key, wrong type and duplicate, each with its file:line.
     """
-    _refuse_secrets(ref, overrides or [])
+    _refuse_secrets([("the recipe's path", ref), *((f"override {each.partition('=')[0]!r}", each) for each in overrides or [])])
     path = recipe_path(ref)
     raw, where, errors = _read(path)
-    _refuse_secrets("", [], raw)
+    _refuse_secrets((f"key {key}", f"{key} {value}") for key, value in flatten(raw).items())
     for text in overrides or []:
         errors += _override(raw, where, text)
     try:
@@ -115,20 +112,18 @@ def load_recipe(ref: str, overrides: list[str] | None = None) -> Loaded:
     except ValidationError as problem:
         errors += list(_explain(problem, raw, where, path))
     if errors:
-        many = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise RecipeError(f"{path}: {many}\n" + "\n".join(f"  {line}" for line in errors))
-    values = flatten(recipe.model_dump())
-    return Loaded(recipe, {key: _origin(key, where) for key in values})
+        many = f"{len(errors)} error{'s' * (len(errors) > 1)}"
+        raise RecipeError("\n  ".join([f"{path}: {many}", *errors]))
+    said = {key: at if at.startswith("override ") else f"recipe {at}" for key, at in where.items()}
+    return Loaded(recipe, {key: said.get(key, "default") for key in flatten(recipe.model_dump())})
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys; an empty dictionary is a leaf."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+    above = f"{prefix}." if prefix else ""
+    return {leaf: each for key, inner in value.items() for leaf, each in flatten(inner, f"{above}{key}").items()}
 
 
 # What may change between two starts of a run: where it runs, how long, who is told, and what is done about what goes wrong.
@@ -166,21 +161,6 @@ def to_yaml(recipe: Recipe) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(recipe.model_dump(mode="json"), stream)
     return stream.getvalue()
-
-
-def _origin(key: str, where: Where) -> str:
-    """Who set `key`: itself or the nearest parent that was written down; else the default."""
-    parts = key.split(".")
-    for end in range(len(parts), 0, -1):
-        if (found := where.get(".".join(parts[:end]))) and (end == len(parts) or _is_leaf_parent(parts[:end], where)):
-            return found if found.startswith("override") else f"recipe {found}"
-    return "default"
-
-
-def _is_leaf_parent(parts: list[str], where: Where) -> bool:
-    """Whether a written key holds its value whole (a list or scalar), so that the leaf below is not a default."""
-    prefix = ".".join(parts) + "."
-    return not any(key.startswith(prefix) for key in where) and parts[-1] not in Recipe.model_fields
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
@@ -228,11 +208,6 @@ def _walk(node: Node, prefix: str = "") -> Iterator[tuple[str, int, int | None]]
         yield from _walk(value_node, key)
 
 
-def parse_value(text: str) -> Any:
-    """A value from the command line, typed as YAML types it."""
-    return YAML(typ="safe", pure=True).load(text)
-
-
 def _override(raw: dict[str, Any], where: Where, text: str) -> list[str]:
     """Apply one `key=value` to `raw`; returns what is wrong with it."""
     key, equals, value = text.partition("=")
@@ -240,8 +215,9 @@ def _override(raw: dict[str, Any], where: Where, text: str) -> list[str]:
     if not equals or not all(parts):
         return [f"override {text!r}: expected key=value, for example optim.lr=3e-4"]
     try:
-        parsed = parse_value(value)
-    except YAMLError:
+        parsed = YAML(typ="safe", pure=True).load(value)  # typed as in a file
+        leaves = flatten(parsed, key)
+    except (YAMLError, ValueError, RecursionError):
         return [f"override {text!r}: the value is not valid YAML"]
     target = raw
     for depth, part in enumerate(parts[:-1]):
@@ -254,7 +230,7 @@ def _override(raw: dict[str, Any], where: Where, text: str) -> list[str]:
     target[parts[-1]] = parsed
     for stale in [known for known in where if known.startswith(key + ".")]:
         del where[stale]
-    where[key] = f"override {text}"
+    where |= dict.fromkeys((key, *leaves), f"override {text}")
     return []
 
 
@@ -275,7 +251,7 @@ def _explain(problem: ValidationError, raw: dict[str, Any], where: Where, path: 
             yield f"{at}: {key or 'recipe'}: {errors[0]['msg'].removeprefix('Value error, ')}"
         else:
             expected = " or ".join(dict.fromkeys(_expected(error) for error in errors))
-            yield f"{at}: {key}: found {_kind(_dig(raw, loc))}; expected {expected}"
+            yield f"{at}: {key}: found {_kind(errors[0]['input'])}; expected {expected}"
 
 
 def _place(loc: tuple[int | str, ...], raw: Any) -> tuple[str, ...]:
@@ -293,32 +269,24 @@ def _place(loc: tuple[int | str, ...], raw: Any) -> tuple[str, ...]:
     return tuple(place)
 
 
-def _dig(value: Any, loc: tuple[str, ...]) -> Any:
-    for part in loc:
-        value = value[int(part)] if isinstance(value, list) else value.get(part)
-    return value
-
-
 def _nearest(loc: tuple[str, ...]) -> str:
     """`; did you mean …` among the keys of the section, or of the whole recipe, else the section's keys."""
     section: Any = Recipe
     for part in loc[:-1]:
-        field = section.model_fields.get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Recipe)
-    prefix = ".".join(loc[:-1])
-    here = list(section.model_fields)
-    if near := difflib.get_close_matches(loc[-1], here, n=1):
-        return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    sections = {key: _fields(field.annotation) for key, field in Recipe.model_fields.items()}
-    everywhere = SYNONYMS | {name: f"{key}.{name}" for key, names in sections.items() for name in names}
-    if near := difflib.get_close_matches(loc[-1], everywhere, n=1):
-        return f"; did you mean {everywhere[near[0]]}?"
+        section = _section(section.model_fields[part])
+    here = {name: ".".join([*loc[:-1], name]) for name in section.model_fields}
+    sections = {key: _section(field) for key, field in Recipe.model_fields.items()}
+    everywhere = SYNONYMS | {name: f"{key}.{name}" for key, each in sections.items() if each for name in each.model_fields}
+    for known in (here, everywhere):
+        if near := difflib.get_close_matches(loc[-1], known, n=1):
+            return f"; did you mean {known[near[0]]}?"
     return f"; expected one of: {', '.join(here)}"
 
 
-def _fields(annotation: Any) -> list[str]:
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, by itself or as one of several; None for a plain value."""
+    options = [field.annotation, *get_args(field.annotation)]
+    return next((each for each in options if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _expected(error: Any) -> str:
@@ -328,13 +296,9 @@ def _expected(error: Any) -> str:
         return f"text like {error['ctx']['pattern']} (no spaces, no quotes)"
     if error["type"] == "model_type":
         return "a mapping"
-    message: str = error["msg"]
-    for opening in ("Input should be a valid ", "Input should be "):
-        if message.startswith(opening):
-            rest = message.removeprefix(opening)
-            article = "an " if rest[0] in "aeiou" else "a "
-            return article + rest if opening.endswith("valid ") else rest
-    return message
+    message: str = error["msg"].removeprefix("Input should be ")
+    kind = message.removeprefix("a valid ")
+    return message if kind == message else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _kind(value: Any) -> str:

@@ -9,6 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from bigtrain.errors import RequestError
 
 RUNS = Path("runs")
+_OTHER = b'{"kind": "e'  # how a line of metrics.jsonl begins that is an event or an evaluation
 _guards: dict[Path, FileLock] = {}  # of the runs that this process owns
 
 
@@ -73,20 +75,16 @@ def take_ownership(run: RunDir) -> None:
     me = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id(), "started": _started(os.getpid())}
     me["job"] = os.environ.get("SLURM_JOB_ID")
     guard = FileLock(run.path / ".lock.guard")  # the kernel's, while we live: sees through containers on one host
-    try:
+    with contextlib.suppress(Timeout):
         guard.acquire(timeout=0)
-        held = False
-    except Timeout:
-        held = True
-    try:
-        owner = json.loads(lock.read_text())
-    except (OSError, ValueError):
-        owner = {}
-    if held or (isinstance(owner, dict) and owner and _lives(owner, me)):
+    holder, alive = owner(run)
+    # Ours: held by this process already, or on another host by a requeued job, which has its number and is alone with it.
+    ours = holder.get("pid") == me["pid"] if alive else me["job"] and holder.get("job") == me["job"]
+    if not guard.is_locked or (alive is not False and not ours):
         guard.release()
         raise RequestError(
-            f"{run.path} is being trained by process {owner.get('pid')} on {owner.get('host')}"
-            + (f", Slurm job {owner['job']}" if owner.get("job") else ""),
+            f"{run.path} is being trained by process {holder.get('pid')} on {holder.get('host')}"
+            + (f", Slurm job {holder['job']}" if holder.get("job") else ""),
             "one process per run",
             f"wait for it, --fresh, or if you know that it is dead: rm {lock}",
         )
@@ -101,17 +99,9 @@ def owner(run: RunDir) -> tuple[dict[str, Any], bool | None]:
     except (OSError, ValueError, TypeError):
         return {}, False
     if holder.get("host") != socket.gethostname():
-        return holder, None
+        return holder, None if holder else False
     alive = _started(int(holder.get("pid") or 0)) == holder.get("started") is not None
     return holder, alive and holder.get("boot") == _boot_id()
-
-
-def _lives(owner: dict[str, Any], me: dict[str, Any]) -> bool:
-    if owner.get("host") != me["host"]:
-        return not (me["job"] and owner.get("job") == me["job"])  # a requeued job has its number, and is alone with it
-    if owner.get("boot") != me["boot"] or owner.get("pid") == me["pid"]:
-        return False
-    return _started(int(owner.get("pid") or 0)) == owner.get("started") is not None
 
 
 def _boot_id() -> str:
@@ -135,12 +125,8 @@ def release_ownership(run: RunDir) -> None:
 
 def run_directory(name: str, fresh: bool = False) -> RunDir:
     """`runs/NAME`, or with `fresh` the first of NAME, NAME-2, NAME-3 … that does not exist."""
-    path = RUNS / name
-    number = 2
-    while fresh and path.exists():
-        path = RUNS / f"{name}-{number}"
-        number += 1
-    return RunDir(path)
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(RunDir(RUNS / each) for each in names if not (fresh and (RUNS / each).exists()))
 
 
 def find_run(ref: str, submitted: bool = False) -> RunDir:
@@ -171,8 +157,7 @@ def records(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
     """The lines that are a JSON object each; others are left out."""
     for line in lines:
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
+            if isinstance(record := json.loads(line), dict):
                 yield record
 
 
@@ -183,14 +168,10 @@ def read_columns(path: Path, names: dict[str, str]) -> tuple[dict[str, Any], lis
     fifth of a second: training lines go to pyarrow in one piece, which the few others are cut out of.
     """
     data = path.read_bytes() if path.is_file() else b""
-    mark, kept, others, position = b'\n{"kind": "e', [], [], 0  # event and eval
-    data = b"\n" + data
-    while (begin := data.find(mark, position)) >= 0:
-        kept.append(data[position : begin + 1])
-        position = data.find(b"\n", begin + 1)
-        position = len(data) if position < 0 else position
-        others.append(data[begin + 1 : position])
-    return _columns(b"".join([*kept, data[position:]]), names), list(records(others))
+    first, *rest = (b"\n" + data).split(b"\n" + _OTHER)
+    parted = [piece.partition(b"\n") for piece in rest]  # the rest of such a line, and the training lines after it
+    others = records(_OTHER + line for line, _, _ in parted)
+    return _columns(b"\n".join([first, *(lines for _, _, lines in parted)]), names), list(others)
 
 
 def _columns(lines: bytes, names: dict[str, str]) -> dict[str, Any]:

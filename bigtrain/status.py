@@ -9,7 +9,7 @@ import numpy as np
 
 from bigtrain.errors import BigtrainError
 from bigtrain.load import load_recipe
-from bigtrain.rundir import RUNS, RunDir, owner, read_columns, records
+from bigtrain.rundir import RUNS, RunDir, owner, read_columns, read_metrics
 from bigtrain.slurm import queue
 
 COLUMNS = {"step": "int64", "samples": "int64", "weight": "int64"}
@@ -35,15 +35,9 @@ def status_or_why_not(run: RunDir) -> dict[str, Any]:
     try:
         return status_of(run)
     except (OSError, ValueError, TypeError, KeyError) as problem:
-        empty = dict.fromkeys(("loss", "samples_per_s", "left", "goodput", "job"))
-        return {
-            "run": run.name,
-            "state": "UNREADABLE",
-            "step": 0,
-            "steps": 0,
-            "restarts": 0,
-            "health": [str(problem)[:100]],
-        } | empty
+        unknown = dict.fromkeys(("loss", "samples_per_s", "left", "goodput", "job"))
+        none = dict.fromkeys(("step", "steps", "restarts"), 0)
+        return {"run": run.name, "state": "UNREADABLE", **none, "health": [str(problem)[:100]], **unknown}
 
 
 def status_of(run: RunDir) -> dict[str, Any]:
@@ -98,7 +92,7 @@ def _pace(recent: dict[str, Any]) -> float:
 def _state(run: RunDir, events: list[dict[str, Any]], began: list[Any], step: int, steps: int) -> tuple[str, str | None]:
     """(state, Slurm's job): running, queued, requeued, finished, stopped, FAILED, HUNG, or died: killed, and no word of it."""
     holder, alive = owner(run)
-    submitted = _json_lines(run.path / "jobs.jsonl")
+    submitted = [line for line in read_metrics(run.path / "jobs.jsonl") if "job" in line]
     job = holder.get("job") or (submitted[-1]["job"] if submitted else None) or (began[-1].get("job") if began else None)
     queued = queue().get(str(job), "") if job else ""
     if alive or queued in ("RUNNING", "COMPLETING"):
@@ -113,11 +107,6 @@ def _state(run: RunDir, events: list[dict[str, Any]], began: list[Any], step: in
     if ends and ends[-1] in _ENDS:
         return _ENDS[ends[-1]], job
     return ("left the queue" if submitted and not began else "died"), job
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return [each for each in records(lines) if "job" in each]
 
 
 def _health(run: RunDir, recent: dict[str, Any], events: list[dict[str, Any]], state: str) -> list[str]:

@@ -79,26 +79,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
-            self._rounds()
+            while not self._over_after(self.interval):
+                self._post()
+                if time.monotonic() - self.since > self.limit or self._ask(lambda store: store.check(["alarm"])):
+                    self._end()
+                if self.rank == 0 and self._posts % 4 == 0:
+                    self._look_for_stragglers()
         except BaseException:  # a watchdog that has died would let the run hang
             traceback.print_exc()
             os._exit(LOST_PEERS)
 
-    def _rounds(self) -> None:
-        rounds = 0
-        while True:
-            before = time.monotonic()
-            if self._done.wait(self.interval):
-                return
-            asleep = time.monotonic() - before - self.interval
-            if asleep > self.interval + 1:  # all of this process was: suspended, and continued
-                self.since += asleep
-            self._post()
-            if time.monotonic() - self.since > self.limit or self._alarmed():
-                self._end()
-            rounds += 1
-            if self.rank == 0 and rounds % 4 == 0:
-                self._look_for_stragglers()
+    def _over_after(self, seconds: float) -> bool:
+        """Whether the run ends within `seconds`; time that this process was suspended for does not count."""
+        before = time.monotonic()
+        over = self._done.wait(seconds)
+        asleep = time.monotonic() - before - seconds
+        if asleep > seconds + 1:
+            self.since += asleep
+        return over
 
     def _post(self) -> None:
         self._posts += 1
@@ -107,9 +105,6 @@ class Watchdog:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             where["machine"] = _machine()
         self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where)))
-
-    def _alarmed(self) -> bool:
-        return bool(self._ask(lambda store: store.check(["alarm"])))
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """What the store answers; None where there is none, or where it does not answer soon.
