@@ -239,7 +239,8 @@ def sweep(
     elif dry_run:
         print("\n".join(shlex.join([recipe, *run]) for run in runs))
     elif slurm:
-        print("job {job} is to train {count} runs, which {file} lists".format(**cluster.submit_array(recipe, runs)))
+        told = cluster.submit(many.base(recipe, axes), recipe, [], runs)
+        print(f"job {told['job']} is to train {len(runs)} runs; its script is {told['script']}\n  bigtrain status shows them all")
     else:
         failed = many.here(recipe, runs, launcher)
         if len(failed) < len(runs):

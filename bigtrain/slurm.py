@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ _START = "set -euo pipefail\n"
 _ALWAYS = ["HOME", "USER", "PATH", "LANG", "BIGTRAIN_PYTHON"]
 
 
-def render(recipe: Recipe, reference: str, overrides: list[str]) -> str:
-    """The batch script that trains `reference` (a recipe's file or name) with `overrides`."""
+def render(recipe: Recipe, reference: str, overrides: list[str], script: str = "train.sbatch") -> str:
+    """The batch script that trains `reference` (a recipe's file or name; for sweep.sbatch: of runs) with `overrides`."""
     asked, name = recipe.slurm, recipe.name
     options: dict[str, Any] = {
         "job-name": name,
@@ -46,38 +47,54 @@ def render(recipe: Recipe, reference: str, overrides: list[str]) -> str:
     variables = {"GRACE_SECONDS": str(asked.grace_seconds), "SETUP": asked.setup, "CONTAINER": asked.container}
     start = [f"export BIGTRAIN_{key}={shlex.quote(value)}" for key, value in variables.items() if value is not None]
     arguments = shlex.join([reference, *overrides])
-    if asked.array:
+    if asked.array and script == "train.sbatch":
         arguments += f' "name={name}-$SLURM_ARRAY_TASK_ID" "seed=$SLURM_ARRAY_TASK_ID"'
     start.append(f"set -- {arguments}")
-    body = asset("slurm", "train.sbatch").read_text().split(_START, 1)[1]
+    body = asset("slurm", script).read_text().split(_START, 1)[1]
     return "\n".join(lines) + "\n" + _START + "\n".join(start) + "\n" + body
 
 
-def submit(loaded: Loaded, reference: str, overrides: list[str]) -> dict[str, Any]:
+def submit(loaded: Loaded, reference: str, overrides: list[str], runs: Sequence[list[str]] = ()) -> dict[str, Any]:
     """Let Slurm check the script, keep it and the recipe as they are now in the run directory, and submit it.
 
+    With `runs`, the overrides of each (its name first): as one job array, from a directory of the sweep's own.
     Raises RequestError when there is no Slurm, or it does not take the job.
     """
     if not shutil.which("sbatch"):
         raise RequestError("there is no sbatch here", "a login node of a Slurm cluster", "--dry-run to print the script")
-    folder = run_directory(loaded.recipe.name).path
-    frozen, text = reference, ""
+    recipe, folder = loaded.recipe, run_directory(loaded.recipe.name + "-sweep" * bool(runs)).path
+    frozen, kept = reference, dict[str, str]()
     if reference not in shipped():  # a job may wait for days: what it trains must not change meanwhile
-        text = recipe_path(reference).read_text(encoding="utf-8")
-        frozen = str(folder / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml")
-    if unset := [name for name in loaded.recipe.slurm.env or [] if name not in os.environ]:
+        frozen = _keep(kept, folder, recipe_path(reference).read_text(encoding="utf-8"), ".yaml")
+    if unset := [name for name in recipe.slurm.env or [] if name not in os.environ]:
         raise RequestError(f"slurm.env names {', '.join(unset)}, which is not set here", "variables of this shell", "export them")
-    script = render(loaded.recipe, frozen, overrides)
-    _sbatch(loaded.recipe, script, "--test-only")
+    if runs:
+        lines = "".join(shlex.join([frozen, *run]) + "\n" for run in runs)
+        listed = _keep(kept, folder, lines, ".txt")
+        array = {"slurm": recipe.slurm.model_copy(update={"array": f"1-{len(runs)}"})}
+        script = render(recipe.model_copy(update=array), listed, [], "sweep.sbatch")
+    else:
+        script = render(recipe, frozen, overrides)
+    copy = Path(_keep(kept, folder, script, ".sbatch"))
+    _sbatch(recipe, script, "--test-only")
     folder.mkdir(parents=True, exist_ok=True)
-    if text:
-        write_atomic(Path(frozen), text)
-    copy = folder / f"submitted-{hashlib.sha256(script.encode()).hexdigest()[:8]}.sbatch"
-    write_atomic(copy, script)
-    job = _sbatch(loaded.recipe, script, "--parsable").split(";")[0]
-    with (folder / "jobs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": job, "time": time.time(), "script": copy.name}) + "\n")
+    for path, text in kept.items():
+        write_atomic(Path(path), text)
+    job = _sbatch(recipe, script, "--parsable").split(";")[0]
+    names = {f"{job}_{task}": run[0].removeprefix("name=") for task, run in enumerate(runs, 1)} or {job: recipe.name}
+    for number, name in names.items():
+        jobs = run_directory(name).path / "jobs.jsonl"
+        jobs.parent.mkdir(parents=True, exist_ok=True)
+        with jobs.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"job": number, "time": time.time(), "script": copy.name}) + "\n")
     return {"job": job, "run": str(folder), "script": str(copy)}
+
+
+def _keep(kept: dict[str, str], folder: Path, text: str, suffix: str) -> str:
+    """Note that `text` is to be kept in `folder`, under a name that is made of it; that name."""
+    path = str(folder / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:8]}{suffix}")
+    kept[path] = text
+    return path
 
 
 def _sbatch(recipe: Recipe, script: str, option: str) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 from bigtrain.errors import RequestError, StoppedEarly
-from bigtrain.load import load_recipe, parse_value
+from bigtrain.load import Loaded, load_recipe
 
 _RANGE = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\.\.([0-9.]+(?:e[+-]?[0-9]+)?)")
+_parse = YAML(typ="safe", pure=True).load
 Axes = dict[str, list[Any]]  # key → its values; a tuple among them is a range to draw from
 
 
@@ -30,18 +31,27 @@ def parse(settings: list[str], draw: int | None) -> Axes:
     axes: Axes = {}
     for key, _, text in (setting.partition("=") for setting in settings):
         try:
-            axes[key] = [value for item in parse_value(f"[{text}]") for value in _spread(f"{key}={text}", item, draw)]
+            axes[key] = [value for item in _parse(f"[{text}]") for value in _spread(f"{key}={text}", item, draw)] or [None]
         except YAMLError:
             raise RequestError(f"{key}={text}: not a list of YAML values", "key=value,value or key=0..4") from None
-    if sum(map(len, axes.values())) == len(axes) and not any(isinstance(values[0], tuple) for values in axes.values()):
+    if not any(map(_varies, axes.values())):
         raise RequestError("no setting has more than one value", "a list or a range", "optim.lr=1e-4,3e-4 seed=0..4")
     return axes
+
+
+def _varies(values: list[Any]) -> bool:
+    return len(values) > 1 or isinstance(values[0], tuple)
+
+
+def base(recipe: str, axes: Axes) -> Loaded:
+    """The recipe with what does not vary."""
+    return load_recipe(recipe, [f"{key}={json.dumps(values[0])}" for key, values in axes.items() if not _varies(values)])
 
 
 def _spread(setting: str, item: Any, draw: int | None) -> list[Any]:
     if not isinstance(item, str) or (span := _RANGE.fullmatch(item)) is None:
         return [item]
-    least, greatest = map(parse_value, span.groups())
+    least, greatest = map(_parse, span.groups())
     if isinstance(least, int) and isinstance(greatest, int):
         return list(range(least, greatest + 1))
     if draw is None or not 0 < least < greatest:
@@ -57,15 +67,16 @@ def expand(recipe: str, axes: Axes, draw: int | None = None, seed: int = 0) -> l
     else:
         chance = random.Random(seed)
         found = [tuple(_drawn(chance, chance.choice(values)) for values in axes.values()) for _ in range(draw)]
-    fixed = {key: values[0] for key, values in axes.items() if len(values) == 1 and not isinstance(values[0], tuple)}
-    base = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in fixed.items()]).recipe
+    common = base(recipe, axes).recipe
     runs: dict[str, list[str]] = {}
     for values in found:
-        varied = [(key.rpartition(".")[2], value) for key, value in zip(axes, values, strict=True) if key not in fixed]
-        words = [base.name, *(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in varied)]
+        varied = [(key.rpartition(".")[2], value) for key, value in zip(axes, values, strict=True) if _varies(axes[key])]
+        words = [common.name, *(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in varied)]
         name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words))[:100].rstrip("-")
         own = [f"{key}={json.dumps(value)}" for key, value in zip(axes, values, strict=True) if key != "name"]
-        runs[name] = [f"name={name}", f"track.group={base.track.group or base.name}", *own]
+        if runs.get(name, own)[-len(own) :] != own:  # another run has that name, which is cut or has lost odd characters
+            name = f"{name[:90]}-{len(runs) + 1}"
+        runs[name] = [f"name={name}", f"track.group={common.track.group or common.name}", *own]
         load_recipe(recipe, runs[name])
     return list(runs.values())
 
@@ -100,7 +111,7 @@ def wandb_file(recipe: str, axes: Axes, draw: int | None) -> str:
     parameters: dict[str, Any] = {key: {"values": values} for key, values in axes.items()}
     parameters |= {key: {"distribution": "log_uniform_values", "min": a, "max": b} for key, (a, b) in ranges.items()}
     command = ["${env}", "${interpreter}", "-m", "bigtrain", "train", recipe, "--fresh", "${args_no_hyphens}"]
-    file: dict[str, Any] = {"project": load_recipe(recipe).recipe.track.project, "method": "random" if draw else "grid"}
+    file: dict[str, Any] = {"project": base(recipe, axes).recipe.track.project, "method": "random" if draw else "grid"}
     file |= {"metric": {"name": "eval/loss", "goal": "minimize"}, "parameters": parameters, "command": command}
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)

@@ -223,10 +223,13 @@ class WandB:
 
     def samples(self, step: int, rows: list[Record]) -> None:
         """A table of what the model made of some held-out examples; tensors are images."""
+        self._try(lambda: self.run.log({"step": step, "eval/samples": self._table(rows)}))
+
+    def _table(self, rows: list[Record]) -> Any:
         import wandb
 
         shown = [[wandb.Image(value) if hasattr(value, "shape") else value for value in row.values()] for row in rows]
-        self._try(lambda: self.run.log({"step": step, "eval/samples": wandb.Table(columns=list(rows[0]), data=shown)}))
+        return wandb.Table(columns=list(rows[0]), data=shown)
 
     def close(self, summary: Record) -> None:
         self._try(lambda: self._finish(summary))

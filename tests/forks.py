@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def _note(path: Path, number: int) -> None:
 
 
 def _become(asked: dict[str, Any]) -> None:
+    from wandb.sdk.data_types import _private
+
     from bigtrain.cli import main
 
     folder = Path(asked["files"])
@@ -57,6 +60,7 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["cwd"])
+    _private.MEDIA_TMP.name = tempfile.mkdtemp(dir=folder)  # the one that was imported would be every child's
     sys.path[:0] = os.environ.get("PYTHONPATH", "").split(":")
     sys.argv = ["bigtrain", *asked["arguments"]]
     code = 0

@@ -253,11 +253,11 @@ def test_linear_regression_ends_where_least_squares_does(tmp_path: Path) -> None
     done = bigtrain("train", "diabetes", "track.wandb=off", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     corpus = prepare(load_recipe("diabetes").recipe)
-    train, held = corpus.train, corpus.eval
-    design = np.c_[train.features, np.ones(len(train))]  # type: ignore[attr-defined]
-    answer = np.linalg.lstsq(design, train.answers, rcond=None)[0]  # type: ignore[attr-defined]
-    residual = held.answers - np.c_[held.features, np.ones(len(held))] @ answer  # type: ignore[attr-defined]
-    r2 = 1 - (residual**2).sum() / ((held.answers - held.answers.mean()) ** 2).sum()  # type: ignore[attr-defined]
+    train, held = corpus.train.fields, corpus.eval.fields  # type: ignore[attr-defined]
+    design = np.c_[train["features"], np.ones(len(train["features"]))]
+    answer = np.linalg.lstsq(design, train["target"], rcond=None)[0]
+    residual = held["target"] - np.c_[held["features"], np.ones(len(held["features"]))] @ answer
+    r2 = 1 - (residual**2).sum() / ((held["target"] - held["target"].mean()) ** 2).sum()
     assert json.loads(done.stdout)["r2"] == pytest.approx(r2, abs=0.005)
 
 

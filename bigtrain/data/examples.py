@@ -84,6 +84,19 @@ def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple[P
     return Subset(everything, [i for i, o in enumerate(out) if not o]), Subset(everything, [i for i, o in enumerate(out) if o])
 
 
+@dataclass(frozen=True)
+class Columns:
+    """One column per field: token ids, features (standardised by the training set), class numbers or values."""
+
+    fields: Mapping[str, Ragged | NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, index: int) -> Example:
+        return {name: column[index] for name, column in self.fields.items()}
+
+
 # Text -------------------------------------------------------------------------------------------------------------
 
 
@@ -107,19 +120,6 @@ class Windows:
         return {"tokens": ids if start else np.concatenate([[self.first], ids])}
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Token sequences by field, and perhaps a label each."""
-
-    fields: Mapping[str, Ragged | NDArray[np.int64]]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.fields.values())))
-
-    def __getitem__(self, index: int) -> Example:
-        return {name: column[index] for name, column in self.fields.items()}
-
-
 def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
     cache, length = open_cache(recipe, source, evaluation), recipe.data.seq_len
     refuse_bad(cache.meta["bad"], recipe)
@@ -130,7 +130,7 @@ def _text(recipe: Recipe, source: Source, evaluation: Source | None) -> Corpus:
             sets.append(Windows(cache.field(part, "text").flat, length, cache.tokenizer.eos_token_id))
         else:
             names = FIELDS[recipe.task]
-            sets.append(Sequences({name: cache.labels(part) if name == "label" else cache.field(part, name) for name in names}))
+            sets.append(Columns({name: cache.labels(part) if name == "label" else cache.field(part, name) for name in names}))
     if recipe.task == "causal_lm":
         facts |= {"eval_bytes": cache.meta["eval_bytes"], "baselines": cache.meta["baselines"]}
     if cut := cache.meta["cut"]:
@@ -253,21 +253,6 @@ def _look_at_all(parts: tuple[Part, ...], size: int | None) -> tuple[set[Shape],
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of features, standardised by the training set, with a class number or a value each."""
-
-    features: NDArray[np.float32]
-    answers: NDArray[Any]
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> Example:
-        return {"features": self.features[index], self.name: self.answers[index].item()}
-
-
 def _table(recipe: Recipe, train: Part, held: Part, trained: dict[str, Any] | None) -> Corpus:
     answer = FIELDS[recipe.task][1]
     good: list[list[Record]] = [[], []]
@@ -298,6 +283,6 @@ def _table(recipe: Recipe, train: Part, held: Part, trained: dict[str, Any] | No
     std[std == 0] = 1
     if trained is not None:
         mean, std = (np.asarray(trained[f"feature_{name}"], np.float32) for name in ("mean", "std"))
-    sets = [Table((r - mean) / std, column, answer) for r, column in zip(rows, columns, strict=True)]
+    sets = [Columns({"features": (r - mean) / std, answer: column}) for r, column in zip(rows, columns, strict=True)]
     width, seen = rows[0].shape[1], {"feature_mean": mean.tolist(), "feature_std": std.tolist()}
     return Corpus(sets[0], sets[1], width // 64 + 1, classes=classes, features=width, preprocessing=seen, bad=bad)
