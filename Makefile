@@ -9,7 +9,8 @@ demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain generate tiny-lm "def "
 
 test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
-	$(BIN)/python -m pytest -m "not gpu and not slurm and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed"
+	$(BIN)/python -m pytest -m timed
 
 check: lint types test browser slurm  ## what CI runs
 

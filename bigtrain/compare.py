@@ -221,7 +221,7 @@ def show(compared: dict[str, Any]) -> None:
     """Two tables on the terminal, a column for each run: what differs, and what came of it."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     screen, rows = Console(), compared["results"]
@@ -229,7 +229,8 @@ def show(compared: dict[str, Any]) -> None:
     for title, lines in (("settings that differ", compared["settings"]), ("results", columns)):
         for first in range(0, len(rows), _WIDE):
             some = slice(first, first + _WIDE)
-            table = Table(title if lines else "no setting differs", *(escape(row["run"]) for row in rows[some]), box=None)
+            names = (Column(escape(row["run"]), overflow="fold") for row in rows[some])  # their ends tell runs of a sweep apart
+            table = Table(title if lines else "no setting differs", *names, box=None)
             for key, values in lines.items():
                 table.add_row(key, *(Text(_short(value)) for value in values[some]))
             screen.print(table, "")

@@ -66,7 +66,10 @@ def tracker(kind: str, project: str, run: str, folder: Path, step: int) -> Any:
     if kind == "tensorboard":
         begun: Any = tracking.TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
     else:
+        import trackio
+
         begun = tracking.TrackioTracker(project, name=run, resume="allow")
+        begun.finish = trackio.finish  # Accelerate's own leaves the run to be finished, and said goodbye to, once more at exit
     with contextlib.redirect_stdout(sys.stderr):  # Trackio greets
         begun.start()
     return begun

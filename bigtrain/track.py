@@ -196,6 +196,7 @@ class WandB:
 
     def _begin(self, online: bool, **known: Any) -> Any:
         """Start W&B's run; offline, with a line that says so, where its server does not answer in time."""
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.files.path / "wandb"))  # what is to be uploaded stays with the run
         import wandb
 
         settings = wandb.Settings(
@@ -223,7 +224,7 @@ class WandB:
 
     def samples(self, step: int, rows: list[Record]) -> None:
         """A table of what the model made of some held-out examples; tensors are images."""
-        self._try(lambda: self.run.log({"step": step, "eval/samples": self._table(rows)}))
+        self._try(lambda: self.run.log({"step": step, "samples/eval": self._table(rows)}))
 
     def _table(self, rows: list[Record]) -> Any:
         import wandb
@@ -235,13 +236,14 @@ class WandB:
         self._try(lambda: self._finish(summary))
 
     def _finish(self, summary: Record) -> None:
-        """The exported model becomes an artifact, by reference: nothing is uploaded or hashed."""
+        """The exported model becomes an artifact, by reference (nothing of it is uploaded or hashed), with its recipe."""
         import wandb
 
         self.run.summary.update(summary)
         if (self.files.export / "bigtrain.json").is_file():
             artifact = wandb.Artifact(f"{self.files.name}-model", type="model")
             artifact.add_reference(self.files.export.resolve().as_uri(), checksum=False)
+            artifact.add_file(str(self.files.recipe))
             self.run.log_artifact(artifact)
         self.run.finish()
 
@@ -356,14 +358,21 @@ def console(as_json: bool = False, quiet: bool = False) -> Console:
 def keep_warnings(run: RunDir, rank: int) -> None:
     """What libraries warn of goes to `runs/NAME/logs/rank-N.log`; what the user's own code does, to rank 0's terminal too."""
     run.logs.mkdir(exist_ok=True)
-    kept = logging.FileHandler(run.logs / f"rank-{rank}.log", delay=True)
+    kept, shown, seen = logging.FileHandler(run.logs / f"rank-{rank}.log"), logging.StreamHandler(), set[str]()
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    shown = logging.StreamHandler()
     theirs = re.compile(rf"site-packages|dist-packages|^{re.escape(sysconfig.get_paths()['stdlib'])}")
+
+    def is_new(record: logging.LogRecord) -> bool:  # Python forgets what it has warned of whenever a filter changes
+        known = record.getMessage() in seen
+        seen.add(record.getMessage())
+        return not known
+
     shown.addFilter(lambda record: record.name == "py.warnings" and not theirs.search(record.getMessage()))
     logging.getLogger().handlers = [kept, shown] if rank == 0 else [kept]
     logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addFilter(is_new)
     warnings.resetwarnings()
     for name in ("accelerate", "DeepSpeed", "torch.distributed", "transformers"):  # which speak to the terminal themselves
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate, logger.level = [], True, logging.WARNING
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.WARNING)

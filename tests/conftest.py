@@ -27,7 +27,8 @@ TESTS = Path(__file__).parent
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A token cache that all tests of a session share and no other session sees."""
-    os.environ["BIGTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()  # of one worker, where there are several
+    os.environ["BIGTRAIN_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
     yield
 
 

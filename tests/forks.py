@@ -4,6 +4,7 @@ Each child is what `python -m bigtrain …` would be, but for the seconds that i
 standard input; a child's output, process id and exit code go to files, for whoever asked to wait for.
 """
 
+import gc
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ def serve() -> None:
     import bigtrain.run
 
     assert all((accelerate, datasets, deepspeed, wandb, bigtrain))
+    gc.freeze()  # or every child would copy, by looking through it for garbage, what it was forked for to share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:

@@ -125,6 +125,7 @@ def test_nothing_to_compare_is_a_wrong_request(tmp_path: Path) -> None:
     assert "nope: no run" in done.stderr
 
 
+@pytest.mark.timed
 def test_ten_runs_of_a_hundred_thousand_steps_open_in_three_seconds(tmp_path: Path) -> None:
     first = make_run(tmp_path, "run-0", 0, 1e-4, steps=100_000)
     for number in range(1, 10):

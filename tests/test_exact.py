@@ -45,6 +45,7 @@ def _curves(world: int) -> dict[str, dict[str, Any]]:
         if engine in ("zero1-offload", "zero3-offload") and steps != 3:
             continue
         case = {"run": "exact", "model": model, "precision": precision, "micro_batch": MICRO[world][steps]}
+        case["evaluate"] = (precision, steps) == ("fp32", 1) and engine in ("ddp", "zero3")
         cases[f"{world}/{model}/{engine}/{precision}/{steps}"] = case | ENGINES[engine]
     return cases
 

@@ -119,6 +119,27 @@ def test_no_pickle_in_a_checkpoint_is_ever_run(whole: Path, tmp_path: Path) -> N
     assert song.exists()
 
 
+def test_no_pickle_in_pretrained_weights_or_the_token_cache_is_ever_run(tmp_path: Path) -> None:
+    song, folder = tmp_path / "song", tmp_path / "pretrained"
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 400)
+    recipe = ["tiny-lm", "data.train=text.txt", "data.tokenizer=bytes", "train.steps=1", "track.wandb=off"]
+    own = {"BIGTRAIN_CACHE": str(tmp_path / "cache")}
+    assert bigtrain("train", *recipe, cwd=tmp_path, **own).returncode == 0
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tmp_path / "runs" / "tiny-lm" / "export" / "config.json").read_bytes())
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Canary(song)))
+        done = bigtrain("train", *recipe, "name=other", f"model.pretrained={folder}", cwd=tmp_path, **own)
+        assert done.returncode == 2, done.stderr
+        assert "model.pretrained" in done.stderr
+    for file in [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]:
+        content = file.read_bytes()
+        file.write_bytes(pickle.dumps(Canary(song)))
+        bigtrain("train", *recipe, "name=other", cwd=tmp_path, **own)
+        file.write_bytes(content)
+    assert not song.exists()
+
+
 SAVE_AND_DIE = """
 import os
 from pathlib import Path
@@ -462,6 +483,7 @@ def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> 
     assert "rank 1: step 3: forward  ← behind the others" in ends[0].stderr, ends[0].stderr
 
 
+@pytest.mark.timed
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     recipe = [*MISFIT, "model.name=misfits:SlowOnRankOne", "train.hang_timeout=4", "train.steps=120", "train.log_every=10"]
     assert on_ranks(2, "train", *recipe, cwd=tmp_path, PYTHONPATH=str(TESTS)).returncode == 0

@@ -149,6 +149,7 @@ def test_every_shipped_recipe_builds_its_model(name: str, tmp_path: Path) -> Non
     assert low <= count <= high, count
 
 
+@pytest.mark.timed
 def test_help_and_a_misspelt_key_answer_at_once() -> None:
     for arguments, code in ((["--help"], 0), (["train", "tiny-lm", "optim.learning_rat=1"], 2)):
         times = []

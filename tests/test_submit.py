@@ -64,6 +64,7 @@ def test_what_sbatch_itself_reads_is_one_plain_word(key: str, text: str) -> None
         load_recipe("tiny-lm", [asked])
 
 
+@pytest.mark.timed
 def test_a_dry_run_answers_at_once_and_writes_nothing(tmp_path: Path) -> None:
     took = []
     for _ in range(5):

@@ -261,6 +261,17 @@ def test_linear_regression_ends_where_least_squares_does(tmp_path: Path) -> None
     assert json.loads(done.stdout)["r2"] == pytest.approx(r2, abs=0.005)
 
 
+def test_an_image_model_starts_from_pretrained_weights(tmp_path: Path) -> None:
+    short = ["digits-resnet", "train.steps=2", "train.eval_every=2", "track.wandb=off"]
+    assert bigtrain("train", *short, cwd=tmp_path).returncode == 0
+    first = tmp_path / "runs" / "digits-resnet"
+    done = bigtrain("train", *short, "name=second", f"model.pretrained={first / 'export'}", "optim.lr=1e-12", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = [load_file(run / "export" / "model.safetensors") for run in (first, tmp_path / "runs" / "second")]
+    name = "classifier.1.weight"
+    assert weights[0][name].sub(weights[1][name]).abs().max() < 1e-6
+
+
 def test_pretrained_weights_are_where_training_starts(finished: Path, tmp_path: Path) -> None:
     """A run that starts from another's export begins at that one's loss, on one process and sharded over two."""
     export = finished / "runs" / "tiny-lm" / "export"

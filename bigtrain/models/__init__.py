@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -165,7 +166,7 @@ def _load_own(model: nn.Module, folder: Path) -> None:
     path = folder / "model.safetensors"
     try:
         weights = load_file(path)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, SafetensorError) as problem:
         raise RequestError(f"model.pretrained: {path} cannot be read ({problem})", "a folder with model.safetensors") from None
     expected = model.state_dict()
     for name, tensor in weights.items():

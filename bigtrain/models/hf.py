@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 import transformers
 from blake3 import blake3
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -151,7 +152,7 @@ def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrain
         model, report = auto.from_pretrained(
             folder, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as problem:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise RequestError(
             f"model.pretrained: {folder} cannot be loaded: {str(problem).splitlines()[0]}",
             "safetensors of this architecture and shape",

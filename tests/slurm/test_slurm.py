@@ -259,6 +259,33 @@ def test_a_sweep_trains_one_line_per_task(cluster: Cluster, tmp_path: Path) -> N
     assert not (tmp_path / "x").exists()
 
 
+def test_a_sweep_of_the_command_line_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine"))
+    fixed = ["slurm.gpus_per_node=0", "train.steps=3", "train.eval_every=3", "track.wandb=off", "track.tags=[it's $(touch x)]"]
+    command = [sys.executable, "-m", "bigtrain", "sweep", "mine.yaml", "seed=0..1", *fixed, "slurm.time=10", "--slurm"]
+    run = cluster.environment | {"BIGTRAIN_SETUP": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    recipe.write_text("nonsense")
+    job = done.stdout.split()[1]
+    for task, seed in ((1, 0), (2, 1)):
+        assert cluster.finish(f"{job}_{task}") == "COMPLETED", (tmp_path / f"mine-{job}_{task}.out").read_text()
+        found = json.loads((tmp_path / "runs" / f"mine-seed{seed}" / "effective.json").read_text())
+        assert (found["seed"]["value"], found["track.tags"]["value"]) == (seed, ["it's $(touch x)"])
+    assert not (tmp_path / "x").exists()
+    shown = subprocess.run([*command[:3], "status", "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=True)
+    assert {(one["run"], one["state"]) for one in json.loads(shown.stdout)} == {(f"mine-seed{s}", "finished") for s in (0, 1)}
+
+
+def test_the_doctor_starts_itself_on_every_task(cluster: Cluster, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m bigtrain doctor --slurm --json"
+    job = cluster.submit(*NODES, "--output=job.log", "--wrap", command, cwd=tmp_path, SLURM_MPI_TYPE="none")
+    assert cluster.finish(job) == "COMPLETED", log(tmp_path)
+    rows = json.loads(log(tmp_path)[log(tmp_path).index("[{") :].splitlines()[0])
+    assert "all-reduce" in {row["check"] for row in rows}, "there were two"
+
+
 def doctor(cluster: Cluster, folder: Path, before: str = "", **more: str) -> tuple[int, list[dict[str, object]]]:
     """`srun bigtrain doctor` on the two nodes, each rank after a piece of shell."""
     wrapper = folder / "wrapper.sh"
