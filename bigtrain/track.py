@@ -6,12 +6,14 @@ import logging
 import math
 import netrc
 import os
+import queue
 import re
 import secrets
 import statistics
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -190,6 +192,10 @@ class WandB:
             last = int(self.run.summary.get("step", 0) or 0)
             told |= {(kind, known_step) for kind in ("train", "eval") for known_step in range(last + 1)}
         self.told = told
+        # A line takes W&B two milliseconds, mostly of waiting: training does not wait with it.
+        self.todo: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="W&B")
+        self.thread.start()
         for record in read_metrics(run.metrics):
             if record.get("kind") in ("train", "eval") and record.get("step", 0) <= step:
                 self.log(record)
@@ -215,16 +221,16 @@ class WandB:
         kind, step = record["kind"], record["step"]
         if kind == "event" and record["event"] in _ALERTS:
             text = str(record.get("reason") or record.get("places") or "")
-            self._try(lambda: self.run.alert(f"{self.files.name}: {_ALERTS[record['event']]}", f"step {step}. {text}"))
+            self.todo.put(lambda: self.run.alert(f"{self.files.name}: {_ALERTS[record['event']]}", f"step {step}. {text}"))
         if kind == "train" and not record["applied"] and not self.skipped:
             self.skipped = True
-            self._try(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
+            self.todo.put(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
         if (numbers := _numbers(record)) and (kind, step) not in self.told:
-            self._try(lambda: self.run.log({"step": step, **numbers}))
+            self.todo.put(lambda: self.run.log({"step": step, **numbers}))
 
     def samples(self, step: int, rows: list[Record]) -> None:
         """A table of what the model made of some held-out examples; tensors are images."""
-        self._try(lambda: self.run.log({"step": step, "samples/eval": self._table(rows)}))
+        self.todo.put(lambda: self.run.log({"step": step, "samples/eval": self._table(rows)}))
 
     def _table(self, rows: list[Record]) -> Any:
         import wandb
@@ -233,7 +239,9 @@ class WandB:
         return wandb.Table(columns=list(rows[0]), data=shown)
 
     def close(self, summary: Record) -> None:
-        self._try(lambda: self._finish(summary))
+        self.todo.put(lambda: self._finish(summary))
+        self.todo.put(None)
+        self.thread.join(_END + 2)
 
     def _finish(self, summary: Record) -> None:
         """The exported model becomes an artifact, by reference (nothing of it is uploaded or hashed), with its recipe."""
@@ -247,14 +255,15 @@ class WandB:
             self.run.log_artifact(artifact)
         self.run.finish()
 
-    def _try(self, act: Callable[[], Any]) -> None:
+    def _work(self) -> None:
         """W&B's service is a process of its own, which a cluster may end before us: that must not end the run."""
         try:
-            if self.run is not None:
+            while (act := self.todo.get()) is not None:
                 act()
         except Exception as problem:
-            self.run = None
             self._say(f"is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all")
+            while self.todo.get() is not None:
+                pass  # nothing of it may pile up
 
     def _say(self, what: str) -> None:
         print(f"bigtrain: W&B {what}; later: bigtrain sync {self.files.name}", file=sys.stderr)
