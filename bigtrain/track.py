@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import math
-import netrc
 import os
 import queue
 import re
@@ -15,15 +14,13 @@ import sys
 import sysconfig
 import threading
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlparse
 
+import requests
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -314,23 +311,15 @@ def _unreachable() -> str:
     """Why W&B's server does not answer; empty if it does. Asked first, because a run of W&B's that could not begin holds up
     the end of the program for half a minute."""
     try:
-        urllib.request.urlopen(_server(), timeout=_START).close()
-    except urllib.error.HTTPError:
-        return ""  # an answer
-    except OSError as problem:
+        requests.head(_server(), timeout=_START)
+    except requests.RequestException as problem:
         return str(problem)
     return ""
 
 
 def logged_in() -> bool:
     """Whether W&B has a key for its server, in the environment or in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(_server()).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return bool(os.environ.get("WANDB_API_KEY")) or requests.utils.get_netrc_auth(_server()) is not None
 
 
 class Everyone:

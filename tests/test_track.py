@@ -55,6 +55,7 @@ def test_a_run_killed_twice_is_one_run_in_wandb_with_each_step_once(tmp_path: Pa
     assert ids == {(tmp_path / RUN / "wandb_id").read_text()}
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("answers", [False, True], ids=["nobody there", "accepts and never answers"])
 def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Path) -> None:
     with socket.socket() as server:
@@ -66,6 +67,7 @@ def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Pa
             "WANDB_API_KEY": KEY,
             "WANDB_MODE": "online",
         }
+        bigtrain("recipes", cwd=tmp_path)  # so that what forks is there
         began = time.time()
         done = bigtrain("train", *CNN, cwd=tmp_path, **environment)
         ended = time.time()
