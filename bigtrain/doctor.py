@@ -34,22 +34,22 @@ Report = dict[str, Any]
 Row = dict[str, Any]  # check, found, ok, advice
 
 
-def examine() -> tuple[list[Row], int]:
-    """All checks on all ranks: rows for a table on rank 0 (elsewhere only what kept this rank from reporting), and the rank."""
+def examine() -> list[Row]:
+    """All checks on all ranks: rows for a table on rank 0 (elsewhere only if something kept this rank from reporting)."""
     rank, ranks, address, port = _whereabouts()
     try:
         own = _this_rank(rank, port)
         reports = [own] if ranks == 1 else _exchange(_meet(rank, ranks, address, port), rank, ranks, own)
+        return compare(reports) if rank == 0 else []
     except RuntimeError as problem:
         reason = str(problem).splitlines()[0][:120]
         found = f"rank {rank} on {socket.gethostname()} did not reach all others at {address}: {reason}"
         advice = "a firewall, a wrong MASTER_ADDR, or ranks that never started"
-        return [_row("rendezvous", found, False, advice), *compare([own])], 0
+        return [_row("rendezvous", found, False, advice), *compare([own])]
     finally:
         if rank == 0:
             with contextlib.suppress(OSError):  # not empty, or it is not ours to remove
                 RUNS.rmdir()
-    return (compare(reports) if rank == 0 else []), rank
 
 
 def compare(reports: list[Report]) -> list[Row]:
