@@ -78,6 +78,9 @@ class Checkpoints:
     def __init__(self, engine: Engine, run: RunDir, recipe: Recipe, state: State) -> None:
         """`state`: where the run stands, at step 0 or as its last checkpoint has it."""
         self.engine, self.run, self.settings = engine, run, recipe.train
+        # The last one deleted. The next is written over its files, whose blocks and pages in memory are at hand: here
+        # five times faster than new files, and no more space than writing takes anyway.
+        self.spare = run.checkpoints / ".spare"
         self.recipe_hash = blake3(to_yaml(recipe).encode()).hexdigest()
         self.writer: threading.Thread | None = None
         self.state = replace(state)
@@ -91,12 +94,6 @@ class Checkpoints:
     @property
     def building(self) -> Path:
         return self.run.checkpoints / f".{self.final.name}.tmp"
-
-    @property
-    def spare(self) -> Path:
-        """The last one deleted. The next is written over its files, whose blocks and pages in memory are at hand: here
-        five times faster than new files, and no more space than writing takes anyway."""
-        return self.run.checkpoints / ".spare"
 
     def close(self) -> None:
         """Nothing more will be written."""
@@ -188,7 +185,7 @@ class Checkpoints:
         state_path.write_text(json.dumps(asdict(self.state)))
         manifest = {
             "files": files | {state_path.name: _settle(state_path)},
-            **_facts_of(engine),
+            **engine.facts(),
             "offload": engine.plan.offload,
             "shapes": engine.shapes(),
             "recipe": self.recipe_hash,
@@ -212,12 +209,6 @@ class Checkpoints:
                 # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
                 shutil.rmtree(self.spare, ignore_errors=True)
                 path.rename(self.spare)
-
-
-def _facts_of(engine: Engine) -> dict[str, Any]:
-    """What a manifest says of the engine that wrote it, and another may have otherwise."""
-    kind, precision = engine.plan.kind, engine.plan.precision
-    return {"engine": kind, "world_size": engine.world_size, "precision": precision, "optimizer": engine.optimizer_name}
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
@@ -336,12 +327,12 @@ def load(engine: Engine, path: Path) -> tuple[State, str]:
         shapes, optimizer = manifest["shapes"], manifest["optimizer"]
     except (TypeError, KeyError) as problem:
         raise RequestError(f"{path} is of another version of bigtrain ({problem})", "that version, or --fresh") from None
-    ours = engine.shapes()
+    ours, facts = engine.shapes(), engine.facts()
     if other := sorted(name for name in ours.keys() | shapes.keys() if ours.get(name) != shapes.get(name)):
         found = f"{path}: {other[0]} is {shapes.get(other[0], 'absent')}, and the model's {ours.get(other[0], 'absent')}"
         raise RequestError(found, "a checkpoint of the same model", "the recipe as it was, or --fresh")
-    engine.restore(Shards(path), optimizer == engine.optimizer_name)
-    moved = [f"{key} {manifest[key]} → {value}" for key, value in _facts_of(engine).items() if manifest[key] != value]
+    engine.restore(Shards(path), optimizer == facts["optimizer"])
+    moved = [f"{key} {manifest[key]} → {value}" for key, value in facts.items() if manifest[key] != value]
     return state, ", ".join(moved)
 
 
@@ -352,24 +343,18 @@ class Shards:
     """
 
     def __init__(self, path: Path) -> None:
-        self.files = [safe_open(file, framework="pt") for file in sorted(path.glob("rank-*.safetensors"))]
-        # parameter → key → the pieces, as (start or None for a scalar, file, name in it)
+        # parameter → key → the pieces, as (where it starts, or None for a number that is no part of it; file, name in it)
         self.pieces: dict[str, dict[str, list[tuple[int | None, Any, str]]]] = {}
-        for file in self.files:
+        for file in (safe_open(each, framework="pt") for each in sorted(path.glob("rank-*.safetensors"))):
             for name in file.keys():  # noqa: SIM118
                 parameter, key, start = name.split("|")
                 place = None if start == "scalar" else int(start)
                 self.pieces.setdefault(parameter, {}).setdefault(key, []).append((place, file, name))
 
-    def keys_of(self, parameter: str) -> list[str]:
-        return list(self.pieces.get(parameter, {}))
-
-    def is_scalar(self, parameter: str, key: str) -> bool:
-        return self.pieces[parameter][key][0][0] is None
-
-    def scalar(self, parameter: str, key: str) -> Tensor:
-        _, file, name = self.pieces[parameter][key][0]
-        return file.get_tensor(name)
+    def scalar(self, parameter: str, key: str) -> Tensor | None:
+        """What there is once; None for what lies in pieces."""
+        place, file, name = self.pieces[parameter][key][0]
+        return file.get_tensor(name) if place is None else None
 
     def read(self, parameter: str, key: str, start: int, into: Tensor) -> None:
         """Fill `into` with the elements from `start` on. RequestError if the checkpoint does not cover them."""

@@ -69,9 +69,7 @@ def _finished(summary: dict[str, Any]) -> None:
 @app.command()
 def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Evaluate a finished run's model again, on its held-out data or on other data."""
-    from bigtrain.rundir import find_run
-
-    found = find_run(run)
+    found = _find(run, finished=True)
     from bigtrain.predict import evaluate_run
 
     _print(evaluate_run(found, overrides or []), as_json, _table)
@@ -87,9 +85,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let a finished language model (or sequence-to-sequence model) write."""
-    from bigtrain.rundir import find_run
-
-    found = find_run(run)
+    found = _find(run, finished=True)
     from bigtrain.predict import generate_text
 
     text = generate_text(found, prompt, tokens, temperature, seed)
@@ -101,11 +97,7 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder 
     """Copy a finished run's model (Hugging Face format) to OUT."""
     import shutil
 
-    from bigtrain.rundir import find_run
-
-    found = find_run(run)
-    if not (found.export / "bigtrain.json").is_file():
-        raise RequestError(f"{found.path} has no export: the run has not finished", "a finished run")
+    found = _find(run, finished=True)
     if out.exists():
         raise RequestError(f"{out} exists already", "a folder that does not exist yet")
     shutil.copytree(found.export, out)
@@ -117,14 +109,10 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     """Check every file of every checkpoint of a run against its hash; exit 1 if any is broken."""
     from bigtrain.checkpoint import committed
     from bigtrain.checkpoint import verify as check
-    from bigtrain.rundir import find_run
 
-    result = {path.name: check(path) for path in committed(find_run(run))}
-    if not result and not as_json:
-        print("no checkpoints")
-    _print(result, as_json, lambda found: [print(name, "; ".join(p) if p else "ok") for name, p in found.items()])
-    if any(result.values()):
-        raise typer.Exit(1)
+    result = {path.name: check(path) for path in committed(_find(run))}
+    shown = "\n".join(f"{name} {'; '.join(problems) or 'ok'}" for name, problems in result.items()) or "no checkpoints"
+    _print(result, as_json, lambda _: print(shown), not any(result.values()))
 
 
 @app.command()
@@ -147,9 +135,7 @@ def prove(
     from bigtrain.prove import prove as make_proof
 
     result = make_proof(loaded, recipe, overrides or [], ranks, steps, launcher)
-    _print(result, as_json, _proof)
-    if result["verdict"] != "PASS":
-        raise typer.Exit(1)
+    _print(result, as_json, _proof, result["verdict"] == "PASS")
 
 
 def _proof(result: dict[str, Any]) -> None:
@@ -173,11 +159,11 @@ def submit(
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        script = render(loaded.recipe, recipe, overrides or [])
-        _print({"script": script}, as_json, lambda result: print(result["script"], end=""))
-        return
-    told = "job {job} is to train {run}; its script is {script}\n  bigtrain status shows how it goes"
-    _print(hand_in(loaded, recipe, overrides or []), as_json, lambda result: print(told.format(**result)))
+        result, told = {"script": render(loaded.recipe, recipe, overrides or [])}, "{script}"
+    else:
+        result = hand_in(loaded, recipe, overrides or [])
+        told = "job {job} is to train {run}; its script is {script}\n  bigtrain status shows how it goes\n"
+    _print(result, as_json, lambda result: print(told.format(**result), end=""))
 
 
 @app.command()
@@ -252,10 +238,9 @@ def sweep(
 @app.command()
 def sync(run: RunArgument) -> None:
     """Upload to W&B what a run logged offline."""
-    from bigtrain.rundir import find_run
     from bigtrain.track import sync as upload
 
-    print(upload(find_run(run)))
+    print(upload(_find(run)))
 
 
 @app.command()
@@ -270,11 +255,8 @@ def doctor(
         os.execvp("srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *["--json"] * as_json])
     from bigtrain.doctor import examine
 
-    rows, rank = examine()
-    if rank == 0:
-        _print(rows, as_json, _diagnosis)
-    if not all(row["ok"] for row in rows):
-        raise typer.Exit(1)
+    if rows := examine():
+        _print(rows, as_json, _diagnosis, all(row["ok"] for row in rows))
 
 
 def _diagnosis(rows: list[dict[str, Any]]) -> None:
@@ -301,11 +283,9 @@ def init(
     """Write a shipped recipe out under a name of your own, to edit."""
     import re
 
-    from bigtrain.load import recipe_path
-    from bigtrain.recipe import NAME_PATTERN
+    from bigtrain.load import load_recipe, recipe_path
 
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise RequestError(f"name {name!r}", "letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    load_recipe(like, [f"name={json.dumps(name)}"])  # refuses what is no name
     target = Path(f"{name}.yaml")
     if target.exists():
         raise RequestError(f"{target} exists already", "a new name")
@@ -321,13 +301,27 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _print(result: Any, as_json: bool, show: Any) -> None:
+def _find(run: str, finished: bool = False) -> Any:
+    """The run's directory. Raises RequestError where there is none, or it should have finished and has not."""
+    from bigtrain.rundir import find_run
+
+    found = find_run(run)
+    if finished and not (found.export / "bigtrain.json").is_file():
+        fix = f"bigtrain train {found.recipe}"
+        raise RequestError(f"{found.path} has no export: the run has not finished", "a finished run", fix)
+    return found
+
+
+def _print(result: Any, as_json: bool, show: Any, good: bool = True) -> None:
+    """Print a command's result; and end with 1 where it is not good."""
     if as_json:
         from bigtrain.rundir import to_json
 
         print(to_json(result))
     else:
         show(result)
+    if not good:
+        raise typer.Exit(1)
 
 
 def _table(result: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from datetime import timedelta
@@ -25,6 +24,7 @@ from torch.distributed.elastic.utils.store import barrier
 from bigtrain.footprint import product_rate
 from bigtrain.rundir import RUNS, to_json
 from bigtrain.track import logged_in
+from bigtrain.watch import attempt
 
 PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets", "wandb", "numpy")
 _SHM, _DISK, _SKEW = 1 << 30, 10 << 30, 2.0  # bytes free, bytes free, seconds apart
@@ -34,22 +34,22 @@ Report = dict[str, Any]
 Row = dict[str, Any]  # check, found, ok, advice
 
 
-def examine() -> tuple[list[Row], int]:
-    """All checks on all ranks: rows for a table on rank 0 (elsewhere only what kept this rank from reporting), and the rank."""
+def examine() -> list[Row]:
+    """All checks on all ranks: rows for a table on rank 0 (elsewhere only if something kept this rank from reporting)."""
     rank, ranks, address, port = _whereabouts()
     try:
         own = _this_rank(rank, port)
         reports = [own] if ranks == 1 else _exchange(_meet(rank, ranks, address, port), rank, ranks, own)
+        return compare(reports) if rank == 0 else []
     except RuntimeError as problem:
         reason = str(problem).splitlines()[0][:120]
         found = f"rank {rank} on {socket.gethostname()} did not reach all others at {address}: {reason}"
         advice = "a firewall, a wrong MASTER_ADDR, or ranks that never started"
-        return [_row("rendezvous", found, False, advice), *compare([own])], 0
+        return [_row("rendezvous", found, False, advice), *compare([own])]
     finally:
         if rank == 0:
             with contextlib.suppress(OSError):  # not empty, or it is not ours to remove
                 RUNS.rmdir()
-    return (compare(reports) if rank == 0 else []), rank
 
 
 def compare(reports: list[Report]) -> list[Row]:
@@ -72,11 +72,9 @@ def compare(reports: list[Report]) -> list[Row]:
     rows.append(_unless(skews, "clocks", f"within {_SKEW} s", "chronyc makestep (as root) on that node"))
     busy = {r["rank"]: f"{r['busy_port']} is in use" for r in reports if r["busy_port"]}
     rows.append(_unless(busy, "port", "free", "another MASTER_PORT, or end what holds it: ss -ltnp"))
-    if "latency" in first:
-        found = f"{first['latency'] * 1e6:,.0f} µs for one number, {first['bandwidth'] / 2**30:.2f} GiB/s"
-        rows.append(_row("all-reduce", found, True))
-    elif "no_collective" in first:
-        rows.append(_row("all-reduce", first["no_collective"], False, "NCCL_DEBUG=INFO says which network is tried"))
+    if "all_reduce" in first:
+        found, works = first["all_reduce"]
+        rows.append(_row("all-reduce", found, works, "NCCL_DEBUG=INFO says which network is tried"))
     taken = {r["rank"]: f"{r['used'] / 2**30:.0f} GiB of the device are in use" for r in reports if r["used"] > r["memory"] / 9}
     rows.append(_unless(taken, "device is ours", "nobody else's memory on it", "end what else uses it (nvidia-smi)"))
     blind = {r["rank"]: f"{r['host']} has NVIDIA devices, and torch sees none" for r in reports if r["blind"]}
@@ -141,8 +139,7 @@ def _this_rank(rank: int, port: int) -> Report:
     installed = {name: next((found.version for found in distributions(name=name)), "missing") for name in PACKAGES}
     report["versions"] = {"python": sys.version.split()[0]} | installed
     report["versions"] |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
-    report["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    report["devices"] = torch.cuda.device_count()
+    report |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "devices": torch.cuda.device_count()}
     report["blind"] = not cuda and Path("/dev/nvidiactl").exists()
     free, total = torch.cuda.mem_get_info() if cuda else (psutil.virtual_memory().available, 0)
     report |= {"memory": free, "used": max(total - free, 0)}
@@ -156,11 +153,10 @@ def _this_rank(rank: int, port: int) -> Report:
 
 
 def _is_free(port: int) -> bool:
-    try:
+    with contextlib.suppress(OSError, OverflowError):  # in use, or no port at all
         socket.create_server(("", port)).close()
-    except (OSError, OverflowError):  # in use, or no port at all
-        return False
-    return True
+        return True
+    return False
 
 
 def _try_writing(size: int = 64 << 20) -> Report:
@@ -199,18 +195,13 @@ def _meet(rank: int, ranks: int, address: str, port: int) -> distributed.TCPStor
 
 def _store_at(address: str, port: int, ranks: int, word: str) -> distributed.TCPStore | None:
     """Rank 0's store, if it is the one that answers there. In a thread: torch waits for ever for a stranger that is silent."""
-    found: list[distributed.TCPStore] = []
 
-    def try_it() -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            socket.create_connection((address, port), timeout=2).close()
-            store = distributed.TCPStore(address, port, ranks, False, _PATIENCE, wait_for_workers=False)
-            if store.get("word") == word.encode():
-                found.append(store)
+    def connect() -> distributed.TCPStore | None:
+        socket.create_connection((address, port), timeout=2).close()
+        store = distributed.TCPStore(address, port, ranks, False, _PATIENCE, wait_for_workers=False)
+        return store if store.get("word") == word.encode() else None
 
-    attempt = threading.Thread(target=try_it, daemon=True)
-    attempt.start()
-    attempt.join(4)
+    _, found = attempt(connect, 4)
     return found[0] if found else None
 
 
@@ -224,7 +215,7 @@ def _exchange(store: distributed.TCPStore, rank: int, ranks: int, own: Report) -
     own["shared"] = Path(store.get("marker").decode()).exists()
     barrier(store, ranks, "here", _PATIENCE.total_seconds(), rank)
     own["clock"] = time.time()
-    own |= _all_reduce(store, rank, ranks)
+    own["all_reduce"] = _all_reduce(store, rank, ranks)
     store.set(f"report {rank}", to_json(own))
     if rank != 0:
         return []
@@ -234,8 +225,8 @@ def _exchange(store: distributed.TCPStore, rank: int, ranks: int, own: Report) -
     return [report | {"skew": report["clock"] - reports[0]["clock"]} for report in reports]
 
 
-def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> Report:
-    """Seconds for one number, and bytes per second for many (bus bandwidth: 2(n-1)/n of the bytes, as NCCL's tests define it)."""
+def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> tuple[str, bool]:
+    """What one number takes, and many (bus bandwidth: 2(n-1)/n of the bytes, as NCCL's tests define it); whether it works."""
     device, backend, many = ("cuda", "nccl", 64 << 20) if torch.cuda.is_available() else ("cpu", "gloo", 4 << 20)
     try:
         group = distributed.PrefixStore("group", store)
@@ -250,6 +241,7 @@ def _all_reduce(store: distributed.TCPStore, rank: int, ranks: int) -> Report:
             _ = float(data[0])  # waits
             seconds.append((time.perf_counter() - began) / times)
         distributed.destroy_process_group()
-        return {"latency": seconds[0], "bandwidth": many * 4 * 2 * (ranks - 1) / ranks / seconds[1]}
+        rate = many * 4 * 2 * (ranks - 1) / ranks / seconds[1] / 2**30
+        return f"{seconds[0] * 1e6:,.0f} µs for one number, {rate:.2f} GiB/s", True
     except RuntimeError as problem:
-        return {"no_collective": str(problem).splitlines()[0][:200]}
+        return str(problem).splitlines()[0][:200], False

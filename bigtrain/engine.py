@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.plan import Plan
@@ -75,15 +76,6 @@ def tracker(kind: str, project: str, run: str, folder: Path, step: int) -> Any:
     return begun
 
 
-def idle_devices(ranks: int) -> list[str]:
-    """A line for one process that was started bare where several GPUs are."""
-    count = torch.cuda.device_count()
-    told = (
-        f"this is one process, and {count} GPUs are visible: torchrun --nproc_per_node {count} -m bigtrain train … uses them all"
-    )
-    return [told] if ranks == 1 < count else []
-
-
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as torchrun, accelerate launch and bigtrain's Slurm scripts set them; (0, 1) without."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -116,16 +108,13 @@ class Engine(ABC):
     def __init__(self, plan: Plan, accelerator: Any, clip_norm: float) -> None:
         self.plan, self.accelerator, self.clip_norm = plan, accelerator, clip_norm
         self.rank: int = accelerator.process_index
+        self.main = self.rank == 0
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.model: Any = None  # what to call for a forward pass
         self.module: Any = None  # the user's module below it
         self.optimizer: Any = None
         self._host: dict[str, Tensor] = {}  # the last snapshot's memory, used again: fresh pages cost six times more
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
 
     def shard(self, parameters: list[nn.Parameter]) -> None:  # noqa: B027
         """Take over parameters that have just been given their values; engines that do not shard leave them."""
@@ -183,9 +172,10 @@ class Engine(ABC):
             torch.cuda.synchronize()
         return {name: self._host[name] for name in found}
 
-    @property
-    def optimizer_name(self) -> str:
-        return type(self._base()).__name__
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the engine that wrote it, and another may have otherwise."""
+        kind, precision, optimizer = self.plan.kind, self.plan.precision, type(self._base()).__name__
+        return {"engine": kind, "world_size": self.world_size, "precision": precision, "optimizer": optimizer}
 
     def shapes(self) -> dict[str, list[int]]:
         """What a checkpoint must hold, by name: trained parameters and kept buffers, with their whole shapes."""
@@ -196,11 +186,11 @@ class Engine(ABC):
         """Take back what any engine's `snapshot` held (`source`: checkpoint.Shards)."""
         for part in self.fragments():
             state = self._base().state[part.flat]
-            for key in source.keys_of(part.name) if with_optimizer else ["weight"]:
-                if source.is_scalar(part.name, key):
+            for key in source.pieces[part.name] if with_optimizer else ["weight"]:
+                if (number := source.scalar(part.name, key)) is not None:
                     # torch keeps an optimizer's step on the device where it is fused, on the host where it is not.
                     fused = self._base().param_groups[0].get("fused")
-                    state[key] = source.scalar(part.name, key).to(part.flat.device if fused else "cpu")
+                    state[key] = number.to(part.flat.device if fused else "cpu")
                     continue
                 if key != "weight" and key not in state:
                     state[key] = torch.zeros_like(part.flat)
@@ -266,17 +256,11 @@ class Engine(ABC):
 
         return arrive
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
     def gather(self, value: Any) -> list[Any]:
-        """A small value of every rank, in order of rank, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        """A small value of every rank, in order of rank, on every rank; so each waits for all."""
+        from accelerate.utils import gather_object
+
+        return cast(list[Any], gather_object([value]))
 
     def sync_buffers(self) -> None:
         """Give every rank the mean of all ranks' float buffers (BatchNorm's running statistics differ per rank)."""
@@ -324,9 +308,8 @@ def start(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: floa
 def _quiet() -> None:
     """Silence what says nothing to a user; warnings about their own code still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in ("accelerate", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("deepspeed", "accelerate", "torch", "transformers", "torchmetrics"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
 
@@ -335,10 +318,8 @@ def _keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory instead of giving it back: a fifth less time per step on the CPU, measured."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        top_pad, mmap_max, trim_threshold = -2, -4, -1  # M_TOP_PAD, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(top_pad, 256 << 20)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+            libc.mallopt(option, value)
 
 
 def _accelerator(device: Device, **settings: Any) -> Any:
@@ -449,7 +430,7 @@ class _DeepSpeed(Engine):
             os.environ.pop(name, None)
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(get_free_port()))
         from accelerate import DeepSpeedPlugin
 
         _quiet()
@@ -573,14 +554,6 @@ def _forget_in_transformers() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _check_overflow_in_every_precision(optimizer: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from bigtrain import engine as engines
 from bigtrain import models
 from bigtrain.data import prepare
+from bigtrain.data.tokens import load_tokenizer
 from bigtrain.errors import RequestError
 from bigtrain.load import load_recipe
 from bigtrain.loop import evaluate
@@ -19,29 +20,16 @@ from bigtrain.tasks.language import write
 
 
 def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
-    """The metrics of the exported model on its held-out set (or on data named by an override), in one process."""
-    about = _exported(run)
-    kept = [f"data.tokenizer={run.export}"] if (run.export / "tokenizer.json").is_file() else []
-    recipe = load_recipe(str(run.recipe), [*overrides, *kept]).recipe
-    corpus = prepare(recipe, about)
+    """The metrics of a finished run's model on its held-out set (or on data named by an override), in one process."""
+    forced = ["engine.kind=ddp", "engine.offload=none", f"model.pretrained={run.export}"]
+    forced += [f"data.tokenizer={run.export}"] * (run.export / "tokenizer.json").is_file()
+    recipe = load_recipe(str(run.recipe), [*overrides, *forced]).recipe
+    corpus = prepare(recipe, json.loads((run.export / "bigtrain.json").read_text()))
     device = engines.find_device(recipe.engine.device)
-    settings = recipe.engine.model_copy(update={"kind": "ddp", "offload": "none"})
-    plan, _ = make_plan(settings, 1, len(corpus.train), corpus.sample_cost, device.bf16_is_fast)
+    plan, _ = make_plan(recipe.engine, 1, len(corpus.train), corpus.sample_cost, device.bf16_is_fast)
     ranks = engines.start(plan, device, {}, 0.0)
-    bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": str(run.export)})})
-    model = models.build(bare, corpus)
-    ranks.prepare(model, lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    ranks.prepare(models.build(recipe, corpus), lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
     return evaluate(ranks, TASKS[recipe.task](recipe.task, corpus)) or {}
-
-
-def _exported(run: RunDir) -> dict[str, Any]:
-    try:
-        about: dict[str, Any] = json.loads((run.export / "bigtrain.json").read_text())
-    except OSError:
-        raise RequestError(
-            f"{run.path} has no export: the run has not finished", "a finished run", f"bigtrain train {run.recipe}"
-        ) from None
-    return about
 
 
 def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, seed: int) -> str:
@@ -49,9 +37,7 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
 
     `tokens` at most; `temperature` 0 takes the likeliest token each time.
     """
-    from bigtrain.data.tokens import load_tokenizer
-
-    task = _exported(run)["task"]
+    task = json.loads((run.export / "bigtrain.json").read_text())["task"]
     if task not in ("causal_lm", "seq2seq"):
         raise RequestError(f"{run.path} is a {task} model", "a causal_lm or seq2seq run", f"bigtrain evaluate {run.name}")
     tokenizer = load_tokenizer(str(run.export))

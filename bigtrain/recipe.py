@@ -11,7 +11,6 @@ TaskName = Literal["causal_lm", "seq2seq", "image_classification", "text_classif
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse")  # of the metrics; for the others higher is
 # What may stand in a line that sbatch reads: nothing that could end the line, the word or a quotation.
 SlurmValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;@%/+=&|*?~()\[\]-]+$")]
@@ -80,22 +79,16 @@ class Optim(Section):
         default="constant", description="learning rate after warm-up; wsd is warmup-stable-decay"
     )
     warmup_steps: Count = Field(default=0, description="linear warm-up from 0, with any schedule")
-    final_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.0, description="last rate ÷ peak rate (linear, cosine, wsd)"
-    )
+    final_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0, description="last rate ÷ peak rate (linear, cosine, wsd)")
     decay_every: PositiveInt = Field(default=100, description="steps per multiplication by decay_factor (step, exponential)")
     decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=0.5, description="(step, exponential)")
     decay_steps: Count | None = Field(default=None, description="wsd: length of the decay; null is a fifth of the run")
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="largest gradient norm; 0 is off")
 
     @model_validator(mode="after")
-    def _momentum_is_of_sgd_and_rmsprop(self) -> "Optim":
+    def _momentum_has_an_effect(self) -> "Optim":
         if self.momentum and self.name not in ("sgd", "rmsprop"):
             raise ValueError(f"momentum is for sgd and rmsprop; {self.name} has betas or none")
-        return self
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> "Optim":
         if self.nesterov and not (self.name == "sgd" and self.momentum > 0):
             raise ValueError("nesterov needs name: sgd and a momentum above 0")
         return self
@@ -189,7 +182,7 @@ class Slurm(Section):
 class Recipe(Section):
     """One training run, complete."""
 
-    name: Annotated[str, Field(pattern=NAME_PATTERN)] = Field(description="the run directory's name below runs/")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="the run directory's name below runs/")
     seed: Count = Field(default=0, description="decides weights, data order, split and dropout")
     task: TaskName = Field(description="what the model learns to do")
     model: Model

@@ -23,7 +23,6 @@ from bigtrain.load import Loaded, changes, flatten, load_recipe, to_yaml
 from bigtrain.loop import Training, evaluate, train
 from bigtrain.optim import make_optimizer
 from bigtrain.plan import Plan, make_plan
-from bigtrain.recipe import Recipe
 from bigtrain.rundir import RunDir, read_metrics, release_ownership, run_directory, take_ownership, write_atomic
 from bigtrain.stop import StopFlag
 from bigtrain.tasks import TASKS, Task
@@ -38,7 +37,9 @@ _PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "da
 def run_recipe(loaded: Loaded, screen: Console, fresh: bool = False, allow_change: Sequence[str] = ()) -> dict[str, Any]:
     """Train what the recipe says, going on from the run's newest checkpoint; returns the run's summary."""
     recipe = loaded.recipe
-    changed = {} if fresh else _changes_since(run_directory(recipe.name), recipe, list(allow_change))
+    begun = run_directory(recipe.name)
+    goes_on = not fresh and begun.recipe.is_file() and checkpoint.committed(begun)
+    changed = changes(load_recipe(str(begun.recipe)).recipe, recipe, list(allow_change)) if goes_on else {}
     if recipe.track.wandb == "online" and not logged_in():
         raise RequestError("track.wandb is online, but W&B has no key", "a login", "wandb login, or track.wandb=offline")
     if missing := [kind for kind in recipe.track.also if importlib.util.find_spec(kind) is None]:
@@ -58,8 +59,7 @@ def run_recipe(loaded: Loaded, screen: Console, fresh: bool = False, allow_chang
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
         _refuse_other_ranks(ranks, task)
         flops = _try_forward(ranks, task)
-        settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _facts_of(model)
-        settings |= _speed_of(flops, ranks, device)
+        settings = _settings(loaded, plan, planned, ds_config, launcher.source) | _facts_of(model, flops, ranks, device)
         run = _open_run(loaded.recipe.name, ranks, fresh)
         try:
             return _train(loaded, run, ranks, watch, task, settings, changed, screen)
@@ -71,33 +71,23 @@ def run_recipe(loaded: Loaded, screen: Console, fresh: bool = False, allow_chang
         ranks.close()
 
 
-def _changes_since(run: RunDir, recipe: Recipe, allowed: list[str]) -> dict[str, str]:
-    """How the recipe differs from the one this run began with; RequestError for what may not differ."""
-    if not run.recipe.is_file() or not checkpoint.committed(run):
-        return {}
-    return changes(load_recipe(str(run.recipe)).recipe, recipe, allowed)
+def _set_by(origin: str, values: dict[str, Any]) -> Settings:
+    return {key: {"value": value, "origin": origin} for key, value in values.items()}
 
 
-def _facts_of(model: torch.nn.Module) -> Settings:
-    """Its size; and whether its loss depends on how the global batch is cut, as with BatchNorm."""
-    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    facts: Settings = {"parameters": {"value": size, "origin": "model"}}
-    if found := sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}):
-        facts["normalisation"] = {"value": "depends on the micro-batch", "origin": f"model ({', '.join(found)})"}
-    return facts
-
-
-def _speed_of(flops: float, ranks: engine.Engine, device: engine.Device) -> Settings:
-    """What model FLOPs utilisation is made of: operations per unit of weight, and what all ranks' devices could do.
+def _facts_of(model: torch.nn.Module, flops: float, ranks: engine.Engine, device: engine.Device) -> Settings:
+    """Its size; whether its loss depends on how the global batch is cut, as with BatchNorm; and what model FLOPs
+    utilisation is made of: operations per unit of weight, and what all ranks' devices could do.
 
     A backward pass counts two forward passes; what is computed again for activation checkpointing does not count
     (PaLM, arXiv 2204.02311, appendix B).
     """
+    facts = _set_by("model", {"parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())})
+    if found := sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}):
+        facts |= _set_by(f"model ({', '.join(found)})", {"normalisation": "depends on the micro-batch"})
     peaks = ranks.gather(footprint.peak_flops(ranks.device, device.bf16_is_fast))
-    return {
-        "flops_per_unit": {"value": 3 * flops, "origin": "model (counted)"},
-        "peak_flops": {"value": sum(peaks), "origin": "this machine (data sheet or measured)"},
-    }
+    facts |= _set_by("model (counted)", {"flops_per_unit": 3 * flops})
+    return facts | _set_by("this machine (data sheet or measured)", {"peak_flops": sum(peaks)})
 
 
 def _train(
@@ -128,7 +118,7 @@ def _train(
     tracker = Everyone()
     keep_warnings(run, ranks.rank)
     if ranks.main:  # only now: a start that was refused must leave the run as it was
-        settings |= {name: {"value": value, "origin": "where it runs"} for name, value in _whereabouts().items()}
+        settings |= _set_by("where it runs", _whereabouts())
         write_atomic(run.recipe, to_yaml(recipe))
         run.write_json(run.effective, settings)
         _announce(screen, run, settings, task, path)
@@ -145,7 +135,7 @@ def _train(
     work = settings["flops_per_unit"]["value"] / settings["peak_flops"]["value"]
     training = Training(recipe, ranks, task, batches, tracker, state, stop, checkpoints, watch, work)
     summary = _carry_out(training, run, {"name": run.name, "parameters": settings["parameters"]["value"]})
-    ranks.barrier()  # a launcher may end the job when the first rank has left for a while
+    ranks.gather(None)  # waits for all: a launcher may end the job when the first rank has left for a while
     return summary
 
 
@@ -280,14 +270,11 @@ def _settings(loaded: Loaded, plan: Plan, planned: dict[str, str], ds_config: di
         key = f"engine.{name}"
         if key in planned or key not in settings or settings[key]["value"] != value:
             settings[key] = {"value": value, "origin": planned.get(key, "launcher" if name == "world_size" else "plan")}
-    settings["engine.accumulation"] = {"value": plan.accumulation, "origin": "plan"}
-    origin = source if source and ds_config and source.endswith(".json") else f"ds_configs for {plan.kind}"
-    for key, value in flatten(ds_config).items() if ds_config else ():
-        settings[f"deepspeed.{key}"] = {"value": value, "origin": origin}
-    for package in _PACKAGES:
-        settings[f"versions.{package}"] = {"value": version(package), "origin": "installed"}
-    settings["threads"] = {"value": torch.get_num_threads(), "origin": "OMP_NUM_THREADS or the machine"}
-    return settings
+    settings |= _set_by("plan", {"engine.accumulation": plan.accumulation})
+    origin = source if source.endswith(".json") else f"ds_configs for {plan.kind}"
+    settings |= _set_by(origin, flatten(ds_config, "deepspeed") if ds_config else {})
+    settings |= _set_by("installed", {f"versions.{package}": version(package) for package in _PACKAGES})
+    return settings | _set_by("OMP_NUM_THREADS or the machine", {"threads": torch.get_num_threads()})
 
 
 def _whereabouts() -> dict[str, Any]:
@@ -322,8 +309,7 @@ def _announce(screen: Console, run: RunDir, settings: Settings, task: Task, path
     for origin, texts in groups.items():
         screen.print(f"[bold]{origin}[/]: " + "  ".join(text.replace("[", r"\[") for text in texts), highlight=False)
     ranks = settings["engine.world_size"]["value"]
-    notes = task.corpus.notes + _waste(settings["engine.global_batch"]["value"], ranks) + engine.idle_devices(ranks)
-    for note in notes:
+    for note in (*task.corpus.notes, *_idle(settings["engine.global_batch"]["value"], ranks)):
         screen.print(f"note: {note}", highlight=False)
     begin = f"going on from {path.name}" if path else "starting"
     screen.print(
@@ -333,13 +319,14 @@ def _announce(screen: Console, run: RunDir, settings: Settings, task: Task, path
     )
 
 
-def _waste(global_batch: int, ranks: int) -> list[str]:
-    """What uneven shares cost: the ranks with one sample less wait for the others."""
-    idle = -global_batch % ranks
-    if not idle:
-        return []
-    lost = idle / (global_batch + idle)
-    return [f"{global_batch} samples over {ranks} ranks are uneven: exact, but {lost:.1%} of the ranks' time is idle"]
+def _idle(global_batch: int, ranks: int) -> Iterator[str]:
+    """What is left unused: time of the ranks with one sample less than others; GPUs, where one process was started bare."""
+    if idle := -global_batch % ranks:
+        lost = idle / (global_batch + idle)
+        yield f"{global_batch} samples over {ranks} ranks are uneven: exact, but {lost:.1%} of the ranks' time is idle"
+    if ranks == 1 < (count := torch.cuda.device_count()):
+        every = f"torchrun --nproc_per_node {count} -m bigtrain train … uses them all"
+        yield f"this is one process, and {count} GPUs are visible: {every}"
 
 
 def _tracker(loaded: Loaded, run: RunDir, task: Task, settings: Settings, screen: Console, state: State) -> Everyone:

@@ -62,8 +62,7 @@ class Watchdog:
 
     def stepped(self, step: int, seconds: float, busy: float) -> None:
         """A step is over: it took `seconds`, of which this rank needed `busy` without waiting for others."""
-        self.step = step
-        self.first = False
+        self.step, self.first = step, False
         self._seconds.append(seconds)
         self._busy.append(busy)
 
@@ -113,15 +112,7 @@ class Watchdog:
         """
         if self._store is None or (self._asking is not None and self._asking.is_alive()):
             return None
-        answers: list[Any] = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                answers.append(question(self._store))
-
-        self._asking = threading.Thread(target=ask, daemon=True)
-        self._asking.start()
-        self._asking.join(_ANSWER)
+        self._asking, answers = attempt(lambda: question(self._store), _ANSWER)
         return answers[0] if answers else None
 
     def _positions(self) -> list[dict[str, Any]]:
@@ -155,9 +146,7 @@ class Watchdog:
             sys.stderr.write(f"bigtrain: {_verdict(details, self.ranks)}\n")
         sys.stderr.flush()
         if self.rank == 0:  # in a thread of its own: what hangs may be where events are written
-            writing = threading.Thread(target=self.report, args=["hang"], kwargs=details, daemon=True)
-            writing.start()
-            writing.join(_ANSWER)
+            attempt(lambda: self.report("hang", **details), _ANSWER)
             time.sleep(2 * self.interval)  # the others have questions to the store
         os._exit(LOST_PEERS)
 
@@ -177,6 +166,20 @@ class Watchdog:
             self.news.append(("straggler", {"rank": rank, "seconds": busy[rank], "usual": usual}))
         self._named = (self._named | self._slow_before) & slow  # named once, until it has been as fast as the others
         self._slow_before = slow
+
+
+def attempt(act: Callable[[], Any], seconds: float) -> tuple[threading.Thread, list[Any]]:
+    """Do in a thread what may fail, or take for ever, and wait so long for it: the thread, and what came of it, if anything."""
+    results: list[Any] = []
+
+    def do() -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            results.append(act())
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return thread, results
 
 
 def _machine() -> tuple[str, dict[str, float]]:

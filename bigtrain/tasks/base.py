@@ -1,34 +1,46 @@
 """What every task offers the loop, and the calls they share."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import SumMetric
 
 from bigtrain.data.examples import Corpus, Example
 from bigtrain.errors import RequestError
 
 Batch = dict[str, Tensor]
+# A field of an example → the model's argument, where they are called differently.
+_ARGUMENTS = {"image": "pixel_values", "label": "labels", "target": "labels"}
 SAMPLES = 8  # rows of a table of examples
 IGNORED = -100  # the label of a position that does not count, as torch's cross_entropy has it
 
 
-class Task(ABC):
+class Task:
     """One way of judging a model; holds no state of the run."""
 
     unit = "samples"  # what metrics.jsonl counts the rate in
     shape = "[batch, classes]"  # of the model's output, in words
+    evaluation: "type[Evaluator]"  # what judges the model on the held-out set
 
     def __init__(self, name: str, corpus: Corpus, label_smoothing: float = 0.0) -> None:
         self.name, self.corpus, self.label_smoothing = name, corpus, label_smoothing
 
-    @abstractmethod
     def collate(self, examples: list[Example]) -> Batch:
         """Examples → tensors; keys that are the model's arguments, and `labels`."""
+        columns = {_ARGUMENTS.get(name, name): [example[name] for example in examples] for name in examples[0]}
+        stack = lambda rows: torch.stack(rows) if isinstance(rows[0], Tensor) else torch.from_numpy(np.asarray(rows))  # noqa: E731
+        return {name: stack(rows) for name, rows in columns.items()}
+
+    def padded(self, rows: Iterable[Any]) -> Batch:
+        """Token ids of texts of any length: padded on the right, and where they are not padding."""
+        texts = [torch.from_numpy(row) for row in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0)
+        return {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)}
 
     def weight(self, batch: Batch) -> int:
         """What the batch counts: target tokens, images or rows."""
@@ -58,9 +70,9 @@ class Task(ABC):
         """What training minimises, summed over the batch."""
         return self.judge(self.logits(model, batch), batch["labels"], self.label_smoothing)
 
-    @abstractmethod
     def evaluator(self, device: torch.device) -> "Evaluator":
         """A fresh evaluator whose states live on `device`."""
+        return self.evaluation(self, device)
 
 
 class Evaluator:

@@ -2,35 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryF1Score, BinaryRecall, MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from bigtrain.data.examples import Example
 from bigtrain.tasks.base import SAMPLES, Batch, Evaluator, Task
-
-
-class Classification(Task):
-    """One label per example; cross entropy."""
-
-    def collate(self, examples: list[Example]) -> Batch:
-        """Inputs by the name transformers gives them, and labels [batch]."""
-        batch = {"labels": torch.tensor([example["label"] for example in examples])}
-        if "image" in examples[0]:
-            batch["pixel_values"] = torch.stack([example["image"] for example in examples])
-        elif "features" in examples[0]:
-            batch["features"] = torch.from_numpy(np.stack([example["features"] for example in examples]))
-        else:
-            texts = [torch.from_numpy(example["text"]) for example in examples]
-            batch["input_ids"] = pad_sequence(texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0)
-            batch["attention_mask"] = pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
-        return batch
-
-    def evaluator(self, device: torch.device) -> "ClassificationEvaluator":
-        return ClassificationEvaluator(self, device)
 
 
 class ClassificationEvaluator(Evaluator):
@@ -40,7 +18,7 @@ class ClassificationEvaluator(Evaluator):
     with more they are means over the classes (macro).
     """
 
-    def __init__(self, task: Classification, device: torch.device) -> None:
+    def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
         classes = len(task.corpus.classes)
         metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(classes, average="micro")}
@@ -72,3 +50,16 @@ class ClassificationEvaluator(Evaluator):
 
     def metrics(self, loss: float) -> dict[str, float]:
         return {name: float(value) for name, value in self.collection.compute().items()}
+
+
+class Classification(Task):
+    """One label per example; cross entropy."""
+
+    evaluation = ClassificationEvaluator
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Inputs by the name transformers gives them, and labels [batch]."""
+        if "text" not in examples[0]:
+            return super().collate(examples)
+        labels = torch.tensor([example["label"] for example in examples])
+        return self.padded(example["text"] for example in examples) | {"labels": labels}
