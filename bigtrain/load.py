@@ -167,11 +167,11 @@ def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
     """The file's mapping, the line of each dotted key, and what is wrong with its form."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = YAML(pure=True).compose(text)
         yaml = YAML(typ="safe", pure=True)
         yaml.allow_duplicate_keys = True  # _walk reports them, all of them and with both lines
-        raw = yaml.load(text)
-        keys = list(_walk(node))
+        node = yaml.compose(text)
+        keys = list(_walk(node))  # before the mapping is made, which empties the nodes
+        raw = yaml.constructor.construct_document(node) if node is not None else None
     except UnicodeDecodeError as problem:
         raise RecipeError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})", "a YAML file") from None
     except OSError as problem:

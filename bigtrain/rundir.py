@@ -13,14 +13,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import psutil
-from filelock import FileLock, Timeout
-
 from bigtrain.errors import RequestError
 
 RUNS = Path("runs")
 _OTHER = b'{"kind": "e'  # how a line of metrics.jsonl begins that is an event or an evaluation
-_guards: dict[Path, FileLock] = {}  # of the runs that this process owns
+_guards: dict[Path, Any] = {}  # of the runs that this process owns: a FileLock each
 
 
 def asset(folder: str, name: str) -> Path:
@@ -71,11 +68,13 @@ def take_ownership(run: RunDir) -> None:
 
     Raises RequestError, and writes nothing, when the owner lives, or may live on another host.
     """
+    from filelock import FileLock  # here, as psutil below: an error about a recipe is said a tenth sooner
+
     lock = run.path / "lock"
     me = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id(), "started": _started(os.getpid())}
     me["job"] = os.environ.get("SLURM_JOB_ID")
     guard = FileLock(run.path / ".lock.guard")  # the kernel's, while we live: sees through containers on one host
-    with contextlib.suppress(Timeout):
+    with contextlib.suppress(TimeoutError):
         guard.acquire(timeout=0)
     holder, alive = owner(run)
     # Ours: held by this process already, or on another host by a requeued job, which has its number and is alone with it.
@@ -111,6 +110,8 @@ def _boot_id() -> str:
 
 def _started(pid: int) -> float | None:
     """When a process began; None if there is none. A number that was given to another process begins later."""
+    import psutil
+
     try:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:

@@ -5,6 +5,7 @@ standard input; a child's output, process id and exit code go to files, for whoe
 """
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -16,16 +17,9 @@ from typing import Any
 
 def serve() -> None:
     """Fork for every line, until the pipe closes."""
-    import accelerate
-    import datasets
-    import deepspeed
-    import wandb
-
-    import bigtrain.models.hf
-    import bigtrain.predict
-    import bigtrain.run
-
-    assert all((accelerate, datasets, deepspeed, wandb, bigtrain))
+    late = "torch._dynamo kornia.geometry.transform sklearn.datasets torch.utils.tensorboard trackio"  # at a first step, say
+    for name in f"accelerate datasets deepspeed wandb bigtrain.models.hf bigtrain.predict bigtrain.run {late}".split():
+        importlib.import_module(name)
     gc.freeze()  # or every child would copy, by looking through it for garbage, what it was forked for to share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bigtrain
+from conftest import bigtrain, slower
 
 from bigtrain import compare, footprint
 from bigtrain.doctor import compare as judge
@@ -136,7 +136,7 @@ def test_ten_runs_of_a_hundred_thousand_steps_open_in_three_seconds(tmp_path: Pa
         done = bigtrain("compare", "run-*", "--html", "page.html", cwd=tmp_path)
         took.append(time.perf_counter() - began)
         assert done.returncode == 0, done.stderr
-    assert min(took) < 3, took
+    assert min(took) < 3 * slower(), (took, slower())
     assert (tmp_path / "page.html").stat().st_size < 2e6
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import bigtrain
+from conftest import bigtrain, slower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -158,7 +158,7 @@ def test_help_and_a_misspelt_key_answer_at_once() -> None:
             done = subprocess.run([sys.executable, "-m", "bigtrain", *arguments], capture_output=True, check=False)
             times.append(time.perf_counter() - began)
             assert done.returncode == code
-        assert min(times) < 0.25, times
+        assert min(times) < 0.25 * slower(), (times, slower())
 
 
 def test_lower_floors_do_not_import_torch() -> None:

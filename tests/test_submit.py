@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import bigtrain
+from conftest import bigtrain, slower
 
 from bigtrain.errors import RecipeError
 from bigtrain.load import load_recipe
@@ -72,7 +72,7 @@ def test_a_dry_run_answers_at_once_and_writes_nothing(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "bigtrain", "submit", "tiny-lm", "--dry-run"]
         subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
         took.append(time.perf_counter() - began)
-    assert min(took) < 0.3, took
+    assert min(took) < 0.3 * slower(), (took, slower())
     assert not list(tmp_path.iterdir())
 
 
