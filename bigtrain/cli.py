@@ -207,7 +207,6 @@ def sweep(
     recipe: RecipeArgument,
     settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUES...", help="e.g. optim.lr=1e-4,3e-4 seed=0..4")],
     draw: Annotated[int | None, typer.Option("--random", min=1, help="draw so many combinations instead of all")] = None,
-    seed: Annotated[int, typer.Option(help="of the drawing")] = 0,
     launcher: Annotated[str, typer.Option(help="what starts each run here")] = sys.executable,
     slurm: Annotated[bool, typer.Option("--slurm", help="submit them as one Slurm array")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")] = False,
@@ -219,7 +218,7 @@ def sweep(
     from bigtrain import sweep as many
 
     axes = many.parse(settings, draw)
-    runs = many.expand(recipe, axes, draw, seed)
+    runs = many.expand(recipe, axes, draw)
     if wandb:
         print(many.wandb_file(recipe, axes, draw), end="")
     elif dry_run:

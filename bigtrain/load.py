@@ -23,22 +23,13 @@ from bigtrain.recipe import Recipe
 
 Where = dict[str, str]  # dotted key → "file:line" or "override …"
 # What others call things, so that a newcomer's first guess finds ours.
-_ELSEWHERE = {
-    "optim.lr": "learning_rate",
-    "optim.name": "optimizer",
-    "optim.schedule": "lr_scheduler_type",
-    "optim.clip_norm": "max_grad_norm gradient_clipping",
-    "engine.global_batch": "batch_size train_batch_size",
-    "engine.micro_batch": "gradient_accumulation_steps",
-    "engine.kind": "zero_stage",
-    "engine.precision": "mixed_precision",
-    "engine.activation_checkpointing": "gradient_checkpointing",
-    "train.steps": "max_steps epochs",
-    "train.checkpoint_every": "save_steps",
-    "train.eval_every": "eval_steps",
-    "data.seq_len": "max_length",
-}
-SYNONYMS = {word: key for key, words in _ELSEWHERE.items() for word in words.split()}
+_ELSEWHERE = """
+    learning_rate optim.lr, optimizer optim.name, lr_scheduler_type optim.schedule, max_grad_norm optim.clip_norm,
+    gradient_clipping optim.clip_norm, batch_size engine.global_batch, train_batch_size engine.global_batch,
+    gradient_accumulation_steps engine.micro_batch, zero_stage engine.kind, mixed_precision engine.precision,
+    gradient_checkpointing engine.activation_checkpointing, max_steps train.steps, epochs train.steps,
+    save_steps train.checkpoint_every, eval_steps train.eval_every, max_length data.seq_len"""
+SYNONYMS = {pair.split()[0]: pair.split()[1] for pair in _ELSEWHERE.split(",")}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -78,17 +69,18 @@ _SECRET = re.compile(
 _SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|password|passwd|credential)s?$")
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a text has the form of a key, or holds one of this environment's."""
-    mine = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
-    return bool(_SECRET.search(text)) or any(value in text for value in mine)
+def redact(text: str) -> str:
+    """A text without what has the form of a key, and without those of this environment."""
+    for value in (value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8):
+        text = text.replace(value, "[redacted]")
+    return _SECRET.sub("[redacted]", text)
 
 
-def _refuse_secrets(texts: Iterable[tuple[str, str]]) -> None:
+def refuse_secrets(texts: Iterable[tuple[str, str]]) -> None:
     """Raises RecipeError naming the place of a text that looks like a key, and never the text: what a recipe holds goes
     into files, logs and uploads. `texts`: (place, text)."""
-    if places := [place for place, text in texts if holds_secret(text)]:
-        found = ", ".join("a key of the recipe" if holds_secret(place) else place for place in places)
+    if places := [place for place, text in texts if redact(text) != text]:
+        found = ", ".join("a key of the recipe" if redact(place) != place else place for place in places)
         raise RecipeError(
             f"{found} looks like a secret",
             "keys only in the environment (WANDB_API_KEY, HF_TOKEN) or in ~/.netrc: recipes are kept, logged and uploaded",
@@ -101,10 +93,10 @@ def load_recipe(ref: str, overrides: list[str] | None = None) -> Loaded:
 
     Raises RecipeError naming every unknown key, wrong type and duplicate, each with its file:line.
     """
-    _refuse_secrets([("the recipe's path", ref), *((f"override {each.partition('=')[0]!r}", each) for each in overrides or [])])
+    refuse_secrets([("the recipe's path", ref), *((f"override {each.partition('=')[0]!r}", each) for each in overrides or [])])
     path = recipe_path(ref)
     raw, where, errors = _read(path)
-    _refuse_secrets((f"key {key}", f"{key} {value}") for key, value in flatten(raw).items())
+    refuse_secrets((f"key {key}", f"{key} {value}") for key, value in flatten(raw).items())
     for text in overrides or []:
         errors += _override(raw, where, text)
     try:

@@ -69,5 +69,6 @@ def _write(model: Any, ids: Tensor, tokens: int, temperature: float, tokenizer: 
         best = torch.topk(logits / temperature, min(50, logits.shape[-1]))
         return best.indices.gather(-1, torch.multinomial(best.values.softmax(-1), 1))[:, 0]
 
-    written = write(model, {"input_ids": ids}, "input_ids", tokens, choose)[0, ids.shape[1] :].tolist()
+    room = torch.nn.functional.pad(ids, (0, tokens))
+    written = write(model, {"input_ids": room}, "input_ids", ids.shape[1], tokens, choose)[0, ids.shape[1] :].tolist()
     return written[: written.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in written else list(written)

@@ -148,7 +148,7 @@ class Track(Section):
         default="auto", description="auto: online when logged in, else offline"
     )
     also: list[Literal["tensorboard", "trackio"]] = Field(default=[], description="told the same; extras of their own names")
-    project: str = Field(default="bigtrain", description="W&B (and Trackio) project")
+    project: str = Field(default="bigtrain", pattern=r"^[^/\\#?%:]{1,128}$", description="W&B (and Trackio) project")
     group: str | None = Field(default=None, description="W&B group; null is the recipe's name")
     tags: list[str] = Field(default=[], description="W&B tags")
     notes: str | None = Field(default=None, description="W&B notes: what this run is for")

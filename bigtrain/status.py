@@ -47,7 +47,7 @@ def status_of(run: RunDir) -> dict[str, Any]:
 
 def judge(run: RunDir, lines: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
     """As status_of, from what was read of the run already."""
-    events = [event for event in others if "event" in event]
+    events = [event for event in others if event.get("event", "nodes") != "nodes"]
     try:
         settings = load_recipe(str(run.recipe)).recipe.train if run.recipe.is_file() else None
     except BigtrainError:

@@ -10,13 +10,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from functools import partial
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
 from bigtrain.errors import RequestError, StoppedEarly
-from bigtrain.load import Loaded, load_recipe
+from bigtrain.load import Loaded, load_recipe, refuse_secrets
 
 _RANGE = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\.\.([0-9.]+(?:e[+-]?[0-9]+)?)")
 _parse = YAML(typ="safe", pure=True).load
@@ -28,34 +27,43 @@ def parse(settings: list[str], draw: int | None) -> Axes:
 
     With `draw` a range of other numbers (1e-5..1e-3) may stand there, to be drawn from. RequestError for one that may not.
     """
+    refuse_secrets((setting.partition("=")[0], setting) for setting in settings)
     axes: Axes = {}
     for key, _, text in (setting.partition("=") for setting in settings):
         try:
-            axes[key] = [value for item in _parse(f"[{text}]") for value in _spread(f"{key}={text}", item, draw)] or [None]
+            axes[key] = [value for item in _parse(f"[{text}]") for value in _spread(f"{key}={text}", item, draw)]
         except YAMLError:
             raise RequestError(f"{key}={text}: not a list of YAML values", "key=value,value or key=0..4") from None
-    if not any(map(_varies, axes.values())):
+    if not all(axes.values()) or not any(map(_varies, axes.values())):
         raise RequestError("no setting has more than one value", "a list or a range", "optim.lr=1e-4,3e-4 seed=0..4")
     return axes
 
 
+def _text(value: Any) -> str:
+    """A value as an override has it: JSON is YAML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _varies(values: list[Any]) -> bool:
-    return len(values) > 1 or isinstance(values[0], tuple)
+    return len(values) != 1 or isinstance(values[0], tuple)
 
 
 def base(recipe: str, axes: Axes) -> Loaded:
     """The recipe with what does not vary."""
-    return load_recipe(recipe, [f"{key}={json.dumps(values[0])}" for key, values in axes.items() if not _varies(values)])
+    return load_recipe(recipe, [f"{key}={_text(values[0])}" for key, values in axes.items() if not _varies(values)])
 
 
 def _spread(setting: str, item: Any, draw: int | None) -> list[Any]:
-    if not isinstance(item, str) or (span := _RANGE.fullmatch(item)) is None:
+    span = _RANGE.fullmatch(item) if isinstance(item, str) else None
+    least, greatest = map(_parse, span.groups()) if span else ("", "")
+    if isinstance(least, str) or isinstance(greatest, str):
         return [item]
-    least, greatest = map(_parse, span.groups())
-    if isinstance(least, int) and isinstance(greatest, int):
+    if isinstance(least, int) and isinstance(greatest, int) and least <= greatest:
         return list(range(least, greatest + 1))
     if draw is None or not 0 < least < greatest:
-        raise RequestError(f"{setting}: numbers without end", "0 < least..greatest, and --random N", f"{least:g},{greatest:g}")
+        raise RequestError(
+            f"{setting}: no end of numbers, or none", "0 < least..greatest, and --random N", f"{least:g},{greatest:g}"
+        )
     return [(float(least), float(greatest))]
 
 
@@ -73,10 +81,10 @@ def expand(recipe: str, axes: Axes, draw: int | None = None, seed: int = 0) -> l
         varied = [(key.rpartition(".")[2], value) for key, value in zip(axes, values, strict=True) if _varies(axes[key])]
         words = [common.name, *(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in varied)]
         name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words))[:100].rstrip("-")
-        own = [f"{key}={json.dumps(value)}" for key, value in zip(axes, values, strict=True) if key != "name"]
+        own = [f"{key}={_text(value)}" for key, value in zip(axes, values, strict=True) if key != "name"]
         if runs.get(name, own)[-len(own) :] != own:  # another run has that name, which is cut or has lost odd characters
             name = f"{name[:90]}-{len(runs) + 1}"
-        runs[name] = [f"name={name}", f"track.group={common.track.group or common.name}", *own]
+        runs[name] = [f"name={name}", f"track.group={_text(common.track.group or common.name)}", *own]
         load_recipe(recipe, runs[name])
     return list(runs.values())
 
@@ -87,22 +95,24 @@ def _drawn(chance: random.Random, value: Any) -> Any:
 
 def here(recipe: str, runs: list[list[str]], launcher: str) -> list[str]:
     """Train them one after another; the names of those that failed. StoppedEarly after a signal, which the run gets too."""
-    failed, stopped = [], list[int]()
+    failed, stopped, children = list[str](), list[int](), list[subprocess.Popen[bytes]]()
+
+    def pass_on(number: int, _frame: Any) -> None:
+        stopped.append(number)
+        children[-1].send_signal(number)
+
     for number, overrides in enumerate(runs, 1):
         print(f"run {number} of {len(runs)}: {shlex.join(overrides)}", file=sys.stderr, flush=True)
-        child = subprocess.Popen([*shlex.split(launcher), "-m", "bigtrain", "train", recipe, *overrides])
+        try:
+            children.append(subprocess.Popen([*shlex.split(launcher), "-m", "bigtrain", "train", recipe, *overrides]))
+        except (OSError, ValueError) as problem:
+            raise RequestError(f"--launcher {launcher}: {problem}", "a program that starts python's ranks") from None
         for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(asked, partial(_pass_on, child, stopped))
-        code = child.wait()
-        if stopped or code == StoppedEarly.exit_code:
+            signal.signal(asked, pass_on)
+        failed += [overrides[0].removeprefix("name=")] * (children[-1].wait() != 0)
+        if stopped or children[-1].returncode == StoppedEarly.exit_code:
             raise StoppedEarly(f"stopped in run {number} of {len(runs)}; the same command goes on from there")
-        failed += [overrides[0].removeprefix("name=")] * (code != 0)
     return failed
-
-
-def _pass_on(child: subprocess.Popen[bytes], stopped: list[int], number: int, _frame: Any) -> None:
-    stopped.append(number)
-    child.send_signal(number)
 
 
 def wandb_file(recipe: str, axes: Axes, draw: int | None) -> str:

@@ -8,18 +8,19 @@ import os
 import queue
 import re
 import secrets
-import statistics
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import requests
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -27,11 +28,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from bigtrain.errors import RequestError
+from bigtrain.load import redact
 from bigtrain.recipe import Track
 from bigtrain.rundir import RunDir, read_metrics, to_json
 
 Record = dict[str, Any]
-_TREND = 32  # columns of the panel's bar, and half of those of its trend
+_TREND = 40  # columns of the panel's bar, and losses of its trend
 
 
 class Tracker(Protocol):
@@ -65,9 +67,9 @@ class Terminal:
         self.last, self.began = -math.inf, (0, 0.0)  # when a line was printed last; the first step seen, and when
         self.record: Record = {}
         self.saved, self.skipped = "none yet", 0
-        self.trend: list[float] = []  # means over `block` losses each, of the whole run
-        self.block, self.part = 1, list[float]()
-        self.live = Live(get_renderable=self._panel, console=console, refresh_per_second=4) if console.is_terminal else None
+        self.trend = deque[float](maxlen=_TREND)
+        alive = console.is_terminal and not console.quiet
+        self.live = Live(get_renderable=self._panel, console=console, refresh_per_second=4) if alive else None
         if self.live is not None:
             self.live.start()
 
@@ -87,21 +89,12 @@ class Terminal:
             )
             self.console.print(text, highlight=False, markup=False)
         elif self.live is not None and math.isfinite(record["loss"]):
-            self._remember(record["loss"])
+            self.trend.append(record["loss"])
 
     def _speed(self) -> str:
         found = self.record
         rate = f"{found[self.unit + '_per_s']:,.0f} {self.unit}/s"
         return f"{rate}  mfu {found['mfu']:.1%}  {found['peak_memory_bytes'] / 2**30:.1f} GiB"
-
-    def _remember(self, loss: float) -> None:
-        self.part.append(loss)
-        if len(self.part) >= self.block:
-            self.trend.append(statistics.fmean(self.part))
-            self.part = []
-        if len(self.trend) == 2 * _TREND:  # whatever the length of the run, its trend fits beside the loss
-            self.trend = [statistics.fmean(pair) for pair in zip(self.trend[::2], self.trend[1::2], strict=True)]
-            self.block *= 2
 
     def _panel(self) -> RenderableType:
         """Drawn by rich's own thread, so that training never waits for a terminal."""
@@ -109,8 +102,9 @@ class Terminal:
         if not found:
             return "waiting for the first step …"
         pace = (found["time"] - began) / max(found["step"] - first, 1)  # evaluations and checkpoints included
-        low, high = min(self.trend, default=0.0), max(self.trend, default=1.0)
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / max(high - low, 1e-12))] for value in self.trend)
+        trend = list(self.trend)  # training goes on meanwhile
+        low, high = min(trend, default=0.0), max(trend, default=1.0)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / max(high - low, 1e-12))] for value in trend)
         table = Table.grid(padding=(0, 2))
         left = timedelta(seconds=round(pace * (self.steps - found["step"])))
         table.add_row("step", f"{found['step']:,} of {self.steps:,}  {found['step'] / self.steps:.0%}  {left} left")
@@ -168,7 +162,7 @@ class WandB:
 
     def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any], known_id: str, step: int) -> None:
         """`known_id`: from the checkpoint, should the run directory have lost its own; `step`: where the run goes on."""
-        self.files, self.skipped = run, False
+        self.files, self.skipped, self.lost = run, False, False
         id_file = run.path / "wandb_id"
         if not id_file.exists():
             id_file.write_text(known_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a W&B sweep has its own
@@ -193,9 +187,9 @@ class WandB:
         self.todo: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True, name="W&B")
         self.thread.start()
-        for record in read_metrics(run.metrics):
-            if record.get("kind") in ("train", "eval") and record.get("step", 0) <= step:
-                self.log(record)
+        lines = (line for line in read_metrics(run.metrics) if line.get("kind") in ("train", "eval"))
+        for record in {(line["kind"], line["step"]): line for line in lines if line.get("step", 0) <= step}.values():
+            self._log(record)  # a step that was done twice as it was done last; its alerts are of an earlier life
 
     def _begin(self, online: bool, **known: Any) -> Any:
         """Start W&B's run; offline, with a line that says so, where its server does not answer in time."""
@@ -222,8 +216,11 @@ class WandB:
         if kind == "train" and not record["applied"] and not self.skipped:
             self.skipped = True
             self.todo.put(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
-        if (numbers := _numbers(record)) and (kind, step) not in self.told:
-            self.todo.put(lambda: self.run.log({"step": step, **numbers}))
+        self._log(record)
+
+    def _log(self, record: Record) -> None:
+        if (numbers := _numbers(record)) and (record["kind"], record["step"]) not in self.told:
+            self.todo.put(lambda: self.run.log({"step": record["step"], **numbers}))
 
     def samples(self, step: int, rows: list[Record]) -> None:
         """A table of what the model made of some held-out examples; tensors are images."""
@@ -238,7 +235,13 @@ class WandB:
     def close(self, summary: Record) -> None:
         self.todo.put(lambda: self._finish(summary))
         self.todo.put(None)
-        self.thread.join(_END + 2)
+        self.thread.join(60)
+        if self.thread.is_alive():
+            self._say(f"has not taken the last {self.todo.qsize() + 1} lines in a minute")
+        if self.thread.is_alive() or self.lost:  # W&B's own end of the program would wait for its service without a limit
+            for child in psutil.Process().children():
+                if child.name().startswith("wandb"):
+                    child.kill()
 
     def _finish(self, summary: Record) -> None:
         """The exported model becomes an artifact, by reference (nothing of it is uploaded or hashed), with its recipe."""
@@ -250,17 +253,17 @@ class WandB:
             artifact.add_reference(self.files.export.resolve().as_uri(), checksum=False)
             artifact.add_file(str(self.files.recipe))
             self.run.log_artifact(artifact)
-        self.run.finish()
+        self.run.finish(exit_code=int("step" not in summary))  # of a run that ended before its end
 
     def _work(self) -> None:
         """W&B's service is a process of its own, which a cluster may end before us: that must not end the run."""
-        try:
-            while (act := self.todo.get()) is not None:
+        while (act := self.todo.get()) is not None:
+            try:
                 act()
-        except Exception as problem:
-            self._say(f"is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all")
-            while self.todo.get() is not None:
-                pass  # nothing of it may pile up
+            except Exception as problem:
+                if not self.lost:
+                    self._say(f"is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all")
+                self.lost = True
 
     def _say(self, what: str) -> None:
         print(f"bigtrain: W&B {what}; later: bigtrain sync {self.files.name}", file=sys.stderr)
@@ -329,7 +332,7 @@ class Everyone:
         self.trackers = list(trackers)
 
     def log(self, record: Record) -> None:
-        record["time"] = time.time()
+        record |= {key: redact(value) for key, value in record.items() if isinstance(value, str)} | {"time": time.time()}
         for tracker in self.trackers:
             tracker.log(record)
 
@@ -355,8 +358,11 @@ def console(as_json: bool = False, quiet: bool = False) -> Console:
 
 def keep_warnings(run: RunDir, rank: int) -> None:
     """What libraries warn of goes to `runs/NAME/logs/rank-N.log`; what the user's own code does, to rank 0's terminal too."""
-    run.logs.mkdir(exist_ok=True)
-    kept, shown, seen = logging.FileHandler(run.logs / f"rank-{rank}.log"), logging.StreamHandler(), set[str]()
+    shown, seen = logging.StreamHandler(), set[str]()
+    kept: logging.Handler = logging.NullHandler()
+    with contextlib.suppress(OSError):  # a disk that shows this rank no run directory must not end the run
+        run.logs.mkdir(parents=True, exist_ok=True)
+        kept = logging.FileHandler(run.logs / f"rank-{rank}.log")
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     theirs = re.compile(rf"site-packages|dist-packages|^{re.escape(sysconfig.get_paths()['stdlib'])}")
 
@@ -365,7 +371,13 @@ def keep_warnings(run: RunDir, rank: int) -> None:
         seen.add(record.getMessage())
         return not known
 
-    shown.addFilter(lambda record: record.name == "py.warnings" and not theirs.search(record.getMessage()))
+    def without_secrets(record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+    kept.addFilter(without_secrets)
+    shown.addFilter(lambda record: not theirs.search(record.msg if record.name == "py.warnings" else record.pathname))
+    shown.addFilter(without_secrets)
     logging.getLogger().handlers = [kept, shown] if rank == 0 else [kept]
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addFilter(is_new)

@@ -188,8 +188,9 @@ def _machine() -> tuple[str, dict[str, float]]:
     used = {"cpu": psutil.cpu_percent(), "memory": psutil.virtual_memory().percent}
     with contextlib.suppress(Exception):  # without nvidia-ml-py torch cannot ask, and says so in many ways
         for device in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(device)
-            used |= {f"gpu{device}_memory": 100 - 100 * free / total, f"gpu{device}": float(torch.cuda.utilization(device))}
+            # from the driver, and not from the device: a context on each would cost the other ranks memory
+            memory = 100 * torch.cuda.device_memory_used(device) / torch.cuda.get_device_properties(device).total_memory
+            used |= {f"gpu{device}_memory": memory, f"gpu{device}": float(torch.cuda.utilization(device))}
     return name, used
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 def serve() -> None:
     """Fork for every line, until the pipe closes."""
-    late = "torch._dynamo kornia.geometry.transform sklearn.datasets torch.utils.tensorboard trackio"  # at a first step, say
+    late = "torch._dynamo kornia.geometry.transform sklearn.datasets torch.utils.tensorboard"  # at a first step, say
     for name in f"accelerate datasets deepspeed wandb bigtrain.models.hf bigtrain.predict bigtrain.run {late}".split():
         importlib.import_module(name)
     gc.freeze()  # or every child would copy, by looking through it for garbage, what it was forked for to share

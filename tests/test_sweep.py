@@ -9,6 +9,7 @@ from conftest import bigtrain, start, wait_for
 from ruamel.yaml import YAML
 
 from bigtrain.errors import RecipeError, RequestError
+from bigtrain.load import load_recipe
 from bigtrain.rundir import RunDir, read_metrics
 from bigtrain.sweep import expand, parse
 
@@ -18,7 +19,7 @@ SHORT = ["train.steps=8", "train.eval_every=8", "track.wandb=off"]
 def test_a_grid_is_every_combination_with_a_name_of_its_own() -> None:
     runs = expand("digits-mlp", parse(["optim.lr=1e-4,3e-4", "seed=0..2", "train.steps=5"], None))
     assert len(runs) == 6
-    assert runs[0] == ["name=digits-mlp-lr0.0001-seed0", "track.group=digits-mlp", "optim.lr=0.0001", "seed=0", "train.steps=5"]
+    assert runs[0] == ["name=digits-mlp-lr0.0001-seed0", 'track.group="digits-mlp"', "optim.lr=0.0001", "seed=0", "train.steps=5"]
     assert len({run[0] for run in runs}) == 6
 
 
@@ -39,6 +40,9 @@ def test_a_draw_is_within_its_ranges_and_the_same_for_a_seed() -> None:
         (["seed=1"], RequestError, "no setting has more than one value"),
         (["optim.lr=1e-5..1e-3"], RequestError, "--random"),
         (["optim.lr=[1"], RequestError, "not a list"),
+        (["seed=4..0"], RequestError, "no end of numbers, or none"),
+        (["seed="], RequestError, "no setting has more than one value"),
+        (["track.notes=hf_" + "Canary9" * 5, "seed=0..1"], RecipeError, "looks like a secret"),
         (["optim.lrr=1,2"], RecipeError, "did you mean optim.lr?"),
         (["engine.kind=ddp,zero9"], RecipeError, "zero9"),
     ],
@@ -78,6 +82,19 @@ def test_the_file_for_wandbs_agents_holds_the_same_runs(tmp_path: Path) -> None:
     assert file["parameters"]["seed"] == {"values": [0, 1, 2, 3]}
     assert file["parameters"]["optim.lr"] == {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3}
     assert file["command"][-4:] == ["train", "digits-mlp", "--fresh", "${args_no_hyphens}"]
+
+
+def test_odd_values_reach_the_runs_as_they_are() -> None:
+    (first, _) = expand("digits-mlp", parse(["track.notes='2024-01-01 🚀'", "track.group='7'", "seed=0..1"], None))
+    recipe = load_recipe("digits-mlp", first).recipe
+    assert (recipe.track.notes, recipe.track.group) == ("2024-01-01 🚀", "7")
+    assert parse(["track.notes=1.2.3..4,x"], None) == {"track.notes": ["1.2.3..4", "x"]}
+
+
+def test_a_launcher_that_is_none_is_named(tmp_path: Path) -> None:
+    done = bigtrain("sweep", "digits-mlp", "seed=0..1", "--launcher", "nosuchprogram", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--launcher nosuchprogram" in done.stderr
 
 
 def test_a_dry_run_prints_what_the_slurm_array_would_read(tmp_path: Path) -> None:

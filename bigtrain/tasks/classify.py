@@ -39,7 +39,10 @@ class ClassificationEvaluator(Evaluator):
 
     def _input(self, batch: Batch, index: int) -> Any:
         if "pixel_values" in batch:
-            return batch["pixel_values"][index].float().cpu()
+            seen, shape = self.task.corpus.preprocessing, (-1, 1, 1)
+            mean, std = (torch.tensor(seen[f"image_{name}"]).view(shape) for name in ("mean", "std"))
+            pixels = batch["pixel_values"][index].float().cpu() * std + mean
+            return (pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).squeeze(-1).numpy()
         if "input_ids" in batch:
             return self.task.corpus.tokenizer.decode(batch["input_ids"][index], skip_special_tokens=True)
         return str([round(value, 4) for value in batch["features"][index].tolist()])

@@ -15,12 +15,15 @@ from bigtrain.tasks.base import IGNORED, SAMPLES, Batch, Evaluator, Task, output
 _WRITTEN = 24  # tokens of a sample, at most
 
 
-def write(model: Any, batch: Batch, key: str, tokens: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """`batch[key]` [batch, length] with `tokens` more, each chosen from the logits [batch, vocabulary] of those before."""
-    for _ in range(tokens):
-        chosen = choose(outputs(model, **batch)[:, -1])
-        batch = batch | {key: torch.cat([batch[key], chosen[:, None]], dim=1)}
-    return batch[key]
+def write(model: Any, batch: Batch, key: str, given: int, tokens: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """`batch[key]` [batch, length] with `tokens` from position `given` on written anew, as far as they have room: each
+    chosen from the logits [batch, vocabulary] of those before. The model sees one shape only, `tokens` times."""
+    ids = batch[key].clone()
+    for place in range(given, given + tokens):
+        logits = outputs(model, **batch | {key: ids})
+        if place < ids.shape[1]:
+            ids[:, place] = choose(logits[:, place - 1])
+    return ids
 
 
 class LanguageEvaluator(Evaluator):
@@ -42,16 +45,12 @@ class LanguageEvaluator(Evaluator):
         The number of forward passes does not depend on the batch: where weights are sharded all ranks make them together.
         """
         some = {name: tensor[:SAMPLES] for name, tensor in batch.items() if name != "labels"}
-        read = self.task.corpus.tokenizer.batch_decode
-        most = self.task.corpus.sample_cost // 2  # half of data.seq_len
-        if "decoder_input_ids" in some:
-            sources, key, given = read(some["input_ids"], skip_special_tokens=True), "decoder_input_ids", 1
-        else:
-            sources, key, given = read(some["input_ids"][:, :most]), "input_ids", min(most, some["input_ids"].shape[1])
-        some[key] = some[key][:, :given]
-        written = write(model, some, key, min(most, _WRITTEN), lambda logits: logits.argmax(-1))
-        targets = batch["labels"][:SAMPLES, given - 1 : given - 1 + _WRITTEN].clamp(min=0)
-        texts = (sources, read(written[:, given:], skip_special_tokens=True), read(targets, skip_special_tokens=True))
+        tokenizer, labels, most = self.task.corpus.tokenizer, batch["labels"][:SAMPLES], self.task.corpus.sample_cost // 2
+        key, given = ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)  # half of data.seq_len
+        written = write(model, some, key, given, _WRITTEN, lambda logits: logits.argmax(-1))[:, given : given + _WRITTEN]
+        true = labels[:, given - 1 : given - 1 + _WRITTEN].masked_fill(labels[:, given - 1 : given - 1 + _WRITTEN] == IGNORED, 0)
+        parts = (some["input_ids"][:, : most if given > 1 else None], written, true)
+        texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in parts)
         return [{"given": a, "written": b, "true": c} for a, b, c in zip(*texts, strict=True)]
 
     def metrics(self, loss: float) -> dict[str, float]:
