@@ -15,7 +15,7 @@ from bigtrain.run import run_recipe
 from bigtrain.rundir import RunDir, read_metrics
 from bigtrain.track import Everyone, console
 
-STEPS, WARM = 400, 50
+STEPS, WARM = 200, 40
 spent: list[float] = []  # seconds in trackers, by record
 inner = Everyone.log
 
