@@ -147,7 +147,7 @@ class Track(Section):
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         default="auto", description="auto: online when logged in, else offline"
     )
-    also: list[Literal["tensorboard", "trackio"]] = Field(default=[], description="trackers that are told the same; extras to be installed")
+    also: list[Literal["tensorboard", "trackio"]] = Field(default=[], description="trackers told the same; each is an extra")
     project: str = Field(default="bigtrain", pattern=r"^[^/\\#?%:]{1,128}$", description="W&B (and Trackio) project")
     group: str | None = Field(default=None, description="W&B group; null is the recipe's name")
     tags: list[str] = Field(default=[], description="W&B tags")

@@ -89,7 +89,8 @@ class Memory:
 def corpus_for(model: str) -> Corpus:
     examples = Memory(model)
     if model == "cnn":
-        return Corpus(examples, examples, 1, classes=[str(i) for i in range(10)], image=(1, 8, 8))
+        seen = {"image_mean": [0.0], "image_std": [1.0]}
+        return Corpus(examples, examples, 1, classes=[str(i) for i in range(10)], image=(1, 8, 8), preprocessing=seen)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     return Corpus(examples, examples, 16, tokenizer=tokenizer, vocab_size=VOCABULARY, eval_bytes=1000)
 
