@@ -191,13 +191,13 @@ def compare(
     """Put runs side by side: settings that differ, results, and curves."""
     from bigtrain import compare as side_by_side
 
-    compared = side_by_side.compare(runs, to, price)
+    compared, found = side_by_side.compare(runs, to, price)
     if html is not None:
-        html.write_text(side_by_side.page(compared, by), encoding="utf-8")
+        html.write_text(side_by_side.page(compared, found, by), encoding="utf-8")
     if csv:
         print(side_by_side.to_csv(compared["results"]), end="")
     else:
-        _print({key: compared[key] for key in ("settings", "results", "problems")}, as_json, side_by_side.show)
+        _print(compared, as_json, side_by_side.show)
         if html is not None and not as_json:
             print(f"{html} written")
 
@@ -211,9 +211,9 @@ def sweep(
     slurm: Annotated[bool, typer.Option("--slurm", help="submit them as one Slurm array")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs instead")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train many variants of a recipe, here one after another, and compare them; or let Slurm or W&B do it."""
-    from bigtrain import compare
     from bigtrain import slurm as cluster
     from bigtrain import sweep as many
 
@@ -222,14 +222,14 @@ def sweep(
     if wandb:
         print(many.wandb_file(recipe, axes, draw), end="")
     elif dry_run:
-        print("\n".join(shlex.join([recipe, *run]) for run in runs))
+        _print([[recipe, *run] for run in runs.values()], as_json, lambda found: print("\n".join(map(shlex.join, found))))
     elif slurm:
-        told = cluster.submit(many.base(recipe, axes), recipe, [], runs)
-        print(f"job {told['job']} is to train {len(runs)} runs; its script is {told['script']}\n  bigtrain status shows them all")
+        told = f"job {{job}} is to train {len(runs)} runs; its script is {{script}}\n  bigtrain status shows them all"
+        _print(cluster.submit(many.base(recipe, axes), recipe, [], runs), as_json, lambda result: print(told.format(**result)))
     else:
         failed = many.here(recipe, runs, launcher)
         if len(failed) < len(runs):
-            compare.show(compare.compare([run[0].removeprefix("name=") for run in runs]))
+            compare(list(runs), "steps", None, None, 0.0, False, as_json)
         if failed:
             raise TrainingFailed(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
@@ -343,10 +343,12 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except BigtrainError as problem:
+        from bigtrain.load import redact
+
         # Every rank finds the same fault in a recipe, and every rank of a machine the same in its files.
         rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
         if rank == "0" or (first and not isinstance(problem, RecipeError)):
-            print(f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}", file=sys.stderr)
+            print(redact(f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}"), file=sys.stderr)
         _leave(problem.exit_code)
     except (PermissionError, FileExistsError, NotADirectoryError) as problem:
         print(f"bigtrain: {problem.filename} cannot be written: {problem.strerror}", file=sys.stderr)
@@ -356,7 +358,8 @@ def main() -> None:
             raise
         import traceback
 
+        from bigtrain.load import redact
         from bigtrain.run import exit_code_of
 
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         sys.exit(exit_code_of(problem))  # no verdict: it may be another rank's death in words that nobody knew

@@ -169,8 +169,8 @@ def _smooth(values: Any, window: int) -> Any:
     return total / np.maximum(count, 1)
 
 
-def compare(references: list[str], target: float | None = None, price: float = 0.0) -> dict[str, Any]:
-    """Everything about several runs: `settings` that differ, `results`, `problems`, and `runs` as read.
+def compare(references: list[str], target: float | None = None, price: float = 0.0) -> tuple[dict[str, Any], list[Run]]:
+    """What is shown of several runs (`settings` that differ, `results`, `problems`), and the runs as read.
 
     Raises RequestError when none of them can be read.
     """
@@ -184,13 +184,13 @@ def compare(references: list[str], target: float | None = None, price: float = 0
     if len(tasks := {run["settings"].get("task") for run in runs if run["settings"]}) > 1:
         problems.append(f"different tasks ({', '.join(sorted(map(str, tasks)))}): their losses cannot be compared")
     rows = [results(run, target, price) for run in runs]
-    return {"settings": differences(runs), "results": rows, "problems": problems, "runs": runs}
+    return {"settings": differences(runs), "results": rows, "problems": problems}, runs
 
 
-def page(compared: dict[str, Any], by: str) -> str:
+def page(compared: dict[str, Any], runs: list[Run], by: str) -> str:
     """One HTML page with everything in it: no network, no other file."""
-    data = {key: compared[key] for key in ("settings", "results", "problems")} | {"curves": curves(compared["runs"]), "by": by}
-    text = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    data = _plain(compared | {"curves": curves(runs), "by": by})
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
     return asset("templates", "compare.html").read_text(encoding="utf-8").replace("/*DATA*/ null", text)
 
 

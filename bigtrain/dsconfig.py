@@ -87,18 +87,13 @@ def refuse_contradictions(launcher: Launcher, engine: Engine, origins: Mapping[s
         raise RequestError(f"{launcher.source}: ZeRO stage 0", "stage 1, 2 or 3 (plain data parallel needs no DeepSpeed)")
 
 
-def base_config(plan: Plan) -> dict[str, Any]:
-    """The shipped DeepSpeed settings for the plan's engine."""
-    name = plan.kind + ("_offload" if plan.offload != "none" else "") + ".json"
-    return dict(json.loads(asset("ds_configs", name).read_text()))
-
-
 def render(plan: Plan, clip_norm: float, launcher: Launcher = NO_LAUNCHER) -> dict[str, Any]:
     """The DeepSpeed configuration in force: the launcher's file or the shipped one, with the plan's numbers.
 
     Raises RequestError where a number in the launcher's file contradicts the plan.
     """
-    config = dict(launcher.config) if launcher.config is not None else base_config(plan)
+    shipped = plan.kind + ("_offload" if plan.offload != "none" else "") + ".json"
+    config = dict(launcher.config or json.loads(asset("ds_configs", shipped).read_text()))
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,

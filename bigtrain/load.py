@@ -147,11 +147,16 @@ def changes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str, str]
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML that loads back to the same recipe."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+def dump(value: Any) -> str:
+    """A value as YAML, keys in their order."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(value, stream)
     return stream.getvalue()
 
 

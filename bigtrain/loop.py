@@ -91,7 +91,7 @@ def train(t: Training) -> dict[str, float]:
         # Who is told to stop has seconds, not minutes: evaluation comes after the restart.
         stopping = stopping or _evaluate_if_due(t)
         # While steps are skipped, the checkpoint before them is the one to keep.
-        regular = state.step % settings.checkpoint_every == 0 and not state.skips
+        regular = _is_due(state.step, settings, settings.checkpoint_every) and not state.skips
         last = stopping or state.step == settings.steps
         t.watch.at("checkpoint")
         if last or wishes.save or regular or state.best_step == state.step:
@@ -174,7 +174,7 @@ def _step(t: Training) -> Wishes:
     state.samples += engine.plan.global_batch
     logged = spiked or _is_due(state.step, settings, settings.log_every)
     total = engine.sum(loss)[0] if logged else math.nan
-    t.pending = Pending(rate, pieces, spiked, logged, engine.read(engine.put(total, *result, *sums)))
+    t.pending = Pending(rate, pieces, spiked, logged, engine.read(torch.cat([engine.put(total, *result), sums])))
     at_once = logged or any(_is_due(state.step, settings, every) for every in (settings.eval_every, settings.checkpoint_every))
     after = _settle(t) if at_once or before.stop or before.save else Wishes()
     seconds = time.perf_counter() - began
@@ -203,7 +203,7 @@ def _settle(t: Training) -> Wishes:
         _log(t, {"samples_digest": int(digest), "weight": state.weight, **found})
         _watch(t, found["loss"], step.spiked)
     while t.watch.news:
-        event, details = t.watch.news.pop()
+        event, details = t.watch.news.pop(0)
         t.tracker.event(state.step, event, **details)
     if Wishes(*others).bad:
         _count_bad(t, step.pieces)
@@ -317,8 +317,7 @@ def _watch(t: Training, loss: float, spiked: bool) -> None:
 def _evaluate_if_due(t: Training) -> bool:
     """Evaluate at the steps that are for it, once; returns whether ranks were asked to stop before it was done."""
     state, settings = t.state, t.recipe.train
-    due = state.step == settings.steps or (state.step > 0 and state.step % settings.eval_every == 0)
-    if not due or state.evaluated == state.step:
+    if state.evaluated == state.step or not _is_due(state.step, settings, settings.eval_every):  # at step 0 it counts as done
         return False
     results = evaluate(t.engine, t.task, t)
     if results is None:

@@ -1,6 +1,7 @@
 """Use what was trained: evaluate a finished run again, or let it write."""
 
 import json
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -69,6 +70,6 @@ def _write(model: Any, ids: Tensor, tokens: int, temperature: float, tokenizer: 
         best = torch.topk(logits / temperature, min(50, logits.shape[-1]))
         return best.indices.gather(-1, torch.multinomial(best.values.softmax(-1), 1))[:, 0]
 
-    room = torch.nn.functional.pad(ids, (0, tokens))
-    written = write(model, {"input_ids": room}, "input_ids", ids.shape[1], tokens, choose)[0, ids.shape[1] :].tolist()
-    return written[: written.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in written else list(written)
+    room = {"input_ids": torch.nn.functional.pad(ids, (0, tokens))}
+    chosen = (int(token) for (token,) in write(model, room, "input_ids", ids.shape[1], choose))
+    return list(takewhile(lambda token: token != tokenizer.eos_token_id, islice(chosen, tokens)))

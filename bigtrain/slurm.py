@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ def render(recipe: Recipe, reference: str, overrides: list[str], script: str = "
         "export": ",".join([*_ALWAYS, *asked.env]) if asked.env is not None else None,
     }
     options |= {key: getattr(asked, key) for key in ("partition", "account", "qos", "constraint", "array", "dependency")}
-    lines = ["#!/usr/bin/env bash", f"# Written by: {shlex.join(['bigtrain', 'submit', reference, *overrides])!r}"]
+    command = ["bigtrain", "submit" if script == "train.sbatch" else "sweep", reference, *overrides]
+    lines = ["#!/usr/bin/env bash", f"# Written by: {shlex.join(command)!r}"]
     lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     variables = {"GRACE_SECONDS": str(asked.grace_seconds), "SETUP": asked.setup, "CONTAINER": asked.container}
@@ -54,10 +54,10 @@ def render(recipe: Recipe, reference: str, overrides: list[str], script: str = "
     return "\n".join(lines) + "\n" + _START + "\n".join(start) + "\n" + body
 
 
-def submit(loaded: Loaded, reference: str, overrides: list[str], runs: Sequence[list[str]] = ()) -> dict[str, Any]:
+def submit(loaded: Loaded, reference: str, overrides: list[str], runs: dict[str, list[str]] | None = None) -> dict[str, Any]:
     """Let Slurm check the script, keep it and the recipe as they are now in the run directory, and submit it.
 
-    With `runs`, the overrides of each (its name first): as one job array, from a directory of the sweep's own.
+    With `runs`, name → overrides of each: as one job array, from a directory of the sweep's own.
     Raises RequestError when there is no Slurm, or it does not take the job.
     """
     if not shutil.which("sbatch"):
@@ -69,10 +69,11 @@ def submit(loaded: Loaded, reference: str, overrides: list[str], runs: Sequence[
     if unset := [name for name in recipe.slurm.env or [] if name not in os.environ]:
         raise RequestError(f"slurm.env names {', '.join(unset)}, which is not set here", "variables of this shell", "export them")
     if runs:
-        lines = "".join(shlex.join([frozen, *run]) + "\n" for run in runs)
+        lines = "".join(shlex.join([frozen, *run]) + "\n" for run in runs.values())
         listed = _keep(kept, folder, lines, ".txt")
-        array = {"slurm": recipe.slurm.model_copy(update={"array": f"1-{len(runs)}"})}
-        script = render(recipe.model_copy(update=array), listed, [], "sweep.sbatch")
+        array = f"1-{len(runs)}" + "".join((recipe.slurm.array or "").partition("%")[1:])  # as many at once as it says
+        asked = recipe.model_copy(update={"slurm": recipe.slurm.model_copy(update={"array": array})})
+        script = render(asked, listed, [], "sweep.sbatch")
     else:
         script = render(recipe, frozen, overrides)
     copy = Path(_keep(kept, folder, script, ".sbatch"))
@@ -81,7 +82,7 @@ def submit(loaded: Loaded, reference: str, overrides: list[str], runs: Sequence[
     for path, text in kept.items():
         write_atomic(Path(path), text)
     job = _sbatch(recipe, script, "--parsable").split(";")[0]
-    names = {f"{job}_{task}": run[0].removeprefix("name=") for task, run in enumerate(runs, 1)} or {job: recipe.name}
+    names = {f"{job}_{task}": name for task, name in enumerate(runs or (), 1)} or {job: recipe.name}
     for number, name in names.items():
         jobs = run_directory(name).path / "jobs.jsonl"
         jobs.parent.mkdir(parents=True, exist_ok=True)

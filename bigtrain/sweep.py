@@ -1,6 +1,5 @@
 """Many runs of one recipe: which they are, and how they are started. Slurm and W&B do the scheduling; nothing here does."""
 
-import io
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 from bigtrain.errors import RequestError, StoppedEarly
-from bigtrain.load import Loaded, load_recipe, refuse_secrets
+from bigtrain.load import Loaded, dump, load_recipe, refuse_secrets
 
 _RANGE = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\.\.([0-9.]+(?:e[+-]?[0-9]+)?)")
 _parse = YAML(typ="safe", pure=True).load
@@ -67,13 +66,13 @@ def _spread(setting: str, item: Any, draw: int | None) -> list[Any]:
     return [(float(least), float(greatest))]
 
 
-def expand(recipe: str, axes: Axes, draw: int | None = None, seed: int = 0) -> list[list[str]]:
-    """The overrides of each run, its name first: all combinations, or `draw` of them at random (evenly in the logarithm
-    over a range). Raises RecipeError for a combination that is no recipe."""
+def expand(recipe: str, axes: Axes, draw: int | None = None) -> dict[str, list[str]]:
+    """Name → overrides of each run: all combinations, or `draw` of them at random (evenly in the logarithm over a range),
+    the same ones each time. Raises RecipeError for a combination that is no recipe."""
     if draw is None:
         found = list(itertools.product(*axes.values()))
     else:
-        chance = random.Random(seed)
+        chance = random.Random(0)
         found = [tuple(_drawn(chance, chance.choice(values)) for values in axes.values()) for _ in range(draw)]
     common = base(recipe, axes).recipe
     runs: dict[str, list[str]] = {}
@@ -86,14 +85,14 @@ def expand(recipe: str, axes: Axes, draw: int | None = None, seed: int = 0) -> l
             name = f"{name[:90]}-{len(runs) + 1}"
         runs[name] = [f"name={name}", f"track.group={_text(common.track.group or common.name)}", *own]
         load_recipe(recipe, runs[name])
-    return list(runs.values())
+    return runs
 
 
 def _drawn(chance: random.Random, value: Any) -> Any:
     return float(f"{math.exp(chance.uniform(*map(math.log, value))):.3g}") if isinstance(value, tuple) else value
 
 
-def here(recipe: str, runs: list[list[str]], launcher: str) -> list[str]:
+def here(recipe: str, runs: dict[str, list[str]], launcher: str) -> list[str]:
     """Train them one after another; the names of those that failed. StoppedEarly after a signal, which the run gets too."""
     failed, stopped, children = list[str](), list[int](), list[subprocess.Popen[bytes]]()
 
@@ -101,7 +100,7 @@ def here(recipe: str, runs: list[list[str]], launcher: str) -> list[str]:
         stopped.append(number)
         children[-1].send_signal(number)
 
-    for number, overrides in enumerate(runs, 1):
+    for number, (name, overrides) in enumerate(runs.items(), 1):
         print(f"run {number} of {len(runs)}: {shlex.join(overrides)}", file=sys.stderr, flush=True)
         try:
             children.append(subprocess.Popen([*shlex.split(launcher), "-m", "bigtrain", "train", recipe, *overrides]))
@@ -109,7 +108,7 @@ def here(recipe: str, runs: list[list[str]], launcher: str) -> list[str]:
             raise RequestError(f"--launcher {launcher}: {problem}", "a program that starts python's ranks") from None
         for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(asked, pass_on)
-        failed += [overrides[0].removeprefix("name=")] * (children[-1].wait() != 0)
+        failed += [name] * (children[-1].wait() != 0)
         if stopped or children[-1].returncode == StoppedEarly.exit_code:
             raise StoppedEarly(f"stopped in run {number} of {len(runs)}; the same command goes on from there")
     return failed
@@ -123,8 +122,4 @@ def wandb_file(recipe: str, axes: Axes, draw: int | None) -> str:
     command = ["${env}", "${interpreter}", "-m", "bigtrain", "train", recipe, "--fresh", "${args_no_hyphens}"]
     file: dict[str, Any] = {"project": base(recipe, axes).recipe.track.project, "method": "random" if draw else "grid"}
     file |= {"metric": {"name": "eval/loss", "goal": "minimize"}, "parameters": parameters, "command": command}
-    stream = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.dump(file | ({"run_cap": draw} if draw else {}), stream)
-    return stream.getvalue()
+    return dump(file | ({"run_cap": draw} if draw else {}))

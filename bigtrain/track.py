@@ -1,6 +1,7 @@
 """Who is told what happens: metrics.jsonl always, the terminal, and Weights & Biases (imported here only)."""
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -68,8 +69,7 @@ class Terminal:
         self.record: Record = {}
         self.saved, self.skipped = "none yet", 0
         self.trend = deque[float](maxlen=_TREND)
-        alive = console.is_terminal and not console.quiet
-        self.live = Live(get_renderable=self._panel, console=console, refresh_per_second=4) if alive else None
+        self.live = Live(get_renderable=self._panel, console=console) if console.is_terminal and not console.quiet else None
         if self.live is not None:
             self.live.start()
 
@@ -147,8 +147,7 @@ def _numbers(record: Record) -> dict[str, float]:
 def _line(record: Record) -> str:
     values = {key: value for key, value in record.items() if key not in ("kind", "step", "event", "time")}
     shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-    name = "evaluation" if record["kind"] == "eval" else record["event"]
-    return f"step {record['step']}  {name}  {shown}"
+    return f"step {record['step']}  {record.get('event', 'evaluation')}  {shown}"
 
 
 # Events that someone should be woken for → the title of the alert.
@@ -158,55 +157,57 @@ _START, _END = 5.0, 10.0  # seconds that W&B may take to start and to finish: tr
 
 class WandB:
     """One W&B run per bigtrain run, whatever ended it on the way; steps are our own, so that a resumed run continues its
-    curves. What an earlier life has told W&B is not told again; what it had no time to tell is told first."""
+    curves. What an earlier life has told W&B is not told again; what it had no time to tell is told first.
+
+    All of it happens in a thread of its own: to begin takes W&B seconds and a line two milliseconds, mostly of waiting.
+    """
 
     def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any], known_id: str, step: int) -> None:
         """`known_id`: from the checkpoint, should the run directory have lost its own; `step`: where the run goes on."""
-        self.files, self.skipped, self.lost = run, False, False
+        importlib.import_module("wandb")  # here: a data worker that is forked while a thread imports could wait for ever
+        self.files, self.skipped, self.lost, self.told = run, False, False, set[tuple[str, int]]()
+        self.run: Any = None
         id_file = run.path / "wandb_id"
         if not id_file.exists():
             id_file.write_text(known_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a W&B sweep has its own
         self.id = id_file.read_text().strip()
-        online = track.wandb == "online" or (track.wandb == "auto" and logged_in())
-        known = {"project": track.project, "group": track.group or recipe_name, "tags": track.tags, "notes": track.notes}
-        if online and (problem := _unreachable()):
-            online = False
-            self._say(f"does not answer ({problem}): logging offline")
-        told = _told_offline(run)
-        self.run: Any = self._begin(
-            online, **known, job_type="train", name=run.name, id=self.id, config=config, dir=str(run.path)
-        )
-        self.run.define_metric("*", step_metric="step")
-        for name, goal in (("eval/loss", "min"), ("train/loss", "min"), ("eval/accuracy", "max"), ("eval/f1", "max")):
-            self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
-        if online:
-            last = int(self.run.summary.get("step", 0) or 0)
-            told |= {(kind, known_step) for kind in ("train", "eval") for known_step in range(last + 1)}
-        self.told = told
-        # A line takes W&B two milliseconds, mostly of waiting: training does not wait with it.
+        known: dict[str, Any] = {
+            "project": track.project,
+            "group": track.group or recipe_name,
+            "tags": track.tags,
+            "notes": track.notes,
+        }
+        known |= {"job_type": "train", "name": run.name, "id": self.id, "config": config, "dir": str(run.path)}
         self.todo: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self.todo.put(lambda: self._start(track.wandb, step, known))
         self.thread = threading.Thread(target=self._work, daemon=True, name="W&B")
         self.thread.start()
-        lines = (line for line in read_metrics(run.metrics) if line.get("kind") in ("train", "eval"))
-        for record in {(line["kind"], line["step"]): line for line in lines if line.get("step", 0) <= step}.values():
-            self._log(record)  # a step that was done twice as it was done last; its alerts are of an earlier life
 
-    def _begin(self, online: bool, **known: Any) -> Any:
-        """Start W&B's run; offline, with a line that says so, where its server does not answer in time."""
+    def _start(self, mode: str, step: int, known: dict[str, Any]) -> None:
+        """Begin, offline where W&B's server does not answer in time; and tell what earlier lives had no time to tell."""
         os.environ.setdefault("WANDB_DATA_DIR", str(self.files.path / "wandb"))  # what is to be uploaded stays with the run
         import wandb
 
-        settings = wandb.Settings(
-            silent=True, console="off", init_timeout=_START, finish_timeout=_END, finish_timeout_raises=True
-        )
-        try:
-            mode: Any = "online" if online else "offline"
-            return wandb.init(mode=mode, resume="allow" if online else None, settings=settings, **known)
-        except Exception as problem:
-            if not online:
-                raise
-            self._say(f"does not answer ({type(problem).__name__}): logging offline")
-            return self._begin(False, **known)
+        asked = wandb.Settings(silent=True, console="off", init_timeout=_START, finish_timeout=_END, finish_timeout_raises=True)
+        self.told = _told_offline(self.files)
+        if mode == "online" or (mode == "auto" and logged_in()):
+            try:
+                requests.head(_server(), timeout=_START)  # W&B itself would hold up the end of a run that could not begin
+                self.run = wandb.init(mode="online", resume="allow", settings=asked, **known)
+            except Exception as problem:
+                self._say(f"does not answer ({type(problem).__name__}): logging offline")
+            else:
+                last = int(self.run.summary.get("step", 0) or 0)
+                self.told |= {(kind, known_step) for kind in ("train", "eval") for known_step in range(last + 1)}
+        if self.run is None:
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # at the end it would be waited for where nobody answers
+        self.run = self.run or wandb.init(mode="offline", settings=asked, **known)
+        self.run.define_metric("*", step_metric="step")
+        for name, goal in (("eval/loss", "min"), ("train/loss", "min"), ("eval/accuracy", "max"), ("eval/f1", "max")):
+            self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
+        lines = (line for line in read_metrics(self.files.metrics) if line.get("kind") in ("train", "eval"))
+        for record in {(line["kind"], line["step"]): line for line in lines if line.get("step", 0) <= step}.values():
+            self._tell(record)  # a step that was done twice as it was done last; its alerts are of an earlier life
 
     def log(self, record: Record) -> None:
         kind, step = record["kind"], record["step"]
@@ -216,14 +217,14 @@ class WandB:
         if kind == "train" and not record["applied"] and not self.skipped:
             self.skipped = True
             self.todo.put(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
-        self._log(record)
+        self.todo.put(lambda: self._tell(record))
 
-    def _log(self, record: Record) -> None:
+    def _tell(self, record: Record) -> None:
         if (numbers := _numbers(record)) and (record["kind"], record["step"]) not in self.told:
-            self.todo.put(lambda: self.run.log({"step": record["step"], **numbers}))
+            self.run.log({"step": record["step"], **numbers})
 
     def samples(self, step: int, rows: list[Record]) -> None:
-        """A table of what the model made of some held-out examples; tensors are images."""
+        """A table of what the model made of some held-out examples; arrays are images."""
         self.todo.put(lambda: self.run.log({"step": step, "samples/eval": self._table(rows)}))
 
     def _table(self, rows: list[Record]) -> Any:
@@ -235,13 +236,14 @@ class WandB:
     def close(self, summary: Record) -> None:
         self.todo.put(lambda: self._finish(summary))
         self.todo.put(None)
-        self.thread.join(60)
+        self.thread.join(2 * _END + self.todo.qsize() / 200)  # a line takes it two milliseconds
         if self.thread.is_alive():
-            self._say(f"has not taken the last {self.todo.qsize() + 1} lines in a minute")
-        if self.thread.is_alive() or self.lost:  # W&B's own end of the program would wait for its service without a limit
-            for child in psutil.Process().children():
-                if child.name().startswith("wandb"):
-                    child.kill()
+            self._say(f"has not taken the last {self.todo.qsize() + 1} lines in time")
+        if self.thread.is_alive() or self.lost:
+            for service in [child for child in psutil.Process().children() if child.name().startswith("wandb")]:
+                service.kill()  # at the end of the program W&B would wait for it without a limit
+            with contextlib.suppress(Exception):
+                importlib.import_module("wandb").teardown()
 
     def _finish(self, summary: Record) -> None:
         """The exported model becomes an artifact, by reference (nothing of it is uploaded or hashed), with its recipe."""
@@ -263,7 +265,7 @@ class WandB:
             except Exception as problem:
                 if not self.lost:
                     self._say(f"is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all")
-                self.lost = True
+                self.lost = True  # and what comes is tried all the same: one bad table is not the end
 
     def _say(self, what: str) -> None:
         print(f"bigtrain: W&B {what}; later: bigtrain sync {self.files.name}", file=sys.stderr)
@@ -310,16 +312,6 @@ def _server() -> str:
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
-def _unreachable() -> str:
-    """Why W&B's server does not answer; empty if it does. Asked first, because a run of W&B's that could not begin holds up
-    the end of the program for half a minute."""
-    try:
-        requests.head(_server(), timeout=_START)
-    except requests.RequestException as problem:
-        return str(problem)
-    return ""
-
-
 def logged_in() -> bool:
     """Whether W&B has a key for its server, in the environment or in netrc."""
     return bool(os.environ.get("WANDB_API_KEY")) or requests.utils.get_netrc_auth(_server()) is not None
@@ -332,13 +324,13 @@ class Everyone:
         self.trackers = list(trackers)
 
     def log(self, record: Record) -> None:
-        record |= {key: redact(value) for key, value in record.items() if isinstance(value, str)} | {"time": time.time()}
+        record["time"] = time.time()
         for tracker in self.trackers:
             tracker.log(record)
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Something that happened, with what it takes to be understood."""
-        self.log({"kind": "event", "step": step, "event": event, **details})
+        """Something that happened, with what it takes to be understood; no secret that an error may have named."""
+        self.log({"kind": "event", "step": step, "event": event, **json.loads(redact(to_json(details)))})
 
     def samples(self, step: int, rows: list[Record]) -> None:
         """Examples for those trackers that have room for them."""

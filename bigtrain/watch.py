@@ -101,7 +101,7 @@ class Watchdog:
         self._posts += 1
         where = {"posts": self._posts, "step": self.step + 1, "place": self.place, "passed": self.passed}
         where["busy"] = _mean(self._busy) if len(self._busy) == _RECENT else 0.0
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if self.ranks > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
             where["machine"] = _machine()
         self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where)))
 

@@ -45,7 +45,6 @@ def _curves(world: int) -> dict[str, dict[str, Any]]:
         if engine in ("zero1-offload", "zero3-offload") and steps != 3:
             continue
         case = {"run": "exact", "model": model, "precision": precision, "micro_batch": MICRO[world][steps]}
-        case["steps"] = 5
         case["evaluate"] = (precision, steps) == ("fp32", 1) and engine in ("ddp", "zero3")
         cases[f"{world}/{model}/{engine}/{precision}/{steps}"] = case | ENGINES[engine]
     return cases
@@ -176,9 +175,8 @@ EXACT = [*_curves(1), *_curves(2)]
 @pytest.mark.parametrize("name", EXACT)
 def test_loss_and_gradient_norm_equal_a_plain_loop(name: str, results: dict[str, Any]) -> None:
     _, model, _, precision, accumulation = name.split("/")
+    losses, norms, _ = reference(model)
     lines = results[name]["lines"]
-    losses, norms, _ = (values[: len(lines)] for values in reference(model))
-    assert len(lines) == 5
     assert results[name]["accumulation"] == int(accumulation)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=TOLERANCE[precision])
     # a norm in bf16 is made of gradients that are each rounded to 8 bits

@@ -18,8 +18,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from conftest import bigtrain, on_ranks, start_ranks
+from conftest import bigtrain, on_ranks, start, start_ranks, wait_for
 from PIL import Image
 
 from bigtrain.rundir import read_metrics
@@ -220,6 +221,37 @@ def test_a_secret_that_an_error_or_a_warning_names_is_redacted(tmp_path: Path) -
     assert "no access with [redacted]" in (tmp_path / RUN / "metrics.jsonl").read_text()
     assert "the key is [redacted]" in (tmp_path / RUN / "logs" / "rank-0.log").read_text()
     assert not [path for path in (tmp_path / RUN).rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
+
+
+def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """W&B's own process is stopped (SIGSTOP) in the middle of a run."""
+    run = start("train", *CNN, "track.wandb=offline", "train.steps=600", "train.eval_every=600", cwd=tmp_path)
+    metrics = tmp_path / RUN / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 20)
+    services = [child for child in psutil.Process(run.pid).children() if child.name().startswith("wandb")]
+    assert services
+    for service in services:
+        service.send_signal(signal.SIGSTOP)
+    done = run.wait(120)
+    ended = time.time()
+    assert done.returncode == 0, done.stderr
+    lines = list(read_metrics(metrics, "train"))
+    assert len(lines) == 600
+    assert ended - lines[-1]["time"] < 30
+    assert "later: bigtrain sync digits-cnn" in done.stderr
+    assert not any(psutil.pid_exists(service.pid) and service.status() == psutil.STATUS_STOPPED for service in services)
+
+
+@pytest.mark.parametrize(("steps", "code"), [("train.steps=4", 0), ("optim.lr=1e30", 1)])
+def test_wandb_knows_how_a_run_ended(steps: str, code: int, tmp_path: Path) -> None:
+    """A failed one is not shown as finished."""
+    done = bigtrain("train", *CNN, "track.wandb=offline", "train.max_skips=2", "optim.clip_norm=0.0", steps, cwd=tmp_path)
+    assert done.returncode == (3 if code else 0)
+    (file,) = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    exits = [json.loads(line)["exit"] for line in shown.splitlines() if "exit" in json.loads(line)]
+    assert [found.get("exit_code", 0) for found in exits] == [code]
 
 
 CANARIES = {"of its form": "hf_" + "Canary9" * 5, "of this environment": "an-odd-canary-of-mine"}

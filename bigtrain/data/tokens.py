@@ -30,11 +30,6 @@ _VERSION = 2  # of the cache's format and of how text becomes ids
 PAD, EOS = "<pad>", "<eos>"
 
 
-def cache_root() -> Path:
-    """`$BIGTRAIN_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("BIGTRAIN_CACHE") or Path.home() / ".cache" / "bigtrain")
-
-
 def held_out(record: Record, index: int, field: str, fraction: float) -> bool:
     """Whether a record belongs to the held-out part: decided by its group, text or number, never by the seed,
     so that runs with other seeds are judged on the same examples."""
@@ -101,7 +96,8 @@ def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> Tok
     made_from = [_VERSION, task, source.identity, held, _tokenizer_stamp(spec), data.columns]
     if task != "causal_lm":
         made_from.append(data.seq_len)
-    folder = cache_root() / "tokens" / blake3(json.dumps(made_from).encode()).hexdigest()[:32]
+    root = Path(os.environ.get("BIGTRAIN_CACHE") or Path.home() / ".cache" / "bigtrain")
+    folder = root / "tokens" / blake3(json.dumps(made_from).encode()).hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "meta.json").is_file():

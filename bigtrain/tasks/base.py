@@ -97,7 +97,7 @@ class Evaluator:
         """What the task's own metrics make of a batch."""
 
     def samples(self, model: Callable[..., Any], batch: Batch) -> list[dict[str, Any]]:
-        """What the model makes of a few held-out examples, as rows for a table (tensors are images). A collective."""
+        """What the model makes of a few held-out examples, as rows for a table (arrays are images). A collective."""
         return []
 
     def metrics(self, loss: float) -> dict[str, float]:

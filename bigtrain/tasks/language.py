@@ -1,7 +1,8 @@
 """Tasks over sequences of target tokens: language modelling and sequence to sequence."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from bigtrain.tasks.base import IGNORED, SAMPLES, Batch, Evaluator, Task, output
 _WRITTEN = 24  # tokens of a sample, at most
 
 
-def write(model: Any, batch: Batch, key: str, given: int, tokens: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """`batch[key]` [batch, length] with `tokens` from position `given` on written anew, as far as they have room: each
-    chosen from the logits [batch, vocabulary] of those before. The model sees one shape only, `tokens` times."""
+def write(model: Any, batch: Batch, key: str, given: int, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Tokens [batch] for `batch[key]` [batch, length] from position `given` on, one place after another and without end:
+    each chosen from the logits [batch, vocabulary] of those before. One forward pass each, and all of one shape."""
     ids = batch[key].clone()
-    for place in range(given, given + tokens):
+    for place in count(given):
         logits = outputs(model, **batch | {key: ids})
+        chosen = choose(logits[:, min(place, ids.shape[1]) - 1])
         if place < ids.shape[1]:
-            ids[:, place] = choose(logits[:, place - 1])
-    return ids
+            ids[:, place] = chosen
+        yield chosen
 
 
 class LanguageEvaluator(Evaluator):
@@ -44,14 +46,18 @@ class LanguageEvaluator(Evaluator):
 
         The number of forward passes does not depend on the batch: where weights are sharded all ranks make them together.
         """
-        some = {name: tensor[:SAMPLES] for name, tensor in batch.items() if name != "labels"}
-        tokenizer, labels, most = self.task.corpus.tokenizer, batch["labels"][:SAMPLES], self.task.corpus.sample_cost // 2
-        key, given = ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)  # half of data.seq_len
-        written = write(model, some, key, given, _WRITTEN, lambda logits: logits.argmax(-1))[:, given : given + _WRITTEN]
-        true = labels[:, given - 1 : given - 1 + _WRITTEN].masked_fill(labels[:, given - 1 : given - 1 + _WRITTEN] == IGNORED, 0)
-        parts = (some["input_ids"][:, : most if given > 1 else None], written, true)
-        texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in parts)
-        return [{"given": a, "written": b, "true": c} for a, b, c in zip(*texts, strict=True)]
+        some = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
+        labels, most = some.pop("labels"), self.task.corpus.sample_cost // 2  # half of data.seq_len
+        key, given = ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)
+        chosen = islice(write(model, some, key, given, lambda logits: logits.argmax(-1)), _WRITTEN)
+        written = torch.stack([*chosen], dim=1)[:, : max(some[key].shape[1] - given, 0)]
+        read, end = self.task.corpus.tokenizer.batch_decode, self.task.corpus.tokenizer.eos_token_id
+        until_end = lambda ids: ids.masked_fill(((ids == end) | (ids == IGNORED)).cumsum(1) > 0, end)  # noqa: E731
+        true = labels[:, given - 1 : given - 1 + _WRITTEN]
+        given_ids = some["input_ids"][:, : None if given == 1 else given]
+        parts = {"given": given_ids, "written": until_end(written), "true": until_end(true)}
+        texts = [read(ids, skip_special_tokens=True) for ids in parts.values()]
+        return [dict(zip(parts, row, strict=True)) for row in zip(*texts, strict=True)]
 
     def metrics(self, loss: float) -> dict[str, float]:
         perplexity = {"perplexity": math.exp(min(loss, 700.0))}

@@ -262,13 +262,16 @@ def test_a_sweep_trains_one_line_per_task(cluster: Cluster, tmp_path: Path) -> N
 def test_a_sweep_of_the_command_line_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine"))
-    fixed = ["slurm.gpus_per_node=0", "train.steps=3", "train.eval_every=3", "track.wandb=off", "track.tags=[it's $(touch x)]"]
-    command = [sys.executable, "-m", "bigtrain", "sweep", "mine.yaml", "seed=0..1", *fixed, "slurm.time=10", "--slurm"]
+    asked = ["slurm.gpus_per_node=0", "slurm.array=0%1", "slurm.time=10"]
+    fixed = ["train.steps=3", "train.eval_every=3", "track.wandb=off", "track.tags=[it's $(touch x)]"]
+    command = [sys.executable, "-m", "bigtrain", "sweep", "mine.yaml", "seed=0..1", *asked, *fixed, "--slurm"]
     run = {name: value for name, value in cluster.environment.items() if name != "BIGTRAIN_SETUP"}
     done = subprocess.run(command, cwd=tmp_path, env=run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     recipe.write_text("nonsense")
     job = done.stdout.split()[1]
+    (kept,) = (tmp_path / "runs" / "mine-sweep").glob("*.sbatch")
+    assert "#SBATCH --array=1-2%1\n" in kept.read_text(), "one at a time, as the recipe has it"
     for task, seed in ((1, 0), (2, 1)):
         assert cluster.finish(f"{job}_{task}") == "COMPLETED", (tmp_path / f"mine-{job}_{task}.out").read_text()
         found = json.loads((tmp_path / "runs" / f"mine-seed{seed}" / "effective.json").read_text())
