@@ -180,13 +180,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
         raise RecipeError(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: found {_kind(raw)}", "a mapping with name, task, model, data, …", "bigtrain init NAME")
-    where: Where = {}
-    errors: list[str] = []
-    for key, line, first in keys:
-        where.setdefault(key, f"{path}:{line}")
-        if first is not None:
-            errors.append(f"{path}:{line}: duplicate key {key} (first on line {first})")
-    return raw, where, errors
+    where = {key: f"{path}:{line}" for key, line, _ in reversed(keys)}  # the first place of a key that is there twice
+    twice = [(key, line, first) for key, line, first in keys if first is not None]
+    return raw, where, [f"{path}:{line}: duplicate key {key} (first on line {first})" for key, line, first in twice]
 
 
 def _walk(node: Node, prefix: str = "") -> Iterator[tuple[str, int, int | None]]:
