@@ -139,6 +139,8 @@ class Checkpoints:
             self._together(lambda: self._commit(files) if self.engine.main else None)
         except NotSavedError as failure:
             problem = str(failure)
+            if self.engine.main:  # the disk may be full: metrics.jsonl needs what this took
+                shutil.rmtree(self.building, ignore_errors=True)
         now = time.perf_counter()
         return [Saved(self.state.step, self.final, now - self.began, self.blocked + now - waited, writing, problem)]
 

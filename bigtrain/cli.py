@@ -1,6 +1,7 @@
 """The `bigtrain` command. Each command imports what it needs inside, so that help and errors answer at once."""
 
 import contextlib
+import gc
 import json
 import os
 import shlex
@@ -46,6 +47,7 @@ def train(
     from bigtrain.run import run_recipe
     from bigtrain.track import console
 
+    gc.set_threshold(700)  # Python's own again: a cycle may hold a device's memory (__main__.py)
     summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
     if os.environ.get("RANK", "0") == "0":
         _print(summary, as_json, _finished)
@@ -194,12 +196,11 @@ def compare(
     compared, found = side_by_side.compare(runs, to, price)
     if html is not None:
         html.write_text(side_by_side.page(compared, found, by), encoding="utf-8")
+        print(f"{html} written", file=sys.stderr)
     if csv:
         print(side_by_side.to_csv(compared["results"]), end="")
     else:
         _print(compared, as_json, side_by_side.show)
-        if html is not None and not as_json:
-            print(f"{html} written")
 
 
 @app.command()

@@ -66,7 +66,7 @@ _SECRET = re.compile(
     r"\b([0-9a-f]{40}|wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|AIza[A-Za-z0-9_-]{30,}|xox[abprs]-[A-Za-z0-9-]{10,})\b"
 )
-_SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|password|passwd|credential)s?$")
+_SECRET_NAME = re.compile(r"(?i)(api_?keys?|token|secrets?|password|passwd|credentials?)$")  # tokens are counted
 
 
 def redact(text: str) -> str:

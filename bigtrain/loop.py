@@ -86,7 +86,6 @@ def train(t: Training) -> dict[str, float]:
     stopping = _evaluate_if_due(t)  # a run may have been stopped before its last evaluation
     while state.step < settings.steps and not stopping:
         wishes = _step(t)
-        _refuse_to_go_on_in_vain(t)
         stopping = wishes.stop > 0
         # Who is told to stop has seconds, not minutes: evaluation comes after the restart.
         stopping = stopping or _evaluate_if_due(t)
@@ -202,11 +201,14 @@ def _settle(t: Training) -> Wishes:
         found = {"loss": loss / max(weight, 1), "lr": step.rate, "grad_norm": grad_norm, "applied": bool(applied)}
         _log(t, {"samples_digest": int(digest), "weight": state.weight, **found})
         _watch(t, found["loss"], step.spiked)
+    elif not applied:
+        t.tracker.event(state.step, "step skipped", grad_norm=grad_norm)
     while t.watch.news:
         event, details = t.watch.news.pop(0)
         t.tracker.event(state.step, event, **details)
     if Wishes(*others).bad:
         _count_bad(t, step.pieces)
+    _refuse_to_go_on_in_vain(t)
     return Wishes(*others)
 
 

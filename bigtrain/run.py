@@ -147,10 +147,11 @@ def _carry_out(t: Training, run: RunDir, summary: dict[str, Any]) -> dict[str, A
         if t.recipe.train.keep_best:
             results = _take_the_best(t, run) or results
         counts = {key: value for key, value in asdict(t.state).items() if isinstance(value, int)}
-        summary |= {"status": "finished", **counts, **results, "baselines": t.task.corpus.baselines}
-        export.write(t.engine, t.recipe, t.task.corpus, run, summary)
+        done = summary | {"status": "finished", **counts, **results, "baselines": t.task.corpus.baselines}
+        export.write(t.engine, t.recipe, t.task.corpus, run, done)
         if t.engine.main:
-            run.write_json(run.summary, summary)
+            run.write_json(run.summary, done)
+        summary |= done
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
             event = "lost a peer" if _lost_a_peer(problem) else "failed"
@@ -331,14 +332,14 @@ def _idle(global_batch: int, ranks: int) -> Iterator[str]:
 
 def _tracker(loaded: Loaded, run: RunDir, task: Task, settings: Settings, screen: Console, state: State) -> Everyone:
     recipe = loaded.recipe
-    everyone = Everyone(MetricsFile(run), Terminal(recipe.train.steps, task.unit, screen))
+    # First, because they may fail: what is opened after them runs in threads.
+    also = [Also(engine.tracker(kind, recipe.track.project, run.name, run.path, state.step)) for kind in recipe.track.also]
+    everyone = Everyone(MetricsFile(run), *also, Terminal(recipe.train.steps, task.unit, screen))
     if recipe.track.wandb != "off":
         config = {key: setting["value"] for key, setting in settings.items()}
         wandb = WandB(recipe.track, run, recipe.name, config, state.wandb_id, state.step)
         state.wandb_id = wandb.id
         everyone.trackers.append(wandb)
-    for kind in recipe.track.also:
-        everyone.trackers.append(Also(engine.tracker(kind, recipe.track.project, run.name, run.path, state.step)))
     return everyone
 
 

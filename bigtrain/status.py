@@ -63,21 +63,21 @@ def judge(run: RunDir, lines: dict[str, Any], others: list[dict[str, Any]]) -> d
     result[f"{unit}_per_s"] = float(np.median(recent[f"{unit}_per_s"])) if step else None
     result["left"] = (steps - step) * _pace(recent) if state == "running" and step else None
     result["restarts"] = max(len(began) - 1, 0)
-    result["goodput"] = goodput(lines, began, state == "running", settings.log_every if settings else 1)
+    result["goodput"] = goodput(lines, began, state == "running")
     result["job"] = job
     result["health"] = _health(run, recent, events, state)
     return result
 
 
-def goodput(lines: dict[str, Any], began: list[dict[str, Any]], running: bool, log_every: int = 1) -> float | None:
+def goodput(lines: dict[str, Any], began: list[dict[str, Any]], running: bool) -> float | None:
     """Seconds spent on steps that count ÷ wall time since the first start, waiting in a queue included.
 
     A step that was done again after a kill counts once. The definition is that of Google's "ML Productivity Goodput".
     """
     if not began or not len(lines["step"]):
         return None
-    _, last = np.unique(lines["step"][::-1], return_index=True)  # each step's last line
-    counted = float(lines["seconds"][::-1][last].sum()) * log_every
+    steps, last = np.unique(lines["step"][::-1], return_index=True)  # each step's last line, a mean since the line before
+    counted = float((lines["seconds"][::-1][last] * np.diff(steps, prepend=0)).sum())
     end = time.time() if running else float(np.nanmax(lines["time"]))
     return min(counted / max(end - float(began[0]["time"]), 1e-9), 1.0)
 

@@ -98,7 +98,7 @@ def here(recipe: str, runs: dict[str, list[str]], launcher: str) -> list[str]:
 
     def pass_on(number: int, _frame: Any) -> None:
         stopped.append(number)
-        children[-1].send_signal(number)
+        children[-1].send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)  # torchrun passes on no other
 
     for number, (name, overrides) in enumerate(runs.items(), 1):
         print(f"run {number} of {len(runs)}: {shlex.join(overrides)}", file=sys.stderr, flush=True)

@@ -121,17 +121,20 @@ class Terminal:
 
 
 class Also:
-    """TensorBoard or Trackio, through one of Accelerate's trackers (engine.tracker)."""
+    """TensorBoard or Trackio, through one of Accelerate's trackers (engine.tracker); training goes on without it."""
 
     def __init__(self, tracker: Any) -> None:
         self.tracker = tracker
 
     def log(self, record: Record) -> None:
-        if numbers := _numbers(record):
-            self.tracker.log(numbers, step=record["step"])
+        try:
+            if numbers := _numbers(record):
+                self.tracker.log(numbers, step=record["step"])
+        except Exception as problem:  # a full disk, or a database that another program holds
+            warnings.warn(f"{self.tracker.name} has not taken all: {problem}", stacklevel=1)
 
     def close(self, summary: Record) -> None:
-        with contextlib.redirect_stdout(sys.stderr):  # Trackio says goodbye
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):  # Trackio says goodbye
             self.tracker.finish()
 
 
@@ -165,19 +168,14 @@ class WandB:
     def __init__(self, track: Track, run: RunDir, recipe_name: str, config: dict[str, Any], known_id: str, step: int) -> None:
         """`known_id`: from the checkpoint, should the run directory have lost its own; `step`: where the run goes on."""
         importlib.import_module("wandb")  # here: a data worker that is forked while a thread imports could wait for ever
-        self.files, self.skipped, self.lost, self.told = run, False, False, set[tuple[str, int]]()
+        self.files, self.skipped, self.lost, self.told, self.began = run, False, False, set[tuple[str, int]](), time.time()
         self.run: Any = None
         id_file = run.path / "wandb_id"
         if not id_file.exists():
             id_file.write_text(known_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a W&B sweep has its own
         self.id = id_file.read_text().strip()
-        known: dict[str, Any] = {
-            "project": track.project,
-            "group": track.group or recipe_name,
-            "tags": track.tags,
-            "notes": track.notes,
-        }
-        known |= {"job_type": "train", "name": run.name, "id": self.id, "config": config, "dir": str(run.path)}
+        known: dict[str, Any] = {"project": track.project, "group": track.group or recipe_name, "tags": track.tags, "id": self.id}
+        known |= {"notes": track.notes, "job_type": "train", "name": run.name, "config": config, "dir": str(run.path)}
         self.todo: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self.todo.put(lambda: self._start(track.wandb, step, known))
         self.thread = threading.Thread(target=self._work, daemon=True, name="W&B")
@@ -206,7 +204,8 @@ class WandB:
         for name, goal in (("eval/loss", "min"), ("train/loss", "min"), ("eval/accuracy", "max"), ("eval/f1", "max")):
             self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
         lines = (line for line in read_metrics(self.files.metrics) if line.get("kind") in ("train", "eval"))
-        for record in {(line["kind"], line["step"]): line for line in lines if line.get("step", 0) <= step}.values():
+        earlier = (line for line in lines if line.get("step", 0) <= step and line.get("time", 0.0) < self.began)
+        for record in {(line["kind"], line["step"]): line for line in earlier}.values():
             self._tell(record)  # a step that was done twice as it was done last; its alerts are of an earlier life
 
     def log(self, record: Record) -> None:
@@ -214,7 +213,7 @@ class WandB:
         if kind == "event" and record["event"] in _ALERTS:
             text = str(record.get("reason") or record.get("places") or "")
             self.todo.put(lambda: self.run.alert(f"{self.files.name}: {_ALERTS[record['event']]}", f"step {step}. {text}"))
-        if kind == "train" and not record["applied"] and not self.skipped:
+        if not self.skipped and (record.get("event") == "step skipped" or not record.get("applied", True)):
             self.skipped = True
             self.todo.put(lambda: self.run.alert(f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"))
         self.todo.put(lambda: self._tell(record))
@@ -240,9 +239,9 @@ class WandB:
         if self.thread.is_alive():
             self._say(f"has not taken the last {self.todo.qsize() + 1} lines in time")
         if self.thread.is_alive() or self.lost:
-            for service in [child for child in psutil.Process().children() if child.name().startswith("wandb")]:
-                service.kill()  # at the end of the program W&B would wait for it without a limit
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # one that has ended meanwhile
+                for service in [child for child in psutil.Process().children() if child.name().startswith("wandb")]:
+                    service.kill()  # at the end of the program W&B would wait for it without a limit
                 importlib.import_module("wandb").teardown()
 
     def _finish(self, summary: Record) -> None:
@@ -348,6 +347,13 @@ def console(as_json: bool = False, quiet: bool = False) -> Console:
     return Console(stderr=as_json, soft_wrap=True, quiet=quiet)
 
 
+class _Redacted(logging.Formatter):
+    """Without secrets, also in a traceback. (A filter would not do: what fails in one, fails in who logs.)"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def keep_warnings(run: RunDir, rank: int) -> None:
     """What libraries warn of goes to `runs/NAME/logs/rank-N.log`; what the user's own code does, to rank 0's terminal too."""
     shown, seen = logging.StreamHandler(), set[str]()
@@ -355,7 +361,8 @@ def keep_warnings(run: RunDir, rank: int) -> None:
     with contextlib.suppress(OSError):  # a disk that shows this rank no run directory must not end the run
         run.logs.mkdir(parents=True, exist_ok=True)
         kept = logging.FileHandler(run.logs / f"rank-{rank}.log")
-    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    kept.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown.setFormatter(_Redacted())
     theirs = re.compile(rf"site-packages|dist-packages|^{re.escape(sysconfig.get_paths()['stdlib'])}")
 
     def is_new(record: logging.LogRecord) -> bool:  # Python forgets what it has warned of whenever a filter changes
@@ -363,13 +370,7 @@ def keep_warnings(run: RunDir, rank: int) -> None:
         seen.add(record.getMessage())
         return not known
 
-    def without_secrets(record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
-        return True
-
-    kept.addFilter(without_secrets)
-    shown.addFilter(lambda record: not theirs.search(record.msg if record.name == "py.warnings" else record.pathname))
-    shown.addFilter(without_secrets)
+    shown.addFilter(lambda record: not theirs.search(record.getMessage() if record.name == "py.warnings" else record.pathname))
     logging.getLogger().handlers = [kept, shown] if rank == 0 else [kept]
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addFilter(is_new)

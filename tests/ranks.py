@@ -289,6 +289,7 @@ def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "lines": [line for line in lines if line["step"] in (3, 6, 7)] == few,
         "weights": all(torch.equal(weights[name], other_weights[name]) for name in weights),
         "applied": training.state.applied,
+        "said": collect.events,
     }
 
 

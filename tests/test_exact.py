@@ -223,6 +223,7 @@ def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: dict[str, 
 def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(name: str, results: dict[str, Any]) -> None:
     found = results[name]
     assert found["lines"] and found["weights"] and found["applied"] == 6
+    assert found["said"] == ["step skipped"], "the step that no line of metrics tells of"
     if name in ("lazy/adamw", "lazy/sgd"):  # the others have no kernel that leaves a step out by itself
         assert found["reads"][1:] == [0] * 3, "beyond the first step, in which the data loader draws its seed"
 

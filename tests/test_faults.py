@@ -231,13 +231,18 @@ def small_disk(target: Path, size: str) -> Iterator[None]:
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
-    """Checkpoints on a file system with room for one and a half of them."""
+    """Checkpoints on a file system with room for one and a half of them; then a run on one with room for none."""
     target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
     with small_disk(target, "1800k"):
         done = bigtrain("train", *CNN, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "bytes are free" in events(tmp_path)["checkpoint FAILED"]["reason"]
         assert [verify(path) for path in committed(RunDir(target.parent))] == [[]]
+    with small_disk(tmp_path / "runs" / "tight", "1000k"):
+        done = bigtrain("train", *CNN, "name=tight", "track.also=[tensorboard]", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "No space left" in events(tmp_path, "tight")["checkpoint FAILED"]["reason"]
+        assert len(losses(tmp_path, "tight")) == 12, "what the checkpoint took is there for the lines of metrics again"
 
 
 def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
@@ -386,9 +391,10 @@ def test_a_stop_that_cannot_be_saved_does_not_end_with_75(tmp_path: Path) -> Non
         assert "its checkpoint was not written" in done.stderr
 
 
-def test_numbers_that_stay_broken_end_the_run_with_3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_numbers_that_stay_broken_end_the_run_with_3(log_every: int, tmp_path: Path) -> None:
     arguments = ["train", *CNN, "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0.0", "train.max_skips=3"]
-    done = bigtrain(*arguments, "train.steps=40", cwd=tmp_path)
+    done = bigtrain(*arguments, "train.steps=40", f"train.log_every={log_every}", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "3 steps in a row" in done.stderr
     assert "Traceback" not in done.stderr

@@ -207,19 +207,26 @@ def test_a_step_that_was_done_twice_is_told_once(tmp_path: Path) -> None:
 
 def test_a_secret_that_an_error_or_a_warning_names_is_redacted(tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(
-        "import os, warnings\nfrom bigtrain.models.cnn import CNN\n\n\nclass Leaky(CNN):\n    calls = 0\n\n"
+        "import logging, os, warnings\nfrom bigtrain.models.cnn import CNN\n\n\nclass Leaky(CNN):\n    calls = 0\n\n"
         "    def forward(self, pixel_values):\n"
         "        Leaky.calls += 1\n"
         "        if Leaky.calls > 3:\n"
         "            warnings.warn('the key is ' + os.environ['MY_TOKEN'])\n"
-        "            raise RuntimeError('no access with ' + os.environ['MY_TOKEN'])\n"
+        "            logging.getLogger(__name__).warning('with more than it has room for', 'here')\n"
+        "            try:\n"
+        "                raise RuntimeError('no access with ' + os.environ['MY_TOKEN'])\n"
+        "            except RuntimeError:\n"
+        "                logging.getLogger(__name__).warning('a traceback', exc_info=True)\n"
+        "                raise\n"
         "        return super().forward(pixel_values)\n"
     )
     canary = CANARIES["of this environment"]
     done = bigtrain("train", *CNN, "model.name=leaky:Leaky", "track.wandb=offline", cwd=tmp_path, MY_TOKEN=canary)
     assert done.returncode == 3
     assert "no access with [redacted]" in (tmp_path / RUN / "metrics.jsonl").read_text()
-    assert "the key is [redacted]" in (tmp_path / RUN / "logs" / "rank-0.log").read_text()
+    log = (tmp_path / RUN / "logs" / "rank-0.log").read_text()
+    assert "the key is [redacted]" in log and "RuntimeError: no access with [redacted]" in log
+    assert canary not in done.stdout + done.stderr
     assert not [path for path in (tmp_path / RUN).rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
 
 
