@@ -66,12 +66,13 @@ _SECRET = re.compile(
     r"\b([0-9a-f]{40}|wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|AIza[A-Za-z0-9_-]{30,}|xox[abprs]-[A-Za-z0-9-]{10,})\b"
 )
-_SECRET_NAME = re.compile(r"(?i)(api_?keys?|token|secrets?|password|passwd|credentials?)$")  # tokens are counted
+# Of NAME=VALUE; a number of tokens is no secret.
+_SECRET_SETTING = re.compile(r"(?i)[^=]*(api_?key|token(?!s=\d+$)|secret|password|passwd|credential)s?=")
 
 
 def redact(text: str) -> str:
     """A text without what has the form of a key, and without those of this environment."""
-    for value in (value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8):
+    for value in (value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_SETTING.match(f"{name}={value}")):
         text = text.replace(value, "[redacted]")
     return _SECRET.sub("[redacted]", text)
 

@@ -101,9 +101,9 @@ class Watchdog:
         self._posts += 1
         where = {"posts": self._posts, "step": self.step + 1, "place": self.place, "passed": self.passed}
         where["busy"] = _mean(self._busy) if len(self._busy) == _RECENT else 0.0
-        first = self.ranks > 1 and os.environ.get("LOCAL_RANK", "0") == "0"
+        speaks = self.ranks > 1 and os.environ.get("LOCAL_RANK", "0") == "0"
         # Within the question, which is given up in time: the driver of a broken GPU may never answer.
-        self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where | ({"machine": _machine()} if first else {}))))
+        self._ask(lambda store: store.set(f"{self.rank}", json.dumps(where | ({"machine": _machine()} if speaks else {}))))
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """What the store answers; None where there is none, or where it does not answer soon.

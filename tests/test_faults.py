@@ -243,6 +243,12 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "No space left" in events(tmp_path, "tight")["checkpoint FAILED"]["reason"]
         assert len(losses(tmp_path, "tight")) == 12, "what the checkpoint took is there for the lines of metrics again"
+    with small_disk(tmp_path / "runs" / "less" / "tensorboard", "4k"):
+        done = bigtrain("train", "digits-mlp", *STEPS, "name=less", "track.also=[tensorboard]", "train.steps=100", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said = (tmp_path / "runs" / "less" / "logs" / "rank-0.log").read_text()
+        assert said.count("tensorboard has not taken all: [Errno 28] No space left on device") == 1
+    assert len(losses(tmp_path, "less")) == 100
 
 
 def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:

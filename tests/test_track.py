@@ -23,6 +23,7 @@ import pytest
 from conftest import bigtrain, on_ranks, start, start_ranks, wait_for
 from PIL import Image
 
+from bigtrain.load import redact
 from bigtrain.rundir import read_metrics
 
 STEPS = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "engine.kind=ddp"]
@@ -259,6 +260,13 @@ def test_wandb_knows_how_a_run_ended(steps: str, code: int, tmp_path: Path) -> N
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     exits = [json.loads(line)["exit"] for line in shown.splitlines() if "exit" in json.loads(line)]
     assert [found.get("exit_code", 0) for found in exits] == [code]
+
+
+def test_a_number_of_tokens_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_TOKENS", "10000000000")
+    monkeypatch.setenv("API_TOKENS", "one-of-mine,another")
+    monkeypatch.setenv("A_PASSWORD", "1234567890")
+    assert redact("10000000000 with one-of-mine,another or 1234567890") == "10000000000 with [redacted] or [redacted]"
 
 
 CANARIES = {"of its form": "hf_" + "Canary9" * 5, "of this environment": "an-odd-canary-of-mine"}
