@@ -11,14 +11,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bigtrain.rundir import RunDir, read_metrics
+from bigtrain.runs.directory import RunDir
+from bigtrain.runs.metrics_file import read_metrics
 
 EVERY = 25  # steps between checkpoints
-SHAPE = "{num_hidden_layers: 14, hidden_size: 768, intermediate_size: 2048, num_attention_heads: 12}"
-RECIPE = ["tiny-lm", f"model.args={SHAPE}", "data.seq_len=64", "engine.global_batch=2", "engine.precision=fp32"]
+SHAPE = (
+    "{num_hidden_layers: 14, hidden_size: 768, intermediate_size: 2048, num_attention_heads: 12}"
+)
+RECIPE = [
+    "tiny-lm",
+    f"model.args={SHAPE}",
+    "data.seq_len=64",
+    "engine.global_batch=2",
+    "engine.precision=fp32",
+]
 LAST = 3 * EVERY + 15
-RECIPE += [f"train.steps={LAST}", f"train.checkpoint_every={EVERY}", "train.keep=1", f"train.eval_every={LAST}"]
-RECIPE += [f"data.eval={__file__}", "track.wandb=off", "optim.lr=1e-5"]  # a short text: it is not what is measured
+RECIPE += [
+    f"train.steps={LAST}",
+    f"train.checkpoint_every={EVERY}",
+    "train.keep=1",
+    f"train.eval_every={LAST}",
+]
+RECIPE += [
+    f"data.eval={__file__}",
+    "track.wandb=off",
+    "optim.lr=1e-5",
+]  # a short text: it is not what is measured
 PLAIN = """
 import os, sys, time
 content = open(sys.argv[1], "rb").read()
@@ -33,19 +51,40 @@ print(time.perf_counter() - began)
 
 def measure(name: str, background: bool) -> dict[str, Any]:
     """Train; what the third checkpoint cost, the first that is written over another; and for how long the first blocked."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain"]
-    command = [*launch, "train", *RECIPE, f"name={name}", f"train.async_save={str(background).lower()}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "bigtrain",
+    ]
+    command = [
+        *launch,
+        "train",
+        *RECIPE,
+        f"name={name}",
+        f"train.async_save={str(background).lower()}",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = RunDir(Path("runs") / name)
     seconds = {line["step"]: line["seconds"] for line in read_metrics(run.metrics, "train")}
-    first, _, saved, *_ = (line for line in read_metrics(run.metrics, "event") if line["event"] == "checkpoint")
+    first, _, saved, *_ = (
+        line for line in read_metrics(run.metrics, "event") if line["event"] == "checkpoint"
+    )
     usual = statistics.median(seconds[step] for step in range(2 * EVERY + 10, 3 * EVERY + 1))
     # Steps under which the writing went on, and two more for what the disk still has to do.
     busy = range(3 * EVERY + 1, 3 * EVERY + 3 + int(saved["seconds"] / usual))
     lost = saved["blocked"] + sum(seconds[step] - usual for step in busy)
     shards = sorted((run.checkpoints / f"step-{LAST:08d}").glob("rank-*.safetensors"))
     size = sum(path.stat().st_size for path in shards)
-    times = {key: saved[key] for key in ("blocked", "writing")} | {"step": usual, "lost": lost, "first": first["blocked"]}
+    times = {key: saved[key] for key in ("blocked", "writing")} | {
+        "step": usual,
+        "lost": lost,
+        "first": first["blocked"],
+    }
     return times | {"size": size, "shards": shards}
 
 
@@ -53,9 +92,14 @@ def plain_write(shards: list[Path]) -> float:
     """Seconds for as many processes to write and sync as many bytes to new files; the slowest, the median of three."""
     times = []
     for number in range(3):
-        time.sleep(10)  # as between checkpoints: memory that was just freed would make it look faster
+        time.sleep(
+            10
+        )  # as between checkpoints: memory that was just freed would make it look faster
         program = [sys.executable, "-c", PLAIN]
-        writers = [subprocess.Popen([*program, str(path), str(number)], stdout=subprocess.PIPE) for path in shards]
+        writers = [
+            subprocess.Popen([*program, str(path), str(number)], stdout=subprocess.PIPE)
+            for path in shards
+        ]
         times.append(max(float(writer.communicate()[0]) for writer in writers))
     for path in shards:
         for copy in path.parent.glob(f"{path.name}.*"):
@@ -66,11 +110,16 @@ def plain_write(shards: list[Path]) -> float:
 def main() -> None:
     """Both ways, one after the other, and the table."""
     stamp = int(time.time())
-    found = {name: measure(f"checkpoints-{name}-{stamp}", name == "background") for name in ("background", "at-once")}
+    found = {
+        name: measure(f"checkpoints-{name}-{stamp}", name == "background")
+        for name in ("background", "at-once")
+    }
     plain = plain_write(found["at-once"]["shards"])
     size = found["at-once"]["size"]
     print(f"{size / 2**20:,.0f} MiB by two ranks; a step takes {found['at-once']['step']:.2f} s")
-    print("| checkpoint written | training waits | the first time | lost in all | slowdown at one per 50 steps | writes |")
+    print(
+        "| checkpoint written | training waits | the first time | lost in all | slowdown at one per 50 steps | writes |"
+    )
     print("|---|---|---|---|---|---|")
     for name, cost in found.items():
         slower = cost["lost"] / (50 * cost["step"])

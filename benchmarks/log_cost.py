@@ -10,17 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bigtrain.load import load_recipe
-from bigtrain.run import run_recipe
-from bigtrain.rundir import RunDir, read_metrics
-from bigtrain.track import Everyone, console
+from bigtrain.config.loader import load_recipe
+from bigtrain.runs.directory import RunDir
+from bigtrain.runs.metrics_file import read_metrics
+from bigtrain.tracking.base import TrackerGroup
+from bigtrain.tracking.terminal import console
+from bigtrain.training.run import run_recipe
 
 STEPS, WARM = 200, 40
 spent: list[float] = []  # seconds in trackers, by record
-inner = Everyone.log
+inner = TrackerGroup.log
 
 
-def timed(self: Everyone, record: dict[str, Any]) -> None:
+def timed(self: TrackerGroup, record: dict[str, Any]) -> None:
     began = time.perf_counter()
     inner(self, record)
     if record["kind"] == "train":
@@ -30,8 +32,18 @@ def timed(self: Everyone, record: dict[str, Any]) -> None:
 def seconds_per_step(every: int) -> float:
     """Train; the mean over the steps after the first few (of lines: the median)."""
     name = f"logging-{every}-{int(time.time())}"
-    settings = [f"name={name}", f"train.steps={STEPS}", f"train.eval_every={STEPS}", f"train.checkpoint_every={STEPS}"]
-    settings += [f"train.log_every={every}", "track.wandb=offline", f"data.eval={__file__}", "data.eval_fraction=0.001"]
+    settings = [
+        f"name={name}",
+        f"train.steps={STEPS}",
+        f"train.eval_every={STEPS}",
+        f"train.checkpoint_every={STEPS}",
+    ]
+    settings += [
+        f"train.log_every={every}",
+        "track.wandb=offline",
+        f"data.eval={__file__}",
+        "data.eval_fraction=0.001",
+    ]
     run_recipe(load_recipe("tiny-lm", settings), console(as_json=True))
     lines = list(read_metrics(RunDir(Path("runs") / name).metrics, "train"))
     return statistics.median([line["seconds"] for line in lines[WARM:] or lines])
@@ -39,7 +51,7 @@ def seconds_per_step(every: int) -> float:
 
 def main() -> None:
     """Two runs, and what a line costs."""
-    Everyone.log = timed  # type: ignore[method-assign]
+    TrackerGroup.log = timed  # type: ignore[method-assign]
     each = seconds_per_step(1)
     lines = sorted(spent[WARM:])
     alone = seconds_per_step(STEPS)

@@ -29,18 +29,32 @@ def main() -> None:
     print("| recipe | model | parameters | steps | seconds | held-out result |")
     print("|---|---|---|---|---|---|")
     for name in sys.argv[1:] or ALL:
-        command = [sys.executable, "-m", "bigtrain", "train", name, "track.wandb=off", "--fresh", "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "bigtrain",
+            "train",
+            name,
+            "track.wandb=off",
+            "--fresh",
+            "--json",
+        ]
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.monotonic() - began
         summary = json.loads(done.stdout)
-        result = ", ".join(f"{metric} {summary[metric]:.4g}" for metric in METRICS if metric in summary)
+        result = ", ".join(
+            f"{metric} {summary[metric]:.4g}" for metric in METRICS if metric in summary
+        )
         baselines = summary["baselines"]
         if baselines:
             unigram, gzip = baselines["unigram_bits_per_byte"], baselines["gzip_bits_per_byte"]
             result += f" (unigram {unigram:.2f}, gzip -9 {gzip:.2f})"
         size = f"{summary['parameters']:,}"
-        print(f"| `{name}` | {ALL.get(name, '')} | {size} | {summary['step']:,} | {seconds:.0f} | {result} |", flush=True)
+        print(
+            f"| `{name}` | {ALL.get(name, '')} | {size} | {summary['step']:,} | {seconds:.0f} | {result} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -17,25 +17,47 @@ from pathlib import Path
 
 import psutil
 
-from bigtrain.rundir import RunDir, read_metrics
-from bigtrain.status import status_of
+from bigtrain.runs.directory import RunDir
+from bigtrain.runs.metrics_file import read_metrics
+from bigtrain.runs.status import status_of
 
 MINUTES = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
 STEPS = int(600 * MINUTES)
-RECIPE = ["digits-cnn", "engine.kind=zero2", "engine.micro_batch=16", f"train.steps={STEPS}", f"train.eval_every={STEPS}"]
+RECIPE = [
+    "digits-cnn",
+    "engine.kind=zero2",
+    "engine.micro_batch=16",
+    f"train.steps={STEPS}",
+    f"train.eval_every={STEPS}",
+]
 RECIPE += ["train.checkpoint_every=50", "train.hang_timeout=5", "track.wandb=off"]
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain", "train"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    "-m",
+    "bigtrain",
+    "train",
+]
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "save": signal.SIGTERM}
 
 
 def start(name: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     log = Path(f"{name}.log").open("ab")  # noqa: SIM115
-    return subprocess.Popen([*COMMAND, *RECIPE, f"name={name}"], env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(
+        [*COMMAND, *RECIPE, f"name={name}"], env=environment, stdout=log, stderr=log
+    )
 
 
 def losses(name: str) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(Path("runs") / name / "metrics.jsonl", "train")}
+    return {
+        line["step"]: line["loss"]
+        for line in read_metrics(Path("runs") / name / "metrics.jsonl", "train")
+    }
 
 
 def disturb(draw: random.Random) -> Counter[str]:
@@ -46,7 +68,9 @@ def disturb(draw: random.Random) -> Counter[str]:
         try:
             launcher.wait(draw.uniform(8, 25))
         except subprocess.TimeoutExpired:
-            ranks = [p for p in psutil.Process(launcher.pid).children() if "bigtrain" in p.cmdline()]
+            ranks = [
+                p for p in psutil.Process(launcher.pid).children() if "bigtrain" in p.cmdline()
+            ]
             fault = draw.choice(list(FAULTS))
             if len(ranks) == 2:
                 done[fault] += 1
@@ -65,14 +89,19 @@ def main() -> None:
     began = time.monotonic()
     assert start("control").wait() == 0, Path("control.log").read_text()[-2000:]
     straight = time.monotonic() - began
-    print(f"{STEPS:,} steps undisturbed: {straight:.0f} s; now with faults (seed {seed}):", flush=True)
+    print(
+        f"{STEPS:,} steps undisturbed: {straight:.0f} s; now with faults (seed {seed}):", flush=True
+    )
     faults = disturb(random.Random(seed))
     same = losses("control") == losses("survivor")
     survivor = status_of(RunDir(Path("runs") / "survivor"))
     print(
         f"{sum(faults.values())} faults {dict(faults)}, {survivor['restarts']} restarts, {time.monotonic() - began:.0f} s in all"
     )
-    print(f"goodput {survivor['goodput']:.1%}; losses of {len(losses('control')):,} steps " + ("identical" if same else "DIFFER"))
+    print(
+        f"goodput {survivor['goodput']:.1%}; losses of {len(losses('control')):,} steps "
+        + ("identical" if same else "DIFFER")
+    )
     print(folder)
     sys.exit(0 if same else 1)
 

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from bigtrain.cluster.slurm import submit
+from bigtrain.cluster.sweep import base, expand, parse, run_locally, wandb_file
 from bigtrain.errors import BigtrainError, RecipeError, RequestError, TrainingFailed
+from bigtrain.runs.compare import compare, page, show, to_csv
 
 app = typer.Typer(
     help="Train large models on any number of GPUs: a recipe in, a trained model out.",
@@ -20,9 +23,16 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: importing rich would double its time
     pretty_exceptions_enable=False,
 )
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped recipe's name")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's name below runs/, or its directory")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped recipe's name")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run's name below runs/, or its directory")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
 
@@ -31,21 +41,26 @@ LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start NAME-2 instead of going on")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start NAME-2 instead of going on")
+    ] = False,
     allow_change: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="go on although this key of the recipe has changed")
+        list[str] | None,
+        typer.Option(metavar="KEY", help="go on although this key of the recipe has changed"),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors and the result alone")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="print errors and the result alone")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train; goes on by itself if the run has a checkpoint."""
-    from bigtrain.load import load_recipe
-    from bigtrain.stop import listen
+    from bigtrain.config.loader import load_recipe
+    from bigtrain.training.signals import listen
 
     listen()
     loaded = load_recipe(recipe, overrides)
-    from bigtrain.run import run_recipe
-    from bigtrain.track import console
+    from bigtrain.tracking.terminal import console
+    from bigtrain.training.run import run_recipe
 
     gc.set_threshold(700)  # Python's own again: a cycle may hold a device's memory (__main__.py)
     summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
@@ -56,7 +71,9 @@ def train(
 def _finished(summary: dict[str, Any]) -> None:
     skipped = summary["step"] - summary["applied"]
     note = f", {skipped:,} of them SKIPPED (not finite)" if skipped else ""
-    print(f"finished {summary['name']}: {summary['step']:,} steps{note}, {summary['samples']:,} samples")
+    print(
+        f"finished {summary['name']}: {summary['step']:,} steps{note}, {summary['samples']:,} samples"
+    )
     for name, value in summary.items():
         if isinstance(value, float):
             print(f"  held-out {name.replace('_', ' ')}: {value:.4f}")
@@ -72,7 +89,7 @@ def _finished(summary: dict[str, Any]) -> None:
 def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Evaluate a finished run's model again, on its held-out data or on other data."""
     found = _find(run, finished=True)
-    from bigtrain.predict import evaluate_run
+    from bigtrain.inference.evaluate import evaluate_run
 
     _print(evaluate_run(found, overrides or []), as_json, _table)
 
@@ -88,14 +105,20 @@ def generate(
 ) -> None:
     """Let a finished language model (or sequence-to-sequence model) write."""
     found = _find(run, finished=True)
-    from bigtrain.predict import generate_text
+    from bigtrain.inference.generate import generate_text
 
     text = generate_text(found, prompt, tokens, temperature, seed)
-    _print({"prompt": prompt, "text": text}, as_json, lambda result: print(result["prompt"] + result["text"]))
+    _print(
+        {"prompt": prompt, "text": text},
+        as_json,
+        lambda result: print(result["prompt"] + result["text"]),
+    )
 
 
 @app.command()
-def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]) -> None:
+def export(
+    run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]
+) -> None:
     """Copy a finished run's model (Hugging Face format) to OUT."""
     import shutil
 
@@ -109,11 +132,13 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder 
 @app.command()
 def verify(run: RunArgument, as_json: Json = False) -> None:
     """Check every file of every checkpoint of a run against its hash; exit 1 if any is broken."""
-    from bigtrain.checkpoint import committed
-    from bigtrain.checkpoint import verify as check
+    from bigtrain.checkpoint.format import verify_checkpoint as check
 
     result = {path.name: check(path) for path in committed(_find(run))}
-    shown = "\n".join(f"{name} {'; '.join(problems) or 'ok'}" for name, problems in result.items()) or "no checkpoints"
+    shown = (
+        "\n".join(f"{name} {'; '.join(problems) or 'ok'}" for name, problems in result.items())
+        or "no checkpoints"
+    )
     _print(result, as_json, lambda _: print(shown), not any(result.values()))
 
 
@@ -121,20 +146,26 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
 def prove(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="default: one per GPU; without GPUs two")] = None,
-    steps: Annotated[int, typer.Option(min=4, help="of each run; the kill comes after half of them")] = 20,
-    launcher: Annotated[str, typer.Option(help="what starts {ranks} processes of python")] = LAUNCHER,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="default: one per GPU; without GPUs two")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=4, help="of each run; the kill comes after half of them")
+    ] = 20,
+    launcher: Annotated[
+        str, typer.Option(help="what starts {ranks} processes of python")
+    ] = LAUNCHER,
     as_json: Json = False,
 ) -> None:
     """Prove on this machine that a killed run resumes exactly; exit 1 if it does not."""
-    from bigtrain.load import load_recipe
+    from bigtrain.config.loader import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if ranks is None:
         import torch
 
         ranks = torch.cuda.device_count() or 2
-    from bigtrain.prove import prove as make_proof
+    from bigtrain.testing.resume_proof import prove as make_proof
 
     result = make_proof(loaded, recipe, overrides or [], ranks, steps, launcher)
     _print(result, as_json, _proof, result["verdict"] == "PASS")
@@ -155,9 +186,8 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Write the Slurm job of a recipe, and submit it."""
-    from bigtrain.load import load_recipe
-    from bigtrain.slurm import render
-    from bigtrain.slurm import submit as hand_in
+    from bigtrain.cluster.slurm import submit as hand_in
+    from bigtrain.config.loader import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
@@ -170,65 +200,91 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="default: all below runs/")] = None, as_json: Json = False
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="default: all below runs/")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what runs are doing, and whether they are well."""
-    from bigtrain.rundir import find_run
-    from bigtrain.status import all_runs, show, status_or_why_not
+    from bigtrain.runs.directory import find_run
+    from bigtrain.runs.status import all_runs, show, status_or_why_not
 
-    found = [status_or_why_not(each) for each in ([find_run(run, submitted=True)] if run else all_runs())]
+    found = [
+        status_or_why_not(each) for each in ([find_run(run, submitted=True)] if run else all_runs())
+    ]
     _print(found, as_json, show)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="names below runs/, directories, globs")],
-    by: Annotated[Literal["steps", "samples", "tokens", "hours"], typer.Option(help="what the page's curves run over")] = "steps",
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="names below runs/, directories, globs")
+    ],
+    by: Annotated[
+        Literal["steps", "samples", "tokens", "hours"],
+        typer.Option(help="what the page's curves run over"),
+    ] = "steps",
     html: Annotated[Path | None, typer.Option(help="write one self-contained page there")] = None,
-    to: Annotated[float | None, typer.Option(help="a training loss: steps and hours until it is reached")] = None,
+    to: Annotated[
+        float | None, typer.Option(help="a training loss: steps and hours until it is reached")
+    ] = None,
     price: Annotated[float, typer.Option(min=0, help="of one rank's GPU per hour")] = 0.0,
     csv: Annotated[bool, typer.Option("--csv", help="print the results as CSV")] = False,
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: settings that differ, results, and curves."""
-    from bigtrain import compare as side_by_side
+    ___MODIMPORT___
 
-    compared, found = side_by_side.compare(runs, to, price)
+    compared, found = compare(runs, to, price)
     if html is not None:
-        html.write_text(side_by_side.page(compared, found, by), encoding="utf-8")
+        html.write_text(page(compared, found, by), encoding="utf-8")
         print(f"{html} written", file=sys.stderr)
     if csv:
-        print(side_by_side.to_csv(compared["results"]), end="")
+        print(to_csv(compared["results"]), end="")
     else:
-        _print(compared, as_json, side_by_side.show)
+        _print(compared, as_json, show)
 
 
 @app.command()
 def sweep(
     recipe: RecipeArgument,
-    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUES...", help="e.g. optim.lr=1e-4,3e-4 seed=0..4")],
-    draw: Annotated[int | None, typer.Option("--random", min=1, help="draw so many combinations instead of all")] = None,
+    settings: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUES...", help="e.g. optim.lr=1e-4,3e-4 seed=0..4")
+    ],
+    draw: Annotated[
+        int | None, typer.Option("--random", min=1, help="draw so many combinations instead of all")
+    ] = None,
     launcher: Annotated[str, typer.Option(help="what starts each run here")] = sys.executable,
     slurm: Annotated[bool, typer.Option("--slurm", help="submit them as one Slurm array")] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")] = False,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs instead")] = False,
     as_json: Json = False,
 ) -> None:
     """Train many variants of a recipe, here one after another, and compare them; or let Slurm or W&B do it."""
-    from bigtrain import slurm as cluster
-    from bigtrain import sweep as many
+    ___MODIMPORT___
+    ___MODIMPORT___
 
-    axes = many.parse(settings, draw)
-    runs = many.expand(recipe, axes, draw)
+    axes = parse(settings, draw)
+    runs = expand(recipe, axes, draw)
     if wandb:
-        print(many.wandb_file(recipe, axes, draw), end="")
+        print(wandb_file(recipe, axes, draw), end="")
     elif dry_run:
-        _print([[recipe, *run] for run in runs.values()], as_json, lambda found: print("\n".join(map(shlex.join, found))))
+        _print(
+            [[recipe, *run] for run in runs.values()],
+            as_json,
+            lambda found: print("\n".join(map(shlex.join, found))),
+        )
     elif slurm:
         told = f"job {{job}} is to train {len(runs)} runs; its script is {{script}}\n  bigtrain status shows them all"
-        _print(cluster.submit(many.base(recipe, axes), recipe, [], runs), as_json, lambda result: print(told.format(**result)))
+        _print(
+            submit(base(recipe, axes), recipe, [], runs),
+            as_json,
+            lambda result: print(told.format(**result)),
+        )
     else:
-        failed = many.here(recipe, runs, launcher)
+        failed = run_locally(recipe, runs, launcher)
         if len(failed) < len(runs):
             compare(list(runs), "steps", None, None, 0.0, False, as_json)
         if failed:
@@ -238,22 +294,30 @@ def sweep(
 @app.command()
 def sync(run: RunArgument) -> None:
     """Upload to W&B what a run logged offline."""
-    from bigtrain.track import sync as upload
+    from bigtrain.tracking.wandb_sync import sync as upload
 
     print(upload(_find(run)))
 
 
 @app.command()
 def doctor(
-    slurm: Annotated[bool, typer.Option("--slurm", help="on every task of the allocation that this is called in")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="on every task of the allocation that this is called in")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine, or a whole allocation, before hours are spent; exit 1 if anything is wrong."""
     if slurm:
         if "SLURM_JOB_ID" not in os.environ:
-            raise RequestError("there is no Slurm allocation here", "inside salloc or sbatch", "salloc --nodes=2 bash")
-        os.execvp("srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *["--json"] * as_json])
-    from bigtrain.doctor import examine
+            raise RequestError(
+                "there is no Slurm allocation here",
+                "inside salloc or sbatch",
+                "salloc --nodes=2 bash",
+            )
+        os.execvp(
+            "srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *["--json"] * as_json]
+        )
+    from bigtrain.training.doctor import examine
 
     if rows := examine():
         _print(rows, as_json, _diagnosis, all(row["ok"] for row in rows))
@@ -269,53 +333,60 @@ def _diagnosis(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
-    from bigtrain.load import shipped
 
-    result = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped().items()}
+    result = {
+        name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped().items()
+    }
     _print(result, as_json, _table)
 
 
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(help="the new recipe's name: NAME.yaml is written here")],
-    like: Annotated[str, typer.Option("--from", help="the shipped recipe to begin with")] = "tiny-lm",
+    like: Annotated[
+        str, typer.Option("--from", help="the shipped recipe to begin with")
+    ] = "tiny-lm",
 ) -> None:
     """Write a shipped recipe out under a name of your own, to edit."""
     import re
 
-    from bigtrain.load import load_recipe, recipe_path
+    from bigtrain.config.loader import load_recipe, recipe_path
 
     load_recipe(like, [f"name={json.dumps(name)}"])  # refuses what is no name
     target = Path(f"{name}.yaml")
     if target.exists():
         raise RequestError(f"{target} exists already", "a new name")
-    target.write_text(re.sub(r"(?m)^name: .*$", f"name: {name}", recipe_path(like).read_text(), count=1))
+    target.write_text(
+        re.sub(r"(?m)^name: .*$", f"name: {name}", recipe_path(like).read_text(), count=1)
+    )
     print(f"{target} written; edit it, then: bigtrain train {target}")
 
 
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
-    from bigtrain.recipe import Recipe
+    from bigtrain.config.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 def _find(run: str, finished: bool = False) -> Any:
     """The run's directory. Raises RequestError where there is none, or it should have finished and has not."""
-    from bigtrain.rundir import find_run
+    from bigtrain.runs.directory import find_run
 
     found = find_run(run)
     if finished and not (found.export / "bigtrain.json").is_file():
         fix = f"bigtrain train {found.recipe}"
-        raise RequestError(f"{found.path} has no export: the run has not finished", "a finished run", fix)
+        raise RequestError(
+            f"{found.path} has no export: the run has not finished", "a finished run", fix
+        )
     return found
 
 
 def _print(result: Any, as_json: bool, show: Any, good: bool = True) -> None:
     """Print a command's result; and end with 1 where it is not good."""
     if as_json:
-        from bigtrain.rundir import to_json
+        from bigtrain.runs.directory import to_json
 
         print(to_json(result))
     else:
@@ -340,27 +411,38 @@ def _leave(code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line; every error of a user ends with a message and its exit code."""
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them would cost a tenth of the start
+    os.environ.setdefault(
+        "PYDANTIC_DISABLE_PLUGINS", "__all__"
+    )  # looking for them would cost a tenth of the start
     try:
         app(standalone_mode=True)
     except BigtrainError as problem:
-        from bigtrain.load import redact
+        from bigtrain.config.secrets import redact
 
         # Every rank finds the same fault in a recipe, and every rank of a machine the same in its files.
         rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
         if rank == "0" or (first and not isinstance(problem, RecipeError)):
-            print(redact(f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}"), file=sys.stderr)
+            print(
+                redact(
+                    f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}"
+                ),
+                file=sys.stderr,
+            )
         _leave(problem.exit_code)
     except (PermissionError, FileExistsError, NotADirectoryError) as problem:
-        print(f"bigtrain: {problem.filename} cannot be written: {problem.strerror}", file=sys.stderr)
+        print(
+            f"bigtrain: {problem.filename} cannot be written: {problem.strerror}", file=sys.stderr
+        )
         _leave(2)
     except Exception as problem:
         if "torch" not in sys.modules:
             raise
         import traceback
 
-        from bigtrain.load import redact
-        from bigtrain.run import exit_code_of
+        from bigtrain.config.secrets import redact
+        from bigtrain.training.endings import exit_code_of
 
         print(redact(traceback.format_exc()), file=sys.stderr)
-        sys.exit(exit_code_of(problem))  # no verdict: it may be another rank's death in words that nobody knew
+        sys.exit(
+            exit_code_of(problem)
+        )  # no verdict: it may be another rank's death in words that nobody knew

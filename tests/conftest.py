@@ -29,16 +29,33 @@ TESTS = Path(__file__).parent
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A token cache that all tests of a session share and no other session sees."""
     base = tmp_path_factory.getbasetemp()  # of one worker, where there are several
-    os.environ["BIGTRAIN_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
+    os.environ["BIGTRAIN_CACHE"] = str(
+        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    )
     yield
 
 
-def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    ranks: int, *arguments: str, cwd: Path, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
     """Run a program on `ranks` real processes with one thread each."""
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
     return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -46,7 +63,9 @@ def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: int = 600) -> subp
 def _server() -> Any:
     """The process that forks (forks.py), started when first needed."""
     command = [sys.executable, str(TESTS / "forks.py")]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}
+    )
     atexit.register(lambda: (server.stdin and server.stdin.close(), server.wait(10)))
     return server
 
@@ -56,7 +75,12 @@ class Started:
 
     def __init__(self, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
         self.files = Path(tempfile.mkdtemp(prefix="started-"))
-        asked = {"arguments": arguments, "cwd": str(cwd), "environment": environment, "files": str(self.files)}
+        asked = {
+            "arguments": arguments,
+            "cwd": str(cwd),
+            "environment": environment,
+            "files": str(self.files),
+        }
         _server().stdin.write(json.dumps(asked) + "\n")
         _server().stdin.flush()
         wait_for((self.files / "pid").exists)
@@ -83,27 +107,41 @@ def start(*arguments: str, cwd: Path, **environment: str) -> Started:
 
 
 def start_ranks(
-    count: int, *arguments: str, cwd: Path, each: Sequence[dict[str, str]] = ({},) * 9, **environment: str
+    count: int,
+    *arguments: str,
+    cwd: Path,
+    each: Sequence[dict[str, str]] = ({},) * 9,
+    **environment: str,
 ) -> list[Started]:
     """Start it on several ranks, with the environment that torchrun sets (and what is `each` one's own), and nobody who
     watches over them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)} | environment
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+    } | environment
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | each[rank] for rank in range(count)]
     return [start(*arguments, cwd=cwd, **common, **mine) for mine in own]
 
 
-def bigtrain(*arguments: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def bigtrain(
+    *arguments: str, cwd: Path, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     return start(*arguments, cwd=cwd, **environment).wait(timeout)
 
 
-def on_ranks(count: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def on_ranks(
+    count: int, *arguments: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run it on several ranks; what the first of them says."""
     ends = [started.wait() for started in start_ranks(count, *arguments, cwd=cwd, **environment)]
-    assert len({end.returncode for end in ends}) == 1, [(end.returncode, end.stderr[-2000:]) for end in ends]
+    assert len({end.returncode for end in ends}) == 1, [
+        (end.returncode, end.stderr[-2000:]) for end in ends
+    ]
     return ends[0]
 
 

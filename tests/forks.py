@@ -56,7 +56,9 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["cwd"])
-    _private.MEDIA_TMP.name = tempfile.mkdtemp(dir=folder)  # the one that was imported would be every child's
+    _private.MEDIA_TMP.name = tempfile.mkdtemp(
+        dir=folder
+    )  # the one that was imported would be every child's
     sys.path[:0] = os.environ.get("PYTHONPATH", "").split(":")
     sys.argv = ["bigtrain", *asked["arguments"]]
     code = 0

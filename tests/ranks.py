@@ -19,18 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain import checkpoint, dsconfig, engine, models
-from bigtrain.data import Corpus, train_batches
-from bigtrain.data.examples import Example
+from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
+from bigtrain.checkpoint.reader import load_checkpoint
+from bigtrain.checkpoint.state import TrainState
+from bigtrain.checkpoint.writer import CheckpointWriter
+from bigtrain.config.recipe import Recipe
+from bigtrain.data.examples import Example, PreparedData
+from bigtrain.data.loader import train_batches
 from bigtrain.data.order import samples_at
-from bigtrain.engine import Device
-from bigtrain.loop import Training, _step, evaluate
-from bigtrain.optim import make_optimizer
-from bigtrain.plan import make_plan
-from bigtrain.recipe import Recipe
-from bigtrain.rundir import RunDir
-from bigtrain.tasks import TASKS
-from bigtrain.track import Everyone
+from bigtrain.engine.deepspeed_config import render_deepspeed_config
+from bigtrain.engine.plan import make_plan
+from bigtrain.engine.runtime import Device, world_from_environment
+from bigtrain.engine.start import start_engine
+from bigtrain.models.build import build_model
+from bigtrain.runs.directory import RunDir
+from bigtrain.tasks.registry import TASKS
+from bigtrain.tracking.base import TrackerGroup
+from bigtrain.training.context import TrainContext
+from bigtrain.training.evaluation import evaluate
+from bigtrain.training.loop import _step
+from bigtrain.training.optimizers import make_optimizer
 
 SAMPLES, GLOBAL_BATCH, VOCABULARY = 40, 15, 61  # 15 does not divide by 2: shares of 8 and 7
 
@@ -41,7 +49,9 @@ class Twice(nn.Module):
     def __init__(self, vocab_size: int, width: int = 32) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width)
-        self.block = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.block = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -82,17 +92,29 @@ class Memory:
     def __getitem__(self, index: int) -> Example:
         draw = np.random.default_rng(index)
         if self.image:
-            return {"image": torch.from_numpy(draw.normal(size=(1, 8, 8)).astype(np.float32)), "label": index % 10}
+            return {
+                "image": torch.from_numpy(draw.normal(size=(1, 8, 8)).astype(np.float32)),
+                "label": index % 10,
+            }
         return {"tokens": draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)}
 
 
-def corpus_for(model: str) -> Corpus:
+def corpus_for(model: str) -> PreparedData:
     examples = Memory(model)
     if model == "cnn":
         seen = {"image_mean": [0.0], "image_std": [1.0]}
-        return Corpus(examples, examples, 1, classes=[str(i) for i in range(10)], image=(1, 8, 8), preprocessing=seen)
+        return PreparedData(
+            examples,
+            examples,
+            1,
+            classes=[str(i) for i in range(10)],
+            image=(1, 8, 8),
+            preprocessing=seen,
+        )
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    return Corpus(examples, examples, 16, tokenizer=tokenizer, vocab_size=VOCABULARY, eval_bytes=1000)
+    return PreparedData(
+        examples, examples, 16, tokenizer=tokenizer, vocab_size=VOCABULARY, eval_bytes=1000
+    )
 
 
 def recipe_for(case: dict[str, Any]) -> Recipe:
@@ -100,9 +122,16 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
         {
             "name": "exact",
             "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
-            "model": MODELS[case["model"]] | ({"dropout": case["dropout"]} if "dropout" in case else {}),
+            "model": MODELS[case["model"]]
+            | ({"dropout": case["dropout"]} if "dropout" in case else {}),
             "data": {"train": "none", "seq_len": 32},
-            "optim": {"name": "adamw", "lr": 5e-3, "weight_decay": 0.1, "clip_norm": 0.5, **case.get("optim", {})},
+            "optim": {
+                "name": "adamw",
+                "lr": 5e-3,
+                "weight_decay": 0.1,
+                "clip_norm": 0.5,
+                **case.get("optim", {}),
+            },
             "engine": {
                 "kind": case["kind"],
                 "offload": case.get("offload", "none"),
@@ -135,34 +164,41 @@ class Collect:
         pass
 
 
-def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[Training, Collect]:
+def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainContext, Collect]:
     """A run whose checkpoints go to `folder`, ready to step."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     recipe, corpus = recipe_for(case), corpus_for(case["model"])
-    world = engine.world_from_environment()[1]
-    plan, _ = make_plan(recipe.engine, world_size=world, samples=SAMPLES, sample_cost=16, bf16_is_fast=False)
-    config = {} if plan.kind == "ddp" else dsconfig.render(plan, recipe.optim.clip_norm)
-    ranks = engine.start(plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm)
-    ranks.prepare(models.build(recipe, corpus, ranks.shard), lambda module: make_optimizer(module, recipe.optim))
+    world = world_from_environment()[1]
+    plan, _ = make_plan(
+        recipe.engine, world_size=world, samples=SAMPLES, sample_cost=16, bf16_is_fast=False
+    )
+    config = {} if plan.kind == "ddp" else render_deepspeed_config(plan, recipe.optim.clip_norm)
+    ranks = start_engine(
+        plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm
+    )
+    ranks.prepare(
+        build_model(recipe, corpus, ranks.shard),
+        lambda module: make_optimizer(module, recipe.optim),
+    )
     task, collect = TASKS[recipe.task](recipe.task, corpus), Collect()
-    run, state = RunDir(folder), checkpoint.State()
-    return Training(
+    run, state = RunDir(folder), TrainState()
+    return TrainContext(
         recipe,
         ranks,
         task,
         train_batches(task, recipe, ranks.plan, ranks.rank, 0),
-        Everyone(collect),
+        TrackerGroup(collect),
         state,
         SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
-        checkpoint.Checkpoints(ranks, run, recipe, state),
+        CheckpointWriter(ranks, run, recipe, state),
         SimpleNamespace(at=lambda place: None, stepped=lambda *_: None, news=[]),  # type: ignore[arg-type]
     ), collect
 
 
-def save(training: Training) -> Path:
+def save(training: TrainContext) -> Path:
     """Commit a checkpoint now."""
     training.checkpoints.begin(training.state)
     (saved,) = training.checkpoints.finish()
@@ -170,11 +206,13 @@ def save(training: Training) -> Path:
     return saved.path
 
 
-def go_on(training: Training, path: Path) -> str:
+def go_on(training: TrainContext, path: Path) -> str:
     """Load a checkpoint, and take the samples that come next."""
-    training.state, moved = checkpoint.load(training.engine, path)
+    training.state, moved = load_checkpoint(training.engine, path)
     ranks = training.engine
-    training.batches = train_batches(training.task, training.recipe, ranks.plan, ranks.rank, training.state.samples)
+    training.batches = train_batches(
+        training.task, training.recipe, ranks.plan, ranks.rank, training.state.samples
+    )
     return moved
 
 
@@ -207,7 +245,7 @@ def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         _step(resumed)
     found = resumed.engine.whole_weights()
     return {
-        "problems": checkpoint.verify(path),
+        "problems": verify_checkpoint(path),
         "moved": moved,
         "same_losses": lines.lines[4:] == more.lines,
         "same_weights": all(torch.equal(expected[name], found[name]) for name in expected),
@@ -226,20 +264,22 @@ def run_save(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run_go_on(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Load what `run_save` of another engine or world size left, and train 4 more steps."""
     training, collect = build(case)
-    (path,) = checkpoint.committed(RunDir(Path(case["folder"])))
+    (path,) = committed_checkpoints(RunDir(Path(case["folder"])))
     moved = go_on(training, path)
     for _ in range(4):
         _step(training)
     return {"lines": collect.lines, "moved": moved}
 
 
-def poison(training: Training) -> None:
+def poison(training: TrainContext) -> None:
     """Make the loss of rank 0 NaN in step 2."""
     inner = training.task.loss_sum
 
     def poisoned(model: Any, batch: dict[str, Tensor]) -> Tensor:
         loss = inner(model, batch)
-        return loss * float("nan") if training.state.step == 1 and training.engine.rank == 0 else loss
+        return (
+            loss * float("nan") if training.state.step == 1 and training.engine.rank == 0 else loss
+        )
 
     training.task.loss_sum = poisoned  # type: ignore[method-assign]
 
@@ -252,7 +292,11 @@ def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         _step(training)
     weights = training.engine.whole_weights()
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-    return {"applied": [line["applied"] for line in collect.lines], "finite": finite, "count": training.state.applied}
+    return {
+        "applied": [line["applied"] for line in collect.lines],
+        "finite": finite,
+        "count": training.state.applied,
+    }
 
 
 class HostReads(TorchDispatchMode):
@@ -311,7 +355,12 @@ def run_spike(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         if number == 0:
             save(training)
     applied = [line["applied"] for line in collect.lines]
-    return {"applied": applied, "events": collect.events, "seen": seen, "count": training.state.applied}
+    return {
+        "applied": applied,
+        "events": collect.events,
+        "seen": seen,
+        "count": training.state.applied,
+    }
 
 
 def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -325,7 +374,10 @@ def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The starting weights, by a checksum per tensor."""
     training, _ = build(case)
-    return {name: float(tensor.double().abs().sum()) for name, tensor in training.engine.whole_weights().items()}
+    return {
+        name: float(tensor.double().abs().sum())
+        for name, tensor in training.engine.whole_weights().items()
+    }
 
 
 RUN = {
@@ -346,7 +398,7 @@ def main() -> None:
     importlib.import_module("bigtrain.models.hf")
     gc.freeze()  # DeepSpeed collects garbage at every start of ZeRO-3: a second each time, with all that is imported
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    rank = engine.world_from_environment()[0]
+    rank = world_from_environment()[0]
     results = {}
     for name, case in cases.items():
         folder = out.parent / name.replace("/", "-")

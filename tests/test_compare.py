@@ -15,31 +15,62 @@ import pytest
 import torch
 from conftest import bigtrain, quickest
 
-from bigtrain import compare, footprint
-from bigtrain.doctor import compare as judge
-from bigtrain.rundir import RunDir, asset, read_columns, read_metrics
-from bigtrain.status import goodput
+from bigtrain.engine.flops import PEAKS, flop_counter
+from bigtrain.runs.compare import BY, _thin, curves, read, seed_groups
+from bigtrain.runs.directory import RunDir, asset
+from bigtrain.runs.metrics_file import read_columns, read_metrics
+from bigtrain.runs.status import goodput
+from bigtrain.training.doctor import compare as judge
 
 GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
 
 
-def make_run(folder: Path, name: str, seed: int, rate: float, steps: int = 200, noise: float = 0.0) -> Path:
+def make_run(
+    folder: Path, name: str, seed: int, rate: float, steps: int = 200, noise: float = 0.0
+) -> Path:
     """The files of a run that has finished, with curves from a formula."""
     run = folder / "runs" / name
     run.mkdir(parents=True)
-    recipe = asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", f"name: {name}")
+    recipe = (
+        asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", f"name: {name}")
+    )
     (run / "recipe.yaml").write_text(recipe.replace("steps: 1800", f"steps: {steps}"))
-    settings = {"task": "image_classification", "seed": seed, "optim.lr": rate, "engine.world_size": 2, "engine.kind": "ddp"}
-    (run / "effective.json").write_text(json.dumps({key: {"value": value, "origin": ""} for key, value in settings.items()}))
+    settings = {
+        "task": "image_classification",
+        "seed": seed,
+        "optim.lr": rate,
+        "engine.world_size": 2,
+        "engine.kind": "ddp",
+    }
+    (run / "effective.json").write_text(
+        json.dumps({key: {"value": value, "origin": ""} for key, value in settings.items()})
+    )
     (run / "summary.json").write_text("{}")
     lines: list[dict[str, Any]] = [{"kind": "event", "step": 0, "event": "started", "time": 1000.0}]
     for step in range(1, steps + 1):
-        loss = 2.0 * math.exp(-step * rate) + 0.1 + 0.01 * seed + noise * math.sin(step * (seed + 1))
-        line = {"kind": "train", "step": step, "samples": step * 64, "weight": step * 64, "loss": loss, "applied": True}
+        loss = (
+            2.0 * math.exp(-step * rate) + 0.1 + 0.01 * seed + noise * math.sin(step * (seed + 1))
+        )
+        line = {
+            "kind": "train",
+            "step": step,
+            "samples": step * 64,
+            "weight": step * 64,
+            "loss": loss,
+            "applied": True,
+        }
         line |= {"samples_per_s": 1280.0, "mfu": 0.4, "seconds": 0.05, "peak_memory_bytes": 2**30}
         lines.append(line | {"time": 1000 + step * 0.1})
         if step % 50 == 0:
-            lines.append({"kind": "eval", "step": step, "loss": loss, "accuracy": 1 - loss / 3, "time": 1000 + step * 0.1})
+            lines.append(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "loss": loss,
+                    "accuracy": 1 - loss / 3,
+                    "time": 1000 + step * 0.1,
+                }
+            )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
@@ -55,7 +86,9 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_six_runs_are_compared_as_written_down(six: Path) -> None:
-    done = bigtrain("compare", "slow-*", "fast-*", "--to", "0.5", "--price", "2", cwd=six, COLUMNS="100")
+    done = bigtrain(
+        "compare", "slow-*", "fast-*", "--to", "0.5", "--price", "2", cwd=six, COLUMNS="100"
+    )
     assert done.returncode == 0, done.stderr
     shown = "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"
     if not GOLDEN.exists():
@@ -71,9 +104,9 @@ def test_json_and_csv_say_the_same(six: Path) -> None:
 
 
 def test_seeds_of_one_recipe_are_one_group_with_an_interval(six: Path) -> None:
-    runs = [compare.read(RunDir(path)) for path in sorted((six / "runs").iterdir())]
-    assert compare.seed_groups(runs) == ["fast-0"] * 3 + ["slow-0"] * 3
-    folded = [curve for curve in compare.curves(runs) if "fold" in curve]
+    runs = [read(RunDir(path)) for path in sorted((six / "runs").iterdir())]
+    assert seed_groups(runs) == ["fast-0"] * 3 + ["slow-0"] * 3
+    folded = [curve for curve in curves(runs) if "fold" in curve]
     mean, low, high = (folded[0]["metrics"]["loss"][key] for key in ("mean", "low", "high"))
     members = np.stack([run["lines"]["loss"] for run in runs[:3]])
     assert np.allclose(mean, members.mean(0))
@@ -83,15 +116,19 @@ def test_seeds_of_one_recipe_are_one_group_with_an_interval(six: Path) -> None:
 def test_downsampling_keeps_least_mean_and_greatest() -> None:
     values = np.random.default_rng(0).normal(size=10_000)
     values[1234], values[77] = 50.0, np.nan
-    against = {column: np.arange(10_000) for column in compare.BY.values()}
-    thin = compare._thin(against, values)
+    against = {column: np.arange(10_000) for column in BY.values()}
+    thin = _thin(against, values)
     assert len(thin["mean"]) <= 800
     assert thin["high"].max() == 50.0
     assert thin["low"].min() == np.nanmin(values)
-    assert np.average(thin["mean"], weights=np.full(800, 12.5)) == pytest.approx(np.nanmean(values), abs=0.01)
+    assert np.average(thin["mean"], weights=np.full(800, 12.5)) == pytest.approx(
+        np.nanmean(values), abs=0.01
+    )
 
 
-@pytest.mark.parametrize("odd", ["none", "empty", "cut", "no steps", "nan", "broken inside", "not text"])
+@pytest.mark.parametrize(
+    "odd", ["none", "empty", "cut", "no steps", "nan", "broken inside", "not text"]
+)
 def test_a_run_that_is_odd_is_named_and_the_others_are_compared(odd: str, tmp_path: Path) -> None:
     make_run(tmp_path, "good", 0, 0.01)
     path = make_run(tmp_path, "odd $(x) [b]", 1, 0.01)
@@ -138,7 +175,9 @@ def test_ten_runs_of_a_hundred_thousand_steps_open_in_three_seconds(tmp_path: Pa
     assert (tmp_path / "page.html").stat().st_size < 2e6
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 PROBE = """<script>
 addEventListener("error", e => { parent.document.title = "ERROR " + e.message; });
 setTimeout(() => {
@@ -156,20 +195,41 @@ setTimeout(() => {
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (make browser installs it)")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_draws_and_answers_in_a_real_browser(six: Path, tmp_path: Path, width: int) -> None:
-    assert bigtrain("compare", "slow-*", "fast-*", "--html", str(tmp_path / "page.html"), cwd=six).returncode == 0
+def test_the_page_draws_and_answers_in_a_real_browser(
+    six: Path, tmp_path: Path, width: int
+) -> None:
+    assert (
+        bigtrain(
+            "compare", "slow-*", "fast-*", "--html", str(tmp_path / "page.html"), cwd=six
+        ).returncode
+        == 0
+    )
     page = (tmp_path / "page.html").read_text()
     assert "http" not in page, "no network"
-    probed = html.escape(page.replace("</body>", PROBE))  # in a frame, because Chromium's own window is never that narrow
+    probed = html.escape(
+        page.replace("</body>", PROBE)
+    )  # in a frame, because Chromium's own window is never that narrow
     (tmp_path / "page.html").write_text(
         f'<title>-</title><iframe style="width:{width}px;height:900px" srcdoc="{probed}"></iframe>'
     )
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--virtual-time-budget=3000"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1400,1000",
+        "--virtual-time-budget=3000",
+    ]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
     done = subprocess.run(
-        [str(CHROMIUM), *flags, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=90, check=False
+        [str(CHROMIUM), *flags, f"file://{tmp_path}/page.html"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
     )
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert "CONSOLE" not in done.stderr, [
+        line for line in done.stderr.splitlines() if "CONSOLE" in line
+    ]
     title = done.stdout.split("<title>")[1].split("</title>")[0]
     found = json.loads(html.unescape(title))
     assert found["shown"] == "block"
@@ -184,19 +244,30 @@ def test_status_says_what_each_run_does(six: Path, tmp_path: Path) -> None:
     died = tmp_path / "runs" / "slow-1"
     (died / "summary.json").unlink()
     failed = tmp_path / "runs" / "slow-2" / "metrics.jsonl"
-    failed.write_text(failed.read_text() + '{"kind": "event", "step": 200, "event": "failed", "reason": "it burnt"}\n')
+    failed.write_text(
+        failed.read_text()
+        + '{"kind": "event", "step": 200, "event": "failed", "reason": "it burnt"}\n'
+    )
     (tmp_path / "runs" / "slow-2" / "summary.json").unlink()
-    found = {one["run"]: one for one in json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)}
+    found = {
+        one["run"]: one for one in json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)
+    }
     assert {name: one["state"] for name, one in found.items()} == dict.fromkeys(
         ("fast-0", "fast-1", "fast-2", "slow-0"), "finished"
     ) | {"slow-1": "died", "slow-2": "FAILED"}
     assert found["slow-2"]["health"] == ["it burnt"]
-    assert found["fast-0"]["goodput"] == pytest.approx(0.5, rel=0.01), "half a step's time is spent on steps"
+    assert found["fast-0"]["goodput"] == pytest.approx(0.5, rel=0.01), (
+        "half a step's time is spent on steps"
+    )
     assert "it burnt" in bigtrain("status", cwd=tmp_path, COLUMNS="160").stdout
 
 
 def test_steps_done_twice_count_once_in_goodput() -> None:
-    lines = {"step": np.array([1, 2, 3, 2, 3]), "seconds": np.ones(5), "time": np.array([1.0, 2, 3, 9, 10])}
+    lines = {
+        "step": np.array([1, 2, 3, 2, 3]),
+        "seconds": np.ones(5),
+        "time": np.array([1.0, 2, 3, 9, 10]),
+    }
     assert goodput(lines, [{"time": 0.0}, {"time": 7.0}], running=False) == pytest.approx(0.3)
 
 
@@ -229,12 +300,19 @@ def test_the_doctor_names_the_sick_rank(sick: dict[str, Any], check: str | None)
 
 
 def test_no_accelerator_is_taken_for_another() -> None:
-    names = list(footprint.PEAKS)
-    assert not [name for number, name in enumerate(names) if any(earlier in name for earlier in names[:number])]
+    names = list(PEAKS)
+    assert not [
+        name
+        for number, name in enumerate(names)
+        if any(earlier in name for earlier in names[:number])
+    ]
 
 
 def test_flops_of_any_module_are_counted() -> None:
-    lstm, attention = torch.nn.LSTM(32, 64, batch_first=True), torch.nn.functional.scaled_dot_product_attention
+    lstm, attention = (
+        torch.nn.LSTM(32, 64, batch_first=True),
+        torch.nn.functional.scaled_dot_product_attention,
+    )
     x, q = torch.randn(4, 10, 32), torch.randn(2, 4, 16, 32)
     for call, expected in [
         (lambda: torch.nn.Linear(32, 64)(x), 2 * 4 * 10 * 32 * 64),
@@ -242,6 +320,6 @@ def test_flops_of_any_module_are_counted() -> None:
         (lambda: torch.nn.Conv2d(1, 8, 3)(torch.randn(2, 1, 8, 8)), 2 * 2 * 8 * 9 * 36),
         (lambda: attention(q, q, q, is_causal=True), 2 * 2 * 2 * 4 * 16 * 16 * 32),
     ]:
-        with torch.no_grad(), footprint.counter() as counted:
+        with torch.no_grad(), flop_counter() as counted:
             call()
         assert counted.get_total_flops() == expected

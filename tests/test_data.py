@@ -12,16 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bigtrain.data import eval_batches, prepare, train_batches
+from bigtrain.config.recipe import Recipe
+from bigtrain.data.datasets import prepare
+from bigtrain.data.loader import eval_batches, train_batches
 from bigtrain.data.order import key, permute, samples_at
+from bigtrain.engine.plan import Plan
 from bigtrain.errors import BadSampleError, RequestError
-from bigtrain.plan import Plan
-from bigtrain.recipe import Recipe
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.registry import TASKS
 
 
 def recipe(task: str, data: dict[str, Any], model: str = "rnn") -> Recipe:
-    return Recipe.model_validate({"name": "t", "task": task, "model": {"name": model}, "data": data})
+    return Recipe.model_validate(
+        {"name": "t", "task": task, "model": {"name": model}, "data": data}
+    )
 
 
 def plan(world: int, batch: int, micro: int) -> Plan:
@@ -52,7 +55,9 @@ def test_the_order_looks_random() -> None:
 
 
 @given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 9))
-def test_ranks_and_micro_batches_cut_the_global_batch_exactly(world: int, batch: int, micro: int) -> None:
+def test_ranks_and_micro_batches_cut_the_global_batch_exactly(
+    world: int, batch: int, micro: int
+) -> None:
     batch = max(batch, world)
     p = plan(world, batch, min(micro, -(-batch // world)))
     pieces = [p.micro_batches(rank) for rank in range(world)]
@@ -85,17 +90,23 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"labels": labels, "pixel_values": torch.stack([e["image"] for e in examples])}
 
 
-def stream(plan: Plan, rank: int, first: int, augment: Any = None, workers: int = 0, examples: Any = None) -> Any:
+def stream(
+    plan: Plan, rank: int, first: int, augment: Any = None, workers: int = 0, examples: Any = None
+) -> Any:
     """train_batches over Numbers, seed 5."""
     data = {"train": "digits", "workers": workers, "augment": augment or {}}
     settings = recipe("image_classification", data, "cnn").model_copy(update={"seed": 5})
-    task: Any = SimpleNamespace(corpus=SimpleNamespace(train=examples or Numbers()), collate=collate)
+    task: Any = SimpleNamespace(
+        corpus=SimpleNamespace(train=examples or Numbers()), collate=collate
+    )
     return train_batches(task, settings, plan, rank, first)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts(world: int, workers: int) -> None:
+def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts(
+    world: int, workers: int
+) -> None:
     seen: list[list[int]] = [[] for _ in range(4)]
     for rank in range(world):
         pieces = stream(plan(world, 10, 3), rank, 20, workers=workers)
@@ -111,11 +122,15 @@ def test_augmentation_depends_on_the_position_alone() -> None:
     for world, micro in ((1, 10), (2, 2)):
         found = []
         for rank in range(world):
-            pieces = next(stream(plan(world, 10, micro), rank, 0, augment={"crop": 1, "flip": True}))
+            pieces = next(
+                stream(plan(world, 10, micro), rank, 0, augment={"crop": 1, "flip": True})
+            )
             found += [piece.batch["pixel_values"] for piece in pieces if piece.counts]
         images.append(torch.cat(found))
     assert torch.equal(*images)
-    assert len({tuple((image % 100).flatten().tolist()) for image in images[0]}) > 3, "all shifted alike"
+    assert len({tuple((image % 100).flatten().tolist()) for image in images[0]}) > 3, (
+        "all shifted alike"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -138,7 +153,9 @@ def test_evaluation_sees_every_example_once(world: int) -> None:
         task: Any = SimpleNamespace(corpus=SimpleNamespace(eval=Numbers()), collate=collate)
         batches = list(eval_batches(task, plan(world, 24, 4), rank))
         pieces.add(len(batches))
-        seen += [label for piece in batches if piece.counts for label in piece.batch["labels"].tolist()]
+        seen += [
+            label for piece in batches if piece.counts for label in piece.batch["labels"].tolist()
+        ]
     assert sorted(seen) == list(range(23))
     assert len(pieces) == 1, "ranks must run the same number of forward passes"
 
@@ -147,7 +164,9 @@ def test_packed_text_predicts_every_token_once_and_splits_by_document(tmp_path: 
     texts = {f"doc{i}.txt": f"document {i} " * (i + 1) for i in range(40)}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    corpus = prepare(recipe("causal_lm", {"train": f"{tmp_path}/*.txt", "tokenizer": "bytes", "seq_len": 32}))
+    corpus = prepare(
+        recipe("causal_lm", {"train": f"{tmp_path}/*.txt", "tokenizer": "bytes", "seq_len": 32})
+    )
     task = TASKS["causal_lm"]("causal_lm", corpus)
     decoded = ""
     for examples in (corpus.train, corpus.eval):
@@ -165,7 +184,12 @@ def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) ->
     file = tmp_path / "a.jsonl"
     rows = [{"body": f"text number {i}", "kind": "odd" if i % 2 else "even"} for i in range(60)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    data = {"train": str(file), "columns": {"text": "body", "label": "kind"}, "tokenizer": {"vocab_size": 300}, "seq_len": 16}
+    data = {
+        "train": str(file),
+        "columns": {"text": "body", "label": "kind"},
+        "tokenizer": {"vocab_size": 300},
+        "seq_len": 16,
+    }
     first = prepare(recipe("text_classification", data))
     assert first.classes == ["even", "odd"]
     assert len(first.train) + len(first.eval) == 60
@@ -177,7 +201,11 @@ def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) ->
 
 def test_a_lone_text_file_can_be_trained_on(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(900)))
-    corpus = prepare(recipe("causal_lm", {"train": str(tmp_path / "book.txt"), "tokenizer": "bytes", "seq_len": 32}))
+    corpus = prepare(
+        recipe(
+            "causal_lm", {"train": str(tmp_path / "book.txt"), "tokenizer": "bytes", "seq_len": 32}
+        )
+    )
     assert len(corpus.train) > 5 * len(corpus.eval) > 0
 
 
@@ -185,9 +213,15 @@ def test_a_lone_text_file_can_be_trained_on(tmp_path: Path) -> None:
 def test_tables_are_standardised_by_the_training_part(kind: str, tmp_path: Path) -> None:
     import pandas
 
-    table = pandas.DataFrame({"a": np.arange(50.0), "b": np.ones(50), "y": np.arange(50.0) * 2, "note": ["x"] * 50})
+    table = pandas.DataFrame(
+        {"a": np.arange(50.0), "b": np.ones(50), "y": np.arange(50.0) * 2, "note": ["x"] * 50}
+    )
     getattr(table, f"to_{kind}")(tmp_path / f"t.{kind}", index=False)
-    corpus = prepare(recipe("regression", {"train": f"{tmp_path}/t.{kind}", "columns": {"target": "y"}}, "linear"))
+    corpus = prepare(
+        recipe(
+            "regression", {"train": f"{tmp_path}/t.{kind}", "columns": {"target": "y"}}, "linear"
+        )
+    )
     rows = np.stack([corpus.train[i]["features"] for i in range(len(corpus.train))])
     assert corpus.features == 2
     assert rows[:, 0].mean() == pytest.approx(0, abs=1e-5)
@@ -203,7 +237,13 @@ def picture(path: Path, shade: int, size: tuple[int, int] = (20, 16)) -> None:
 def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
     for i in range(20):
         picture(tmp_path / ("dark" if i % 2 else "light") / f"{i}.png", i)
-    corpus = prepare(recipe("image_classification", {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.3}, "cnn"))
+    corpus = prepare(
+        recipe(
+            "image_classification",
+            {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.3},
+            "cnn",
+        )
+    )
     assert corpus.classes == ["dark", "light"]
     assert corpus.image == (3, 8, 8)
     assert corpus.train[0]["image"].shape == (3, 8, 8)
@@ -268,20 +308,34 @@ def latin1(tmp_path: Path) -> dict[str, Any]:
         ("image_classification", lambda p: {"train": "diabetes"}, "does not serve task"),
         ("causal_lm", empty_file, "is empty"),
         ("causal_lm", one_document, "is empty"),
-        ("causal_lm", lambda p: {"train": "python-stdlib", "columns": {"txt": "body"}}, "has no such field"),
+        (
+            "causal_lm",
+            lambda p: {"train": "python-stdlib", "columns": {"txt": "body"}},
+            "has no such field",
+        ),
         ("regression", no_target, "nothing, or not a finite number"),
         ("causal_lm", wrong_columns, "has no column text; it has: body"),
         ("causal_lm", not_json, "cannot be read as json"),
         ("causal_lm", latin1, "not UTF-8"),
         ("causal_lm", lambda p: {"train": f"{p}/*.txt"}, "no file matches"),
-        ("causal_lm", lambda p: {"train": "no-such-set-anywhere"}, "no data set 'no-such-set-anywhere'"),
+        (
+            "causal_lm",
+            lambda p: {"train": "no-such-set-anywhere"},
+            "no data set 'no-such-set-anywhere'",
+        ),
         ("causal_lm", lambda p: {"train": "python-stdlib", "tokenizer": str(p)}, "no tokenizer at"),
         ("seq2seq", latin1, "no fields for task seq2seq"),
     ],
 )
 def test_bad_data_is_explained(task: str, make: Any, expected: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
-        prepare(recipe(task, make(tmp_path), {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn")))
+        prepare(
+            recipe(
+                task,
+                make(tmp_path),
+                {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn"),
+            )
+        )
     assert expected in str(caught.value)
     assert "try:" in str(caught.value) or "expected:" in str(caught.value)
 
@@ -301,7 +355,9 @@ def torn_image(tmp_path: Path) -> dict[str, Any]:
 
 
 def missing_cell(tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "t.csv").write_text("x,target\n" + "\n".join(f"{i},{i}" for i in range(20)) + "\n3,\n")
+    (tmp_path / "t.csv").write_text(
+        "x,target\n" + "\n".join(f"{i},{i}" for i in range(20)) + "\n3,\n"
+    )
     return {"train": str(tmp_path / "t.csv"), "eval_fraction": 0.4}
 
 
@@ -313,8 +369,13 @@ def missing_cell(tmp_path: Path) -> dict[str, Any]:
         ("regression", missing_cell, 20, "row 20: nothing, or not a finite number"),
     ],
 )
-def test_bad_records_are_left_out_within_the_budget(task: str, make: Any, count: int, name: str, tmp_path: Path) -> None:
-    data, model = make(tmp_path), {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn")
+def test_bad_records_are_left_out_within_the_budget(
+    task: str, make: Any, count: int, name: str, tmp_path: Path
+) -> None:
+    data, model = (
+        make(tmp_path),
+        {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn"),
+    )
     with pytest.raises(RequestError, match=r"data\.max_bad=1 to leave it out"):
         prepare(recipe(task, data, model))
     corpus = prepare(recipe(task, data | {"max_bad": 1}, model))

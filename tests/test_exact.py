@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from conftest import torchrun
 from ranks import GLOBAL_BATCH, MODELS, corpus_for, recipe_for, sample_ids
 
-from bigtrain import models
+from bigtrain.models.build import build_model
 
-pytestmark = pytest.mark.timeout(1500)  # of which the first test waits for all worlds: three minutes on a quiet machine
+pytestmark = pytest.mark.timeout(
+    1500
+)  # of which the first test waits for all worlds: three minutes on a quiet machine
 STEPS = 8
 LAZY = ["lazy/adamw", "lazy/sgd", "lazy/sgd/momentum", "lazy/rmsprop"]
 ENGINES = {
@@ -44,7 +46,12 @@ def _curves(world: int) -> dict[str, dict[str, Any]]:
             continue
         if engine in ("zero1-offload", "zero3-offload") and steps != 3:
             continue
-        case = {"run": "exact", "model": model, "precision": precision, "micro_batch": MICRO[world][steps]}
+        case = {
+            "run": "exact",
+            "model": model,
+            "precision": precision,
+            "micro_batch": MICRO[world][steps],
+        }
         case["evaluate"] = (precision, steps) == ("fp32", 1) and engine in ("ddp", "zero3")
         cases[f"{world}/{model}/{engine}/{precision}/{steps}"] = case | ENGINES[engine]
     return cases
@@ -58,7 +65,11 @@ def _deeds() -> dict[str, dict[str, Any]]:
         cases[f"resume/{engine}/{precision}"] = case | {"run": "resume", "dropout": 0.2}
         cases[f"skip/{engine}/{precision}"] = case | {"run": "skip"}
     for name in LAZY:
-        optim = {"name": name.split("/")[1], "momentum": 0.9 if name.endswith("momentum") else 0.0, "schedule": "cosine"}
+        optim = {
+            "name": name.split("/")[1],
+            "momentum": 0.9 if name.endswith("momentum") else 0.0,
+            "schedule": "cosine",
+        }
         cases[name] = {
             "run": "lazy",
             "model": "cnn",
@@ -69,22 +80,48 @@ def _deeds() -> dict[str, dict[str, Any]]:
             "optim": optim,
         }
     for engine, policy in product(("ddp", "zero2-offload", "zero3"), ("skip", "rewind")):
-        case = {"run": "spike", "model": "rnn", "precision": "fp32", "micro_batch": 4, "on_spike": policy}
+        case = {
+            "run": "spike",
+            "model": "rnn",
+            "precision": "fp32",
+            "micro_batch": 4,
+            "on_spike": policy,
+        }
         cases[f"spike/{engine}/{policy}"] = case | ENGINES[engine]
     for model, engine in product(MODELS, ("ddp", "zero1", "zero3")):
         case = {"run": "weights", "model": model, "precision": "fp32", "micro_batch": 8}
         cases[f"weights/{model}/{engine}"] = case | ENGINES[engine]
-    for optimizer, engine in product(("sgd", "adam", "rmsprop", "adagrad"), ("ddp", "zero2", "zero3")):
-        optim = {"name": optimizer, "l1": 1e-3, "lr": 1e-2} | ({"momentum": 0.9} if optimizer == "sgd" else {})
-        case = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 4, "optim": optim}
+    for optimizer, engine in product(
+        ("sgd", "adam", "rmsprop", "adagrad"), ("ddp", "zero2", "zero3")
+    ):
+        optim = {"name": optimizer, "l1": 1e-3, "lr": 1e-2} | (
+            {"momentum": 0.9} if optimizer == "sgd" else {}
+        )
+        case = {
+            "run": "exact",
+            "model": "cnn",
+            "precision": "fp32",
+            "micro_batch": 4,
+            "optim": optim,
+        }
         cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
     case = {"run": "stop_evaluation", "model": "cnn", "precision": "fp32", "micro_batch": 4}
     return cases | {"stop_evaluation": case | ENGINES["zero3"]}
 
 
 # 20 samples a step in pieces of 5: the same pieces on one rank and on two
-DROPOUT = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 5, "dropout": 0.3, "global_batch": 20}
-DROPOUTS = {f"dropout/{n}/{kind}": DROPOUT | {"kind": kind} for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))}
+DROPOUT = {
+    "run": "exact",
+    "model": "cnn",
+    "precision": "fp32",
+    "micro_batch": 5,
+    "dropout": 0.3,
+    "global_batch": 20,
+}
+DROPOUTS = {
+    f"dropout/{n}/{kind}": DROPOUT | {"kind": kind}
+    for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
+}
 CASES = {
     1: _curves(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
     2: _curves(2) | _deeds() | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
@@ -114,32 +151,57 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of both world sizes, each world launched once."""
     found: dict[str, Any] = {}
     moves = MOVES
-    onward = {world: {n: c for n, c in cases.items() if c["run"] == "go_on"} for world, cases in moves.items()}
-    saves = {world: {n: c for n, c in cases.items() if c["run"] == "save"} for world, cases in moves.items()}
+    onward = {
+        world: {n: c for n, c in cases.items() if c["run"] == "go_on"}
+        for world, cases in moves.items()
+    }
+    saves = {
+        world: {n: c for n, c in cases.items() if c["run"] == "save"}
+        for world, cases in moves.items()
+    }
     base = tmp_path_factory.mktemp("worlds")
-    for world, cases in [(2, CASES[2] | saves[2]), (1, CASES[1] | saves[1] | onward[1]), (2, onward[2])]:
+    for world, cases in [
+        (2, CASES[2] | saves[2]),
+        (1, CASES[1] | saves[1] | onward[1]),
+        (2, onward[2]),
+    ]:
         folder = base / f"world-{world}"
         folder.mkdir(exist_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases))
         program = str(Path(__file__).parent / "ranks.py")
-        done = torchrun(world, program, str(folder / "out.json"), str(folder / "cases.json"), cwd=folder, timeout=1200)
+        done = torchrun(
+            world,
+            program,
+            str(folder / "out.json"),
+            str(folder / "cases.json"),
+            cwd=folder,
+            timeout=1200,
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         found |= json.loads((folder / "out.json").read_text())
     return found
 
 
 @cache
-def reference(model: str, optimizer: str = "adamw", l1: float = 0.0) -> tuple[list[float], list[float], list[float]]:
+def reference(
+    model: str, optimizer: str = "adamw", l1: float = 0.0
+) -> tuple[list[float], list[float], list[float]]:
     """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one process."""
     torch.set_num_threads(1)
     case = {"model": model, "kind": "ddp", "precision": "fp32", "micro_batch": 1}
     corpus = corpus_for(model)
-    net = models.build(recipe_for(case), corpus).train()
+    net = build_model(recipe_for(case), corpus).train()
     matrices = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     rate = 5e-3 if optimizer == "adamw" else 1e-2
-    make = {"adamw": "AdamW", "sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop", "adagrad": "Adagrad"}[optimizer]
+    make = {
+        "adamw": "AdamW",
+        "sgd": "SGD",
+        "adam": "Adam",
+        "rmsprop": "RMSprop",
+        "adagrad": "Adagrad",
+    }[optimizer]
     extra = {"momentum": 0.9} if optimizer == "sgd" else {"eps": 1e-8}
     optim = getattr(torch.optim, make)(groups, lr=rate, **extra)
     losses, norms = [], []
@@ -148,7 +210,9 @@ def reference(model: str, optimizer: str = "adamw", l1: float = 0.0) -> tuple[li
         for index in sample_ids(step):
             example = corpus.train[index]
             if model == "cnn":
-                total = total + F.cross_entropy(net(pixel_values=example["image"][None])[0], torch.tensor(example["label"]))
+                total = total + F.cross_entropy(
+                    net(pixel_values=example["image"][None])[0], torch.tensor(example["label"])
+                )
                 weight += 1
             else:
                 tokens = torch.from_numpy(example["tokens"])
@@ -180,20 +244,29 @@ def test_loss_and_gradient_norm_equal_a_plain_loop(name: str, results: dict[str,
     assert results[name]["accumulation"] == int(accumulation)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=TOLERANCE[precision])
     # a norm in bf16 is made of gradients that are each rounded to 8 bits
-    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-5 if precision == "fp32" else 5e-2)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(
+        norms, rel=1e-5 if precision == "fp32" else 5e-2
+    )
     assert all(line["applied"] for line in lines)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("optim/")])
-def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(name: str, results: dict[str, Any]) -> None:
+def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(
+    name: str, results: dict[str, Any]
+) -> None:
     losses, norms, _ = reference("cnn", name.split("/")[1], 1e-3)
     assert [line["loss"] for line in results[name]["lines"]] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in results[name]["lines"]] == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_evaluation_counts_every_example_once_on_any_engine(model: str, results: dict[str, Any]) -> None:
-    found = [results[f"{world}/{model}/{kind}/fp32/1"]["eval"] for world, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))]
+def test_evaluation_counts_every_example_once_on_any_engine(
+    model: str, results: dict[str, Any]
+) -> None:
+    found = [
+        results[f"{world}/{model}/{kind}/fp32/1"]["eval"]
+        for world, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
+    ]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 
@@ -203,15 +276,21 @@ def test_resume_is_bit_exact(name: str, results: dict[str, Any]) -> None:
     assert results[name] == {"problems": [], "moved": "", "same_losses": True, "same_weights": True}
 
 
-@pytest.mark.parametrize("name", [name for cases in MOVES.values() for name in cases if name.startswith("go_on/")])
-def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "name", [name for cases in MOVES.values() for name in cases if name.startswith("go_on/")]
+)
+def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(
+    name: str, results: dict[str, Any]
+) -> None:
     _, origin, world, _ = name.split("/")
     losses, norms, _ = reference("transformer")
     lines = results[name]["lines"]
     assert [line["step"] for line in lines] == [5, 6, 7, 8]
     assert [line["loss"] for line in lines] == pytest.approx(losses[4:], rel=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms[4:], rel=1e-4)
-    assert (f"world_size {SAVED[origin]} → {world}" in results[name]["moved"]) == (SAVED[origin] != int(world))
+    assert (f"world_size {SAVED[origin]} → {world}" in results[name]["moved"]) == (
+        SAVED[origin] != int(world)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("skip/")])
@@ -220,12 +299,19 @@ def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: dict[str, 
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(name: str, results: dict[str, Any]) -> None:
+def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
+    name: str, results: dict[str, Any]
+) -> None:
     found = results[name]
     assert found["lines"] and found["weights"] and found["applied"] == 6
     assert found["said"] == ["step skipped"], "the step that no line of metrics tells of"
-    if name in ("lazy/adamw", "lazy/sgd"):  # the others have no kernel that leaves a step out by itself
-        assert found["reads"][1:] == [0] * 3, "beyond the first step, in which the data loader draws its seed"
+    if name in (
+        "lazy/adamw",
+        "lazy/sgd",
+    ):  # the others have no kernel that leaves a step out by itself
+        assert found["reads"][1:] == [0] * 3, (
+            "beyond the first step, in which the data loader draws its seed"
+        )
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2-offload", "zero3"])
@@ -235,7 +321,9 @@ def test_a_loss_spike_is_left_out_or_gone_back_from(engine: str, results: dict[s
     assert skip["events"] == ["loss spike"]
     assert skip["seen"] == [[1, 1], [2, 2], [3, 3]]  # (step, batches consumed)
     assert rewind["events"] == ["loss spike", "rewound"]
-    assert rewind["seen"] == [[1, 1], [1, 2], [2, 3]], "the step is done again, with the data after the spike"
+    assert rewind["seen"] == [[1, 1], [1, 2], [2, 3]], (
+        "the step is done again, with the data after the spike"
+    )
     assert skip["count"] == rewind["count"] == 2
 
 
@@ -243,8 +331,13 @@ def test_a_stop_within_an_evaluation_is_obeyed_by_all_ranks(results: dict[str, A
     assert results["stop_evaluation"] == {"none": [None, None]}
 
 
-def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_same(results: dict[str, Any]) -> None:
-    curves = [[line["loss"] for line in results[f"dropout/{case}"]["lines"]] for case in ("1/ddp", "2/ddp", "2/zero3")]
+def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_same(
+    results: dict[str, Any],
+) -> None:
+    curves = [
+        [line["loss"] for line in results[f"dropout/{case}"]["lines"]]
+        for case in ("1/ddp", "2/ddp", "2/zero3")
+    ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 

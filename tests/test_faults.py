@@ -21,22 +21,36 @@ from conftest import TESTS, bigtrain, on_ranks, start, start_ranks, wait_for
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
-from bigtrain.checkpoint import committed, seal, verify, write_tensors
-from bigtrain.load import HARMLESS, flatten, load_recipe
-from bigtrain.rundir import RunDir, read_metrics
+from bigtrain.checkpoint.format import committed_checkpoints, seal, verify_checkpoint, write_tensors
+from bigtrain.config.loader import flatten, load_recipe
+from bigtrain.config.resume_policy import SAFE_TO_CHANGE
+from bigtrain.runs.directory import RunDir
+from bigtrain.runs.metrics_file import read_metrics
 
-STEPS = ["train.steps=12", "train.eval_every=12", "train.checkpoint_every=4", "track.wandb=off", "optim.schedule=constant"]
+STEPS = [
+    "train.steps=12",
+    "train.eval_every=12",
+    "train.checkpoint_every=4",
+    "track.wandb=off",
+    "optim.schedule=constant",
+]
 CNN = ["digits-cnn", *STEPS]
 MISFIT = [*CNN, "model.args={}", "model.dropout=null"]
 
 
 def losses(folder: Path, name: str = "digits-cnn", key: str = "loss") -> dict[int, float]:
     """The curve: where a step was done twice, the later line counts."""
-    return {line["step"]: line[key] for line in read_metrics(folder / "runs" / name / "metrics.jsonl", "train")}
+    return {
+        line["step"]: line[key]
+        for line in read_metrics(folder / "runs" / name / "metrics.jsonl", "train")
+    }
 
 
 def events(folder: Path, name: str = "digits-cnn") -> dict[str, dict[str, Any]]:
-    return {line["event"]: line for line in read_metrics(folder / "runs" / name / "metrics.jsonl", "event")}
+    return {
+        line["event"]: line
+        for line in read_metrics(folder / "runs" / name / "metrics.jsonl", "event")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +69,7 @@ def copy_run(whole: Path, to: Path) -> RunDir:
 
 def test_any_change_to_any_file_of_a_checkpoint_is_found(whole: Path, tmp_path: Path) -> None:
     """100 random mutations: a bit flipped, a file cut, a file removed."""
-    source = committed(RunDir(whole / "runs" / "digits-cnn"))[-1]
+    source = committed_checkpoints(RunDir(whole / "runs" / "digits-cnn"))[-1]
     draw = random.Random(0)
     files = sorted(path.name for path in source.iterdir())
     for number in range(100):
@@ -71,12 +85,14 @@ def test_any_change_to_any_file_of_a_checkpoint_is_found(whole: Path, tmp_path: 
         else:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             (victim / name).write_bytes(content)
-        problems = verify(victim)
+        problems = verify_checkpoint(victim)
         shutil.rmtree(victim)
         assert problems, (name, kind)
 
 
-def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(whole: Path, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(
+    whole: Path, tmp_path: Path
+) -> None:
     run = copy_run(whole, tmp_path)
     shard = run.checkpoints / "step-00000012" / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
@@ -105,12 +121,15 @@ def test_no_pickle_in_a_checkpoint_is_ever_run(whole: Path, tmp_path: Path) -> N
     song = tmp_path / "song"
     for name in ("rank-00000.safetensors", "state.json", "manifest.json"):
         run = copy_run(whole, tmp_path / name)
-        for path in committed(run):
+        for path in committed_checkpoints(run):
             (path / name).write_bytes(pickle.dumps(Canary(song)))
             if name != "manifest.json":
                 manifest = json.loads((path / "manifest.json").read_text())
                 content = (path / name).read_bytes()
-                manifest["files"][name] = {"size": len(content), "blake3": blake3(content).hexdigest()}
+                manifest["files"][name] = {
+                    "size": len(content),
+                    "blake3": blake3(content).hexdigest(),
+                }
                 del manifest["seal"]
                 (path / "manifest.json").write_text(json.dumps(manifest | {"seal": seal(manifest)}))
         bigtrain("train", *CNN, cwd=tmp_path / name)
@@ -122,17 +141,31 @@ def test_no_pickle_in_a_checkpoint_is_ever_run(whole: Path, tmp_path: Path) -> N
 def test_no_pickle_in_pretrained_weights_or_the_token_cache_is_ever_run(tmp_path: Path) -> None:
     song, folder = tmp_path / "song", tmp_path / "pretrained"
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 400)
-    recipe = ["tiny-lm", "data.train=text.txt", "data.tokenizer=bytes", "train.steps=1", "track.wandb=off"]
+    recipe = [
+        "tiny-lm",
+        "data.train=text.txt",
+        "data.tokenizer=bytes",
+        "train.steps=1",
+        "track.wandb=off",
+    ]
     own = {"BIGTRAIN_CACHE": str(tmp_path / "cache")}
     assert bigtrain("train", *recipe, cwd=tmp_path, **own).returncode == 0
     folder.mkdir()
-    (folder / "config.json").write_bytes((tmp_path / "runs" / "tiny-lm" / "export" / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(
+        (tmp_path / "runs" / "tiny-lm" / "export" / "config.json").read_bytes()
+    )
     for name in ("pytorch_model.bin", "model.safetensors"):
         (folder / name).write_bytes(pickle.dumps(Canary(song)))
-        done = bigtrain("train", *recipe, "name=other", f"model.pretrained={folder}", cwd=tmp_path, **own)
+        done = bigtrain(
+            "train", *recipe, "name=other", f"model.pretrained={folder}", cwd=tmp_path, **own
+        )
         assert done.returncode == 2, done.stderr
         assert "model.pretrained" in done.stderr
-    for file in [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]:
+    for file in [
+        path
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    ]:
         content = file.read_bytes()
         file.write_bytes(pickle.dumps(Canary(song)))
         bigtrain("train", *recipe, "name=other", cwd=tmp_path, **own)
@@ -190,22 +223,37 @@ def test_a_save_killed_at_any_write_fsync_or_rename_loses_nothing(tmp_path: Path
     """Three saves that keep one, killed before each of their calls in turn; what was committed still verifies."""
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
     program = [sys.executable, "-c", SAVE_AND_DIE]
-    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     calls = int(done.stdout.split()[-1])
     assert calls > 30
     for number in range(1, calls + 1):
         folder = tmp_path / str(number)
-        found = committed(RunDir(folder / "run"))
-        assert all(verify(path) == [] for path in found), number
+        found = committed_checkpoints(RunDir(folder / "run"))
+        assert all(verify_checkpoint(path) == [] for path in found), number
         saved = len(list(folder.glob("saved-*")))
         newest = int(found[-1].name[5:]) if found else 0
-        assert newest >= saved, f"call {number}: step {saved} was committed, and {newest} is the newest"
+        assert newest >= saved, (
+            f"call {number}: step {saved} was committed, and {newest} is the newest"
+        )
 
 
 def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
-    kinds = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
+    kinds = [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    ]
     tensors = {
-        f"{kind}|ü|{shape}": torch.arange(6).to(kind).reshape(shape) for kind in kinds for shape in ((6,), (2, 3), (6, 1, 1))
+        f"{kind}|ü|{shape}": torch.arange(6).to(kind).reshape(shape)
+        for kind in kinds
+        for shape in ((6,), (2, 3), (6, 1, 1))
     }
     tensors |= {"scalar": torch.tensor(3.5), "none": torch.zeros(0)}
     (tmp_path / "a.safetensors").write_bytes(b"longer than what is written over it" * 100)
@@ -237,14 +285,26 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
         done = bigtrain("train", *CNN, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "bytes are free" in events(tmp_path)["checkpoint FAILED"]["reason"]
-        assert [verify(path) for path in committed(RunDir(target.parent))] == [[]]
+        assert [
+            verify_checkpoint(path) for path in committed_checkpoints(RunDir(target.parent))
+        ] == [[]]
     with small_disk(tmp_path / "runs" / "tight", "1000k"):
         done = bigtrain("train", *CNN, "name=tight", "track.also=[tensorboard]", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "No space left" in events(tmp_path, "tight")["checkpoint FAILED"]["reason"]
-        assert len(losses(tmp_path, "tight")) == 12, "what the checkpoint took is there for the lines of metrics again"
+        assert len(losses(tmp_path, "tight")) == 12, (
+            "what the checkpoint took is there for the lines of metrics again"
+        )
     with small_disk(tmp_path / "runs" / "less" / "tensorboard", "4k"):
-        done = bigtrain("train", "digits-mlp", *STEPS, "name=less", "track.also=[tensorboard]", "train.steps=100", cwd=tmp_path)
+        done = bigtrain(
+            "train",
+            "digits-mlp",
+            *STEPS,
+            "name=less",
+            "track.also=[tensorboard]",
+            "train.steps=100",
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         said = (tmp_path / "runs" / "less" / "logs" / "rank-0.log").read_text()
         assert said.count("tensorboard has not taken all: [Errno 28] No space left on device") == 1
@@ -253,7 +313,12 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
 
 def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
-    arguments = [*CNN, "train.steps=100000", "train.checkpoint_every=100000", "train.eval_every=100000"]
+    arguments = [
+        *CNN,
+        "train.steps=100000",
+        "train.checkpoint_every=100000",
+        "train.eval_every=100000",
+    ]
     first = start("train", *arguments, cwd=tmp_path)
     try:
         wait_for(lambda: (run.path / "lock").exists() and len(losses(tmp_path)) > 14)
@@ -266,7 +331,9 @@ def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
         first.signal(signal.SIGKILL)
         first.wait()
     assert (run.path / "lock").exists()
-    assert bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path).returncode == 0, "a dead owner's lock is taken over"
+    assert bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path).returncode == 0, (
+        "a dead owner's lock is taken over"
+    )
     assert not (run.path / "lock").exists()
 
 
@@ -277,7 +344,14 @@ def test_a_changed_recipe_is_shown_and_must_be_allowed(whole: Path, tmp_path: Pa
     assert "optim.lr: 0.003 → 0.0001" in refused.stderr
     assert "--allow-change optim.lr" in refused.stderr
     assert "eval_every" not in refused.stderr
-    allowed = [*CNN, "optim.lr=1e-4", "train.eval_every=13", "train.steps=13", "--allow-change", "optim.lr"]
+    allowed = [
+        *CNN,
+        "optim.lr=1e-4",
+        "train.eval_every=13",
+        "train.steps=13",
+        "--allow-change",
+        "optim.lr",
+    ]
     assert bigtrain("train", *allowed, cwd=tmp_path).returncode == 0
     assert events(tmp_path)["recipe changed"]["optim.lr"] == "0.003 → 0.0001"
 
@@ -289,13 +363,15 @@ def test_files_stop_and_save(whole: Path, tmp_path: Path) -> None:
     arguments = [*CNN, "train.steps=40", "train.checkpoint_every=40", "train.eval_every=40"]
     stopped = bigtrain("train", *arguments, cwd=tmp_path)
     assert stopped.returncode == 75
-    assert "step-00000013" in [path.name for path in committed(run)]
+    assert "step-00000013" in [path.name for path in committed_checkpoints(run)]
     assert not (run.path / "STOP").exists(), "granted: the next start must not stop at once"
 
 
-def test_checkpoints_that_anybody_could_have_written_are_refused_by_root(whole: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_anybody_could_have_written_are_refused_by_root(
+    whole: Path, tmp_path: Path
+) -> None:
     run = copy_run(whole, tmp_path)
-    for path in committed(run):
+    for path in committed_checkpoints(run):
         (path / "state.json").chmod(0o666)
     done = bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path)
     if os.geteuid() == 0:
@@ -308,14 +384,23 @@ def test_checkpoints_that_anybody_could_have_written_are_refused_by_root(whole: 
 
 def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
     """A learning rate that warms up until it destroys: the best is in the middle."""
-    rising = ["train.steps=12", "train.eval_every=1", "optim.warmup_steps=12", "optim.lr=1.0", "train.keep_best=loss"]
+    rising = [
+        "train.steps=12",
+        "train.eval_every=1",
+        "optim.warmup_steps=12",
+        "optim.lr=1.0",
+        "train.keep_best=loss",
+    ]
     done = bigtrain("train", *CNN, *rising, "train.keep=1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary, run = json.loads(done.stdout), RunDir(tmp_path / "runs" / "digits-cnn")
     evaluations = {line["step"]: line["loss"] for line in read_metrics(run.metrics, "eval")}
     best = min(evaluations, key=evaluations.__getitem__)
     assert 0 < best < 12
-    assert [path.name for path in committed(run)] == [f"step-{best:08d}", "step-00000012"]
+    assert [path.name for path in committed_checkpoints(run)] == [
+        f"step-{best:08d}",
+        "step-00000012",
+    ]
     assert summary["best_step"] == best
     assert summary["loss"] == pytest.approx(evaluations[best], rel=1e-6)
     found = json.loads(bigtrain("evaluate", "digits-cnn", "--json", cwd=tmp_path).stdout)
@@ -325,10 +410,19 @@ def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
 def test_every_key_that_decides_a_step_needs_leave_to_change() -> None:
     """Whatever decides which weights a step makes of which samples must not change unseen; the rest may."""
     keys = flatten(load_recipe("digits-cnn").recipe.model_dump(mode="json"))
-    guarded = {key for key in keys if not any(f"{key}.".startswith(f"{each}.") for each in HARMLESS)}
+    guarded = {
+        key for key in keys if not any(f"{key}.".startswith(f"{each}.") for each in SAFE_TO_CHANGE)
+    }
     sections = ("seed", "task", "model", "data", "optim")
-    deciding = {key for key in keys if key.split(".")[0] in sections} - {"data.workers", "data.max_bad"}
-    assert guarded == deciding | {"engine.precision", "engine.global_batch", "train.label_smoothing"}
+    deciding = {key for key in keys if key.split(".")[0] in sections} - {
+        "data.workers",
+        "data.max_bad",
+    }
+    assert guarded == deciding | {
+        "engine.precision",
+        "engine.global_batch",
+        "train.label_smoothing",
+    }
 
 
 def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: Path) -> None:
@@ -357,12 +451,14 @@ def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     (run.path / "SAVE").touch()
     arguments = [*CNN, "train.steps=15", "train.checkpoint_every=40", "train.keep=9"]
     assert bigtrain("train", *arguments, cwd=tmp_path).returncode == 0
-    assert [path.name[-2:] for path in committed(run)] == ["08", "12", "13", "15"]
+    assert [path.name[-2:] for path in committed_checkpoints(run)] == ["08", "12", "13", "15"]
     assert not (run.path / "SAVE").exists()
 
 
 @pytest.mark.parametrize("channels", ["[16, 32, 64]", "[64, 64, 128]"])
-def test_another_models_checkpoint_is_refused_and_the_run_stays_usable(channels: str, whole: Path, tmp_path: Path) -> None:
+def test_another_models_checkpoint_is_refused_and_the_run_stays_usable(
+    channels: str, whole: Path, tmp_path: Path
+) -> None:
     run = copy_run(whole, tmp_path)
     before = run.recipe.read_bytes()
     change = [f"model.args={{channels: {channels}}}", "--allow-change", "model.args"]
@@ -379,7 +475,12 @@ def test_another_optimizer_starts_anew_and_says_so(whole: Path, tmp_path: Path) 
     done = bigtrain("train", *CNN, *change, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "optimizer AdamW → SGD" in done.stdout
-    assert bigtrain("train", *CNN, "train.steps=16", "--allow-change", "optim", cwd=tmp_path).returncode == 0
+    assert (
+        bigtrain(
+            "train", *CNN, "train.steps=16", "--allow-change", "optim", cwd=tmp_path
+        ).returncode
+        == 0
+    )
 
 
 def test_a_metric_that_the_task_has_not_is_refused(tmp_path: Path) -> None:
@@ -399,7 +500,14 @@ def test_a_stop_that_cannot_be_saved_does_not_end_with_75(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("log_every", [1, 7])
 def test_numbers_that_stay_broken_end_the_run_with_3(log_every: int, tmp_path: Path) -> None:
-    arguments = ["train", *CNN, "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0.0", "train.max_skips=3"]
+    arguments = [
+        "train",
+        *CNN,
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "optim.clip_norm=0.0",
+        "train.max_skips=3",
+    ]
     done = bigtrain(*arguments, "train.steps=40", f"train.log_every={log_every}", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "3 steps in a row" in done.stderr
@@ -407,13 +515,20 @@ def test_numbers_that_stay_broken_end_the_run_with_3(log_every: int, tmp_path: P
 
 
 def test_normalisation_over_the_micro_batch_is_said(tmp_path: Path) -> None:
-    assert bigtrain("train", "digits-resnet", "train.steps=2", "track.wandb=off", cwd=tmp_path).returncode == 0
+    assert (
+        bigtrain(
+            "train", "digits-resnet", "train.steps=2", "track.wandb=off", cwd=tmp_path
+        ).returncode
+        == 0
+    )
     assert "BatchNorm" in events(tmp_path, "digits-resnet")["normalisation"]["origin"]
     effective = json.loads((tmp_path / "runs" / "digits-resnet" / "effective.json").read_text())
     assert effective["normalisation"]["value"] == "depends on the micro-batch"
 
 
-def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(whole: Path, tmp_path: Path) -> None:
+def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(
+    whole: Path, tmp_path: Path
+) -> None:
     """kill -9 of one of two ranks under ZeRO-2; on to the end on one process; then further on two under ZeRO-3.
 
     With dropout: micro-batches of eight samples are the same ones on one rank and on two.
@@ -423,17 +538,23 @@ def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(whole: Path
     straight.mkdir()
     assert bigtrain("train", *steady, "train.steps=16", cwd=straight).returncode == 0
     metrics = tmp_path / "runs" / "digits-cnn" / "metrics.jsonl"
-    ranks = start_ranks(2, "train", *steady, "engine.kind=zero2", "train.steps=100000", cwd=tmp_path)
+    ranks = start_ranks(
+        2, "train", *steady, "engine.kind=zero2", "train.steps=100000", cwd=tmp_path
+    )
     wait_for(lambda: metrics.exists() and b'"step": 9,' in metrics.read_bytes())
     ranks[1].signal(signal.SIGKILL)
     began = time.monotonic()
-    assert ranks[0].wait(60).returncode == 76, "a rank that lost its peer says so, and does not hang"
+    assert ranks[0].wait(60).returncode == 76, (
+        "a rank that lost its peer says so, and does not hang"
+    )
     assert time.monotonic() - began < 30
-    newest = int(committed(RunDir(metrics.parent))[-1].name[5:])
+    newest = int(committed_checkpoints(RunDir(metrics.parent))[-1].name[5:])
     one = bigtrain("train", *steady, f"train.steps={newest + 2}", "engine.kind=ddp", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     assert "engine zero2 → ddp, world_size 2 → 1" in one.stdout
-    two = on_ranks(2, "train", *steady, f"train.steps={newest + 4}", "engine.kind=zero3", cwd=tmp_path)
+    two = on_ranks(
+        2, "train", *steady, f"train.steps={newest + 4}", "engine.kind=zero3", cwd=tmp_path
+    )
     assert two.returncode == 0, two.stderr[-3000:]
     expected, digests = losses(straight), losses(straight, key="samples_digest")
     assert len(expected) == 16
@@ -445,14 +566,19 @@ def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(whole: Path
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(whole: Path, tmp_path: Path) -> None:
     copy_run(whole, tmp_path)
-    arguments = [*CNN, "train.steps=100000", "train.checkpoint_every=100000", "train.eval_every=100000"]
+    arguments = [
+        *CNN,
+        "train.steps=100000",
+        "train.checkpoint_every=100000",
+        "train.eval_every=100000",
+    ]
     ranks = start_ranks(2, "train", *arguments, cwd=tmp_path)
     wait_for(lambda: len(losses(tmp_path)) > 14)
     ranks[1].signal(signal.SIGUSR1)
     assert [rank.wait(60).returncode for rank in ranks] == [75, 75]
     run = RunDir(tmp_path / "runs" / "digits-cnn")
-    assert int(committed(run)[-1].name[5:]) == max(losses(tmp_path))
-    assert verify(committed(run)[-1]) == []
+    assert int(committed_checkpoints(run)[-1].name[5:]) == max(losses(tmp_path))
+    assert verify_checkpoint(committed_checkpoints(run)[-1]) == []
 
 
 def test_the_export_of_a_stopped_run_equals_the_straight_one(whole: Path, tmp_path: Path) -> None:
@@ -461,21 +587,35 @@ def test_the_export_of_a_stopped_run_equals_the_straight_one(whole: Path, tmp_pa
     shutil.rmtree(run.checkpoints / "step-00000012")
     shutil.rmtree(run.export)
     assert bigtrain("train", *CNN, cwd=tmp_path).returncode == 0
-    found, expected = (load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors") for f in (tmp_path, whole))
+    found, expected = (
+        load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors")
+        for f in (tmp_path, whole)
+    )
     assert all((found[name] == expected[name]).all() for name in expected)
 
 
 def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
     """SIGSTOP: it neither answers nor dies. Each rank in turn: rank 0 also serves the store where ranks meet."""
     for silent in (1, 0):
-        recipe = [*CNN, "engine.kind=zero2", "train.steps=400", "train.hang_timeout=2", f"name=silent-{silent}"]
+        recipe = [
+            *CNN,
+            "engine.kind=zero2",
+            "train.steps=400",
+            "train.hang_timeout=2",
+            f"name=silent-{silent}",
+        ]
         ranks = start_ranks(2, "train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT=f"stop@{silent}:9")
         began = time.monotonic()
         end = ranks[1 - silent].wait(60)
         ranks[silent].signal(signal.SIGKILL)
         assert end.returncode == 76, end.stderr
         assert time.monotonic() - began < 45
-        assert f"rank {silent}" in end.stderr.split("leaving with 76")[1].split("SILENT" if silent else "does not answer")[0]
+        assert (
+            f"rank {silent}"
+            in end.stderr.split("leaving with 76")[1].split(
+                "SILENT" if silent else "does not answer"
+            )[0]
+        )
         assert "in _step" in end.stderr, "where it waits: Python's stack"
     said = events(tmp_path, "silent-1")["hang"]
     assert said["silent"] == [1]
@@ -497,14 +637,22 @@ def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> 
 
 @pytest.mark.timed
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
-    recipe = [*MISFIT, "model.name=misfits:SlowOnRankOne", "train.hang_timeout=4", "train.steps=120", "train.log_every=10"]
+    recipe = [
+        *MISFIT,
+        "model.name=misfits:SlowOnRankOne",
+        "train.hang_timeout=4",
+        "train.steps=120",
+        "train.log_every=10",
+    ]
     assert on_ranks(2, "train", *recipe, cwd=tmp_path, PYTHONPATH=str(TESTS)).returncode == 0
     slow = events(tmp_path)["straggler"]
     assert slow["rank"] == 1
     assert slow["seconds"] > 1.5 * slow["usual"]
 
 
-def test_a_lock_left_by_a_process_killed_while_deepspeed_compiles_is_removed(tmp_path: Path) -> None:
+def test_a_lock_left_by_a_process_killed_while_deepspeed_compiles_is_removed(
+    tmp_path: Path,
+) -> None:
     folder = Path(_get_build_directory("deepspeed_shm_comm", False))
     (folder / "lock").touch()
     done = bigtrain("train", *CNN, "engine.kind=zero1", "train.steps=2", cwd=tmp_path, timeout=120)
@@ -520,7 +668,15 @@ def test_ranks_with_other_versions_are_refused_and_named(tmp_path: Path) -> None
         port = str(probe.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     first = start("train", *CNN, cwd=tmp_path, RANK="0", LOCAL_RANK="0", **common)
-    second = start("train", *CNN, cwd=tmp_path, RANK="1", LOCAL_RANK="1", PYTHONPATH=str(other.parent), **common)
+    second = start(
+        "train",
+        *CNN,
+        cwd=tmp_path,
+        RANK="1",
+        LOCAL_RANK="1",
+        PYTHONPATH=str(other.parent),
+        **common,
+    )
     ends = [first.wait(60), second.wait(60)]
     assert [end.returncode for end in ends] == [2, 2]
     assert "rank 1 has datasets 4.1.0, rank 0 datasets" in ends[0].stderr
@@ -530,13 +686,19 @@ def test_ranks_with_other_versions_are_refused_and_named(tmp_path: Path) -> None
 def test_small_mistakes_are_named(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
     wrong = bigtrain("train", *CNN, "optim.lr=1e-4", "--allow-change", "optim.lrr", cwd=tmp_path)
-    assert (wrong.returncode, "try:      --allow-change optim.lr" in wrong.stderr) == (2, True), wrong.stderr
+    assert (wrong.returncode, "try:      --allow-change optim.lr" in wrong.stderr) == (2, True), (
+        wrong.stderr
+    )
     wrong = bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path, BIGTRAIN_GRACE_SECONDS="2m")
-    assert (wrong.returncode, "BIGTRAIN_GRACE_SECONDS is '2m'" in wrong.stderr) == (2, True), wrong.stderr
+    assert (wrong.returncode, "BIGTRAIN_GRACE_SECONDS is '2m'" in wrong.stderr) == (2, True), (
+        wrong.stderr
+    )
     (tmp_path / "new").mkdir()
-    assert bigtrain("train", *CNN, cwd=tmp_path / "new", BIGTRAIN_GRACE_SECONDS="2m").returncode == 2
+    assert (
+        bigtrain("train", *CNN, cwd=tmp_path / "new", BIGTRAIN_GRACE_SECONDS="2m").returncode == 2
+    )
     assert not list((tmp_path / "new").iterdir()), "nothing is written"
-    newest = committed(run)[-1]
+    newest = committed_checkpoints(run)[-1]
     newest.rename(tmp_path / "elsewhere")
     newest.symlink_to(tmp_path / "elsewhere")
-    assert verify(newest) == ["it is a link to somewhere else"]
+    assert verify_checkpoint(newest) == ["it is a link to somewhere else"]

@@ -28,23 +28,39 @@ CASES = {
     for precision in TOLERANCE
 }
 
-LAZY = {"run": "lazy", "model": "cnn", "precision": "fp32", "device": "cuda", "micro_batch": 4, "kind": "ddp", "steps": 7}
+LAZY = {
+    "run": "lazy",
+    "model": "cnn",
+    "precision": "fp32",
+    "device": "cuda",
+    "micro_batch": 4,
+    "kind": "ddp",
+    "steps": 7,
+}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "cases.json").write_text(json.dumps(CASES | {"lazy": LAZY}))
-    done = torchrun(1, str(TESTS / "ranks.py"), str(folder / "out.json"), str(folder / "cases.json"), cwd=folder)
+    done = torchrun(
+        1, str(TESTS / "ranks.py"), str(folder / "out.json"), str(folder / "cases.json"), cwd=folder
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    print(f"\n{'case':<32}{'last loss':>12}{'CPU, plain':>12}{'largest relative difference':>30}{'peak MiB':>10}")
+    print(
+        f"\n{'case':<32}{'last loss':>12}{'CPU, plain':>12}{'largest relative difference':>30}{'peak MiB':>10}"
+    )
     for name in CASES:
         result = found[name]
         expected, lines = reference(name.split("/", maxsplit=1)[0])[0], result["lines"]
-        worst = max(abs(line["loss"] / loss - 1) for line, loss in zip(lines, expected, strict=True))
+        worst = max(
+            abs(line["loss"] / loss - 1) for line, loss in zip(lines, expected, strict=True)
+        )
         memory = result["peak_memory"] / 2**20
-        print(f"{name:<32}{lines[-1]['loss']:>12.5f}{expected[-1]:>12.5f}{worst:>30.2e}{memory:>10.1f}")
+        print(
+            f"{name:<32}{lines[-1]['loss']:>12.5f}{expected[-1]:>12.5f}{worst:>30.2e}{memory:>10.1f}"
+        )
     return found
 
 
@@ -60,7 +76,9 @@ def test_nothing_waits_for_the_device_in_a_step_that_does_not_log(results: dict[
 
 
 def test_the_main_job_runs_on_the_gpu(tmp_path: Path) -> None:
-    done = torchrun(1, "-m", "bigtrain", "train", "tiny-lm", "train.steps=30", "track.wandb=off", cwd=tmp_path)
+    done = torchrun(
+        1, "-m", "bigtrain", "train", "tiny-lm", "train.steps=30", "track.wandb=off", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     effective = json.loads((tmp_path / "runs" / "tiny-lm" / "effective.json").read_text())
     assert effective["engine.precision"]["value"] == "bf16"

@@ -17,7 +17,14 @@ FLOORS = [
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+SILENT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 ROOMS = {"accelerate": {"engine"}, "deepspeed": {"engine"}, "wandb": {"track"}}
 
 
@@ -30,7 +37,11 @@ def imports() -> Iterator[tuple[str, str, ast.AST]]:
                 yield from ((module, alias.name, node) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 name = node.module or ""
-                names = [f"{name}.{alias.name}" for alias in node.names] if name == "bigtrain" else [name]
+                names = (
+                    [f"{name}.{alias.name}" for alias in node.names]
+                    if name == "bigtrain"
+                    else [name]
+                )
                 yield from ((module, each, node) for each in names)
 
 
@@ -57,9 +68,15 @@ def test_the_code_stays_thin() -> None:
             if token.type not in SILENT:
                 lines |= set(range(token.start[0], token.end[0] + 1))
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
                 lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
-                assert node.end_lineno - node.lineno < 61, f"{path.name}: {node.name} does not fit on a screen"
+                assert node.end_lineno - node.lineno < 61, (
+                    f"{path.name}: {node.name} does not fit on a screen"
+                )
         total += len(lines)
     assert total < 5000

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from bigtrain.recipe import Recipe
+from bigtrain.config.recipe import Recipe
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -20,14 +20,20 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             found += rows(kind, f"{prefix}{name}.")
         else:
-            default = "required" if field.default is PydanticUndefined else f"`{json.dumps(field.default)}`"
+            default = (
+                "required"
+                if field.default is PydanticUndefined
+                else f"`{json.dumps(field.default)}`"
+            )
             found.append((f"`{prefix}{name}`", default, field.description or ""))
     return found
 
 
 def table() -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {key} | {default} | {text} |" for key, default, text in rows(Recipe)])
+    return "\n".join(
+        lines + [f"| {key} | {default} | {text} |" for key, default, text in rows(Recipe)]
+    )
 
 
 def test_the_readme_lists_every_key() -> None:
@@ -37,5 +43,7 @@ def test_the_readme_lists_every_key() -> None:
 
 if __name__ == "__main__":
     text = README.read_text()
-    text = re.sub(r"(?s)(<!-- keys -->|\| key \| default.*?\n(?=\n))", lambda _: table() + "\n", text, count=1)
+    text = re.sub(
+        r"(?s)(<!-- keys -->|\| key \| default.*?\n(?=\n))", lambda _: table() + "\n", text, count=1
+    )
     README.write_text(text)

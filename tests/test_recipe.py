@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from bigtrain import models
-from bigtrain.data import Corpus
+from bigtrain.config.loader import flatten, load_recipe, shipped_recipes, to_yaml
+from bigtrain.config.recipe import Recipe, TokenizerConfig
+from bigtrain.data.examples import PreparedData
 from bigtrain.errors import RecipeError
-from bigtrain.load import flatten, load_recipe, shipped, to_yaml
-from bigtrain.recipe import Recipe, Tokenizer
+from bigtrain.models.build import build_model
 
 BROKEN = """\
 name: broken
@@ -66,7 +66,10 @@ def test_every_error_is_reported_at_once_with_file_and_line(tmp_path: Path) -> N
         ("optim.lr", "expected key=value"),
         ("name=../x", "name: found '../x'"),
         ("seed.x=1", "seed is 0"),
-        ("data.tokenizer.vocab_siz=9", "unknown key data.tokenizer.vocab_siz; did you mean data.tokenizer.vocab_size?"),
+        (
+            "data.tokenizer.vocab_siz=9",
+            "unknown key data.tokenizer.vocab_siz; did you mean data.tokenizer.vocab_size?",
+        ),
         ("engine.micro_batch=none", "expected an integer or 'auto'"),
         ("optim.nesterov=true", "nesterov needs"),
         ("optim.lr=[", "not valid YAML"),
@@ -78,7 +81,10 @@ def test_a_wrong_override_names_the_right_one(override: str, expected: str) -> N
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "- a", "name: [", "a: &x {b: *x}", "\t", "name: x\n  y: z", "!!python/object:os.system x"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "- a", "name: [", "a: &x {b: *x}", "\t", "name: x\n  y: z", "!!python/object:os.system x"],
+)
 def test_no_yaml_text_shows_a_traceback(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml"):
@@ -95,18 +101,23 @@ def test_any_text_as_recipe_or_override_is_either_loaded_or_explained(text: str)
 
 
 def test_overrides_are_typed_like_yaml_and_remembered() -> None:
-    loaded = load_recipe("tiny-lm", ["optim.lr=3e-4", "model.args.num_hidden_layers=2", "track.tags=[a, b]", "train.steps=7"])
+    loaded = load_recipe(
+        "tiny-lm",
+        ["optim.lr=3e-4", "model.args.num_hidden_layers=2", "track.tags=[a, b]", "train.steps=7"],
+    )
     assert loaded.recipe.optim.lr == 3e-4
     assert loaded.recipe.model.args["num_hidden_layers"] == 2
     assert loaded.recipe.track.tags == ["a", "b"]
     assert loaded.origins["optim.lr"] == "override optim.lr=3e-4"
-    assert loaded.origins["model.args.num_hidden_layers"] == "override model.args.num_hidden_layers=2"
+    assert (
+        loaded.origins["model.args.num_hidden_layers"] == "override model.args.num_hidden_layers=2"
+    )
     assert loaded.origins["model.args.hidden_size"].startswith("recipe ")
     assert loaded.origins["optim.eps"] == "default"
     assert loaded.origins["optim.betas"].startswith("recipe ")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_a_resolved_recipe_loads_back_to_itself(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name).recipe
     (tmp_path / "resolved.yaml").write_text(to_yaml(recipe))
@@ -115,13 +126,17 @@ def test_a_resolved_recipe_loads_back_to_itself(name: str, tmp_path: Path) -> No
     assert set(load_recipe(name).origins) == set(flatten(recipe.model_dump()))
 
 
-def facts(recipe: Recipe) -> Corpus:
+def facts(recipe: Recipe) -> PreparedData:
     """What the data of a recipe would say of the model's shape."""
-    vocab = recipe.data.tokenizer.vocab_size if isinstance(recipe.data.tokenizer, Tokenizer) else 258
+    vocab = (
+        recipe.data.tokenizer.vocab_size
+        if isinstance(recipe.data.tokenizer, TokenizerConfig)
+        else 258
+    )
     text = recipe.task in ("causal_lm", "seq2seq", "text_classification")
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None) if text else None
     size = recipe.data.image_size or 8
-    return Corpus(
+    return PreparedData(
         train=[],
         eval=[],
         sample_cost=1,
@@ -133,17 +148,23 @@ def facts(recipe: Recipe) -> Corpus:
     )
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_builds_its_model(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name).recipe
     if recipe.model.pretrained:  # no hub here: a local folder stands for the hub id
-        LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300).save_pretrained(tmp_path)
+        LlamaConfig(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300
+        ).save_pretrained(tmp_path)
         recipe = load_recipe(name, [f"model.pretrained={tmp_path}"]).recipe
     with torch.device("meta"):
-        model = models.build(recipe, facts(recipe))
+        model = build_model(recipe, facts(recipe))
     count = sum(p.numel() for p in model.parameters())
     assert all(p.is_meta for p in model.parameters())
-    expected = {"gpt2-124m": (110e6, 130e6), "llama-1b": (1.0e9, 1.3e9), "llama-8b-zero3": (7.9e9, 8.1e9)}
+    expected = {
+        "gpt2-124m": (110e6, 130e6),
+        "llama-1b": (1.0e9, 1.3e9),
+        "llama-8b-zero3": (7.9e9, 8.1e9),
+    }
     low, high = expected.get(name, (1, 30e6))
     assert low <= count <= high, count
 
@@ -153,13 +174,23 @@ def test_help_and_a_misspelt_key_answer_at_once() -> None:
     for arguments, code in ((["--help"], 0), (["train", "tiny-lm", "optim.learning_rat=1"], 2)):
         command = [sys.executable, "-m", "bigtrain", *arguments]
         assert subprocess.run(command, capture_output=True, check=False).returncode == code
-        assert quickest(lambda command=command: subprocess.run(command, capture_output=True, check=False), 0.25) < 0.25
+        assert (
+            quickest(
+                lambda command=command: subprocess.run(command, capture_output=True, check=False),
+                0.25,
+            )
+            < 0.25
+        )
 
 
 def test_lower_floors_do_not_import_torch() -> None:
-    modules = ", ".join(f"bigtrain.{name}" for name in ("load", "plan", "dsconfig", "rundir", "cli"))
+    modules = ", ".join(
+        f"bigtrain.{name}" for name in ("load", "plan", "dsconfig", "rundir", "cli")
+    )
     program = f"import sys, {modules}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -173,5 +204,5 @@ def test_init_writes_a_recipe_that_loads_and_never_overwrites(tmp_path: Path) ->
 
 def test_recipes_and_schema_print(tmp_path: Path) -> None:
     listed = bigtrain("recipes", cwd=tmp_path).stdout
-    assert all(name in listed for name in shipped())
+    assert all(name in listed for name in shipped_recipes())
     assert '"engine"' in bigtrain("schema", cwd=tmp_path).stdout

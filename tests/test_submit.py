@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import bigtrain, quickest
 
+from bigtrain.cluster.slurm import render_script
+from bigtrain.config.loader import load_recipe
 from bigtrain.errors import RecipeError
-from bigtrain.load import load_recipe
-from bigtrain.rundir import asset
-from bigtrain.slurm import render
+from bigtrain.runs.directory import asset
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -23,7 +23,7 @@ CASES = {
 
 
 def script(overrides: list[str]) -> str:
-    return render(load_recipe("tiny-lm", overrides).recipe, "tiny-lm", overrides)
+    return render_script(load_recipe("tiny-lm", overrides).recipe, "tiny-lm", overrides)
 
 
 def head(text: str) -> str:
@@ -35,27 +35,44 @@ def head(text: str) -> str:
 def test_the_script_is_the_one_written_down(case: str) -> None:
     text = script(CASES[case])
     assert head(text) == (GOLDEN / f"{case}.sbatch").read_text()
-    assert text.endswith(asset("slurm", "train.sbatch").read_text().split("set -euo pipefail\n", 1)[1])
+    assert text.endswith(
+        asset("slurm", "train.sbatch").read_text().split("set -euo pipefail\n", 1)[1]
+    )
 
 
-HOSTILE = ["$(touch x)", "`touch x`", "a'; touch x; '", 'b"; touch x; "', "line\ntouch x\n#SBATCH --wrap=x", "${HOME}", "\\", "*"]
+HOSTILE = [
+    "$(touch x)",
+    "`touch x`",
+    "a'; touch x; '",
+    'b"; touch x; "',
+    "line\ntouch x\n#SBATCH --wrap=x",
+    "${HOME}",
+    "\\",
+    "*",
+]
 
 
 def test_nothing_in_a_recipe_is_run_by_a_shell(tmp_path: Path) -> None:
     recipe = tmp_path / "$(touch x) 'y'.yaml"
     recipe.write_text(asset("recipes", "tiny-lm.yaml").read_text())
     values = [f"track.project={text!r}" for text in HOSTILE] + ["slurm.setup='$(touch x)'"]
-    text = render(load_recipe(str(recipe), values).recipe, str(recipe), values)
+    text = render_script(load_recipe(str(recipe), values).recipe, str(recipe), values)
     directives = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert all("touch" not in line for line in directives)
     done = subprocess.run(
-        ["bash", "-c", head(text) + "printf '%s\\0' \"$@\""], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["bash", "-c", head(text) + "printf '%s\\0' \"$@\""],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split("\0")[:-1] == [str(recipe), *values]
     assert [path.name for path in tmp_path.iterdir()] == [recipe.name], "nothing ran"
 
 
-@pytest.mark.parametrize("key", ["partition", "account", "qos", "constraint", "dependency", "array", "time"])
+@pytest.mark.parametrize(
+    "key", ["partition", "account", "qos", "constraint", "dependency", "array", "time"]
+)
 @pytest.mark.parametrize("text", ["$(touch x)", 'a"b', "a\\n#SBATCH --wrap=touch", "a b"])
 def test_what_sbatch_itself_reads_is_one_plain_word(key: str, text: str) -> None:
     asked = f'slurm.{key}="{text}"' if '"' not in text else f"slurm.{key}='{text}'"
@@ -66,7 +83,12 @@ def test_what_sbatch_itself_reads_is_one_plain_word(key: str, text: str) -> None
 @pytest.mark.timed
 def test_a_dry_run_answers_at_once_and_writes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigtrain", "submit", "tiny-lm", "--dry-run"]
-    assert quickest(lambda: subprocess.run(command, cwd=tmp_path, capture_output=True, check=True), 0.3) < 0.3
+    assert (
+        quickest(
+            lambda: subprocess.run(command, cwd=tmp_path, capture_output=True, check=True), 0.3
+        )
+        < 0.3
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -8,10 +8,11 @@ import pytest
 from conftest import bigtrain, start, wait_for
 from ruamel.yaml import YAML
 
+from bigtrain.cluster.sweep import expand, parse
+from bigtrain.config.loader import load_recipe
 from bigtrain.errors import RecipeError, RequestError
-from bigtrain.load import load_recipe
-from bigtrain.rundir import RunDir, read_metrics
-from bigtrain.sweep import expand, parse
+from bigtrain.runs.directory import RunDir
+from bigtrain.runs.metrics_file import read_metrics
 
 SHORT = ["train.steps=8", "train.eval_every=8", "track.wandb=off"]
 
@@ -52,7 +53,9 @@ def test_a_draw_is_within_its_ranges_and_the_same_each_time() -> None:
         (["engine.kind=ddp,zero9"], RecipeError, "zero9"),
     ],
 )
-def test_what_is_no_sweep_is_explained_before_anything_runs(settings: list[str], problem: type[Exception], said: str) -> None:
+def test_what_is_no_sweep_is_explained_before_anything_runs(
+    settings: list[str], problem: type[Exception], said: str
+) -> None:
     with pytest.raises(problem, match=said):
         expand("digits-mlp", parse(settings, None))
 
@@ -68,7 +71,14 @@ def test_runs_are_trained_one_after_another_and_compared(tmp_path: Path) -> None
 
 
 def test_a_signal_stops_the_run_and_the_sweep_and_both_go_on(tmp_path: Path) -> None:
-    command = ["sweep", "digits-mlp", "seed=0..1", "train.steps=150", "train.eval_every=150", "track.wandb=off"]
+    command = [
+        "sweep",
+        "digits-mlp",
+        "seed=0..1",
+        "train.steps=150",
+        "train.eval_every=150",
+        "track.wandb=off",
+    ]
     process = start(*command, cwd=tmp_path)
     metrics = [RunDir(tmp_path / "runs" / f"digits-mlp-seed{seed}").metrics for seed in (0, 1)]
     wait_for(lambda: metrics[0].exists() and metrics[0].read_bytes().count(b"\n") > 5)
@@ -81,16 +91,31 @@ def test_a_signal_stops_the_run_and_the_sweep_and_both_go_on(tmp_path: Path) -> 
 
 
 def test_the_file_for_wandbs_agents_holds_the_same_runs(tmp_path: Path) -> None:
-    done = bigtrain("sweep", "digits-mlp", "optim.lr=1e-5..1e-3", "seed=0..3", "--random", "9", "--wandb", cwd=tmp_path)
+    done = bigtrain(
+        "sweep",
+        "digits-mlp",
+        "optim.lr=1e-5..1e-3",
+        "seed=0..3",
+        "--random",
+        "9",
+        "--wandb",
+        cwd=tmp_path,
+    )
     file = YAML(typ="safe").load(done.stdout)
     assert (file["method"], file["run_cap"]) == ("random", 9)
     assert file["parameters"]["seed"] == {"values": [0, 1, 2, 3]}
-    assert file["parameters"]["optim.lr"] == {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3}
+    assert file["parameters"]["optim.lr"] == {
+        "distribution": "log_uniform_values",
+        "min": 1e-5,
+        "max": 1e-3,
+    }
     assert file["command"][-4:] == ["train", "digits-mlp", "--fresh", "${args_no_hyphens}"]
 
 
 def test_odd_values_reach_the_runs_as_they_are() -> None:
-    first, _ = expand("digits-mlp", parse(["track.notes='2024-01-01 🚀'", "track.group='7'", "seed=0..1"], None)).values()
+    first, _ = expand(
+        "digits-mlp", parse(["track.notes='2024-01-01 🚀'", "track.group='7'", "seed=0..1"], None)
+    ).values()
     recipe = load_recipe("digits-mlp", first).recipe
     assert (recipe.track.notes, recipe.track.group) == ("2024-01-01 🚀", "7")
     assert parse(["track.notes=1.2.3..4,x"], None) == {"track.notes": ["1.2.3..4", "x"]}
@@ -103,7 +128,9 @@ def test_a_launcher_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_what_the_slurm_array_would_read(tmp_path: Path) -> None:
-    done = bigtrain("sweep", "digits-mlp", "track.tags=[a b],[c]", "seed=0..1", "--dry-run", cwd=tmp_path)
+    done = bigtrain(
+        "sweep", "digits-mlp", "track.tags=[a b],[c]", "seed=0..1", "--dry-run", cwd=tmp_path
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     assert json.loads(lines[0].split("track.tags=")[1].split("'")[0]) == ["a b"]

@@ -23,8 +23,8 @@ import pytest
 from conftest import bigtrain, on_ranks, start, start_ranks, wait_for
 from PIL import Image
 
-from bigtrain.load import redact
-from bigtrain.rundir import read_metrics
+from bigtrain.config.secrets import redact
+from bigtrain.runs.metrics_file import read_metrics
 
 STEPS = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "engine.kind=ddp"]
 CNN = ["digits-cnn", *STEPS]
@@ -38,7 +38,9 @@ def told(run: Path) -> tuple[list[tuple[int, float]], set[str]]:
     for file in sorted(run.glob("wandb/*run-*/*.wandb")):
         ids.add(file.stem.removeprefix("run-"))
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        shown = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
         items = [json.loads(line).get("history", {}).get("item", {}) for line in shown.splitlines()]
         found += [(item["step"], item["train/loss"]) for item in items if "train/loss" in item]
     return found, ids
@@ -53,14 +55,19 @@ def test_a_run_killed_twice_is_one_run_in_wandb_with_each_step_once(tmp_path: Pa
     done = on_ranks(2, "train", *recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found, ids = told(tmp_path / RUN)
-    expected = {line["step"]: line["loss"] for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "train")}
+    expected = {
+        line["step"]: line["loss"]
+        for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "train")
+    }
     assert Counter(step for step, _ in found) == dict.fromkeys(range(1, 13), 1)
     assert dict(found) == expected
     assert ids == {(tmp_path / RUN / "wandb_id").read_text()}
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("answers", [False, True], ids=["nobody there", "accepts and never answers"])
+@pytest.mark.parametrize(
+    "answers", [False, True], ids=["nobody there", "accepts and never answers"]
+)
 def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -83,20 +90,32 @@ def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Pa
     assert len(told(tmp_path / RUN)[0]) == 12, "all is there, to be synced"
 
 
-def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(tmp_path: Path) -> None:
+def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(
+    tmp_path: Path,
+) -> None:
     """Killed in step 10, resumed from 8: each step once in TensorBoard, as its own reader has it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = [*CNN, "track.wandb=off", "track.also=[tensorboard, trackio]"]
     environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
-    assert bigtrain("train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT="kill@0:10", **environment).returncode == -signal.SIGKILL
+    assert (
+        bigtrain(
+            "train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT="kill@0:10", **environment
+        ).returncode
+        == -signal.SIGKILL
+    )
     done = bigtrain("train", *recipe, "--json", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 12, "and nothing else on standard output"
-    expected = {line["step"]: line["loss"] for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "train")}
+    expected = {
+        line["step"]: line["loss"]
+        for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "train")
+    }
     events = EventAccumulator(str(tmp_path / RUN / "tensorboard"))
     events.Reload()
-    assert {found.step: found.value for found in events.Scalars("train/loss")} == pytest.approx(expected)
+    assert {found.step: found.value for found in events.Scalars("train/loss")} == pytest.approx(
+        expected
+    )
     assert [found.step for found in events.Scalars("eval/accuracy")] == [6, 12]
     with sqlite3.connect(tmp_path / "trackio" / "bigtrain.db") as database:
         rows = database.execute("select step, metrics from metrics").fetchall()
@@ -106,13 +125,23 @@ def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(
     assert {11, 12} <= told.keys(), "it sends every half second, and a kill costs what was not sent"
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\ninner = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'trackio' else inner(n, *a)\n"
     )
     command = [sys.executable, "-m", "bigtrain", "train", "digits-cnn", "track.also=[trackio]"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 2
     assert "track.also has trackio, which is not installed" in done.stderr
     assert "pip install trackio" in done.stderr
@@ -121,38 +150,73 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp
 
 @pytest.mark.parametrize(
     ("recipe", "column"),
-    [("digits-cnn", "predicted"), ("tiny-lm", "written"), ("dates-seq2seq", "written"), ("breast-cancer", "predicted")],
+    [
+        ("digits-cnn", "predicted"),
+        ("tiny-lm", "written"),
+        ("dates-seq2seq", "written"),
+        ("breast-cancer", "predicted"),
+    ],
 )
-def test_wandb_has_a_table_of_samples_at_each_evaluation(recipe: str, column: str, tmp_path: Path) -> None:
-    short = ["train.steps=4", "train.eval_every=2", "train.checkpoint_every=4", "track.wandb=offline", "engine.precision=fp32"]
+def test_wandb_has_a_table_of_samples_at_each_evaluation(
+    recipe: str, column: str, tmp_path: Path
+) -> None:
+    short = [
+        "train.steps=4",
+        "train.eval_every=2",
+        "train.checkpoint_every=4",
+        "track.wandb=offline",
+        "engine.precision=fp32",
+    ]
     done = on_ranks(2, "train", recipe, *short, "engine.kind=zero3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    tables = [json.loads(path.read_text()) for path in (tmp_path / "runs" / recipe).rglob("*.table.json")]
+    tables = [
+        json.loads(path.read_text()) for path in (tmp_path / "runs" / recipe).rglob("*.table.json")
+    ]
     assert len(tables) == 2
     for table in tables:
         assert column in table["columns"]
         assert 0 < len(table["data"]) <= 8
     if recipe == "digits-cnn":
         staged = (tmp_path / "runs" / recipe / "wandb" / "artifacts").rglob("*")
-        pictures = [path for path in staged if path.is_file() and path.read_bytes().startswith(b"\x89PNG")]
+        pictures = [
+            path for path in staged if path.is_file() and path.read_bytes().startswith(b"\x89PNG")
+        ]
         assert len(pictures) > 8
-        assert all(np.ptp(np.asarray(Image.open(path))) > 200 for path in pictures), "from black to white, as digits are"
+        assert all(np.ptp(np.asarray(Image.open(path))) > 200 for path in pictures), (
+            "from black to white, as digits are"
+        )
 
 
 def test_every_machine_is_seen_in_wandb(tmp_path: Path) -> None:
     """Two ranks that take themselves to be on two machines."""
-    recipe = [*CNN, "track.wandb=offline", "train.steps=400", "train.checkpoint_every=400", "train.hang_timeout=8"]
+    recipe = [
+        *CNN,
+        "track.wandb=offline",
+        "train.steps=400",
+        "train.checkpoint_every=400",
+        "train.hang_timeout=8",
+    ]
     ranks = start_ranks(
-        2, "train", *recipe, cwd=tmp_path, each=[{"SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0"} for rank in (1, 2)]
+        2,
+        "train",
+        *recipe,
+        cwd=tmp_path,
+        each=[{"SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0"} for rank in (1, 2)],
     )
     assert [rank.wait().returncode for rank in ranks] == [0, 0]
-    seen = [line["machines"] for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "event") if line["event"] == "nodes"]
+    seen = [
+        line["machines"]
+        for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "event")
+        if line["event"] == "nodes"
+    ]
     assert seen and all(set(machines) == {"n1", "n2"} for machines in seen)
     (file,) = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     items = [json.loads(line).get("history", {}).get("item", {}) for line in shown.splitlines()]
-    assert [item["nodes/n2/cpu"] for item in items if "nodes/n2/cpu" in item] == [machines["n2"]["cpu"] for machines in seen]
+    assert [item["nodes/n2/cpu"] for item in items if "nodes/n2/cpu" in item] == [
+        machines["n2"]["cpu"] for machines in seen
+    ]
 
 
 def test_warnings_of_libraries_are_kept_and_those_of_the_user_shown(tmp_path: Path) -> None:
@@ -165,9 +229,13 @@ def test_warnings_of_libraries_are_kept_and_those_of_the_user_shown(tmp_path: Pa
         "        exec(compile(said, '/x/site-packages/deepspeed/engine.py', 'exec'))\n"
         "        return super().forward(pixel_values)\n"
     )
-    done = on_ranks(2, "train", *CNN, "model.name=mine:Mine", "track.wandb=off", "--quiet", cwd=tmp_path)
+    done = on_ranks(
+        2, "train", *CNN, "model.name=mine:Mine", "track.wandb=off", "--quiet", cwd=tmp_path
+    )
     assert done.returncode == 0
-    assert done.stderr.count("UserWarning: mine") == 2, "by the trial before anything is written, and once in training"
+    assert done.stderr.count("UserWarning: mine") == 2, (
+        "by the trial before anything is written, and once in training"
+    )
     assert "of no use" not in done.stdout + done.stderr
     assert "step" not in done.stdout.replace("12 steps", ""), "quiet: the result alone"
     for rank in (0, 1):
@@ -180,9 +248,23 @@ def test_a_terminal_shows_a_live_panel(tmp_path: Path) -> None:
     """A real one: a pseudo-terminal."""
     main, ours = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    command = [sys.executable, "-m", "bigtrain", "train", *CNN, "track.wandb=off", "train.steps=150", "train.eval_every=75"]
+    command = [
+        sys.executable,
+        "-m",
+        "bigtrain",
+        "train",
+        *CNN,
+        "track.wandb=off",
+        "train.steps=150",
+        "train.eval_every=75",
+    ]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdin=ours, stdout=ours, stderr=ours, env=os.environ | {"TERM": "xterm-256color"}
+        command,
+        cwd=tmp_path,
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        env=os.environ | {"TERM": "xterm-256color"},
     )
     os.close(ours)
     shown = b""
@@ -192,15 +274,31 @@ def test_a_terminal_shows_a_live_panel(tmp_path: Path) -> None:
     os.close(main)
     assert process.wait(60) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    for expected in ("150 of 150  100%", " left", "samples/s  mfu", "checkpoint step", "gradient norm", "evaluation  loss", "█"):
+    for expected in (
+        "150 of 150  100%",
+        " left",
+        "samples/s  mfu",
+        "checkpoint step",
+        "gradient norm",
+        "evaluation  loss",
+        "█",
+    ):
         assert expected in text, text[-3000:]
 
 
 def test_a_step_that_was_done_twice_is_told_once(tmp_path: Path) -> None:
     """Killed twice before W&B is switched on: metrics.jsonl has steps 9 and 10 twice, and W&B once, as they were done last."""
-    recipe = ["digits-mlp", "train.steps=16", "train.eval_every=16", "train.checkpoint_every=4", "train.async_save=false"]
+    recipe = [
+        "digits-mlp",
+        "train.steps=16",
+        "train.eval_every=16",
+        "train.checkpoint_every=4",
+        "train.async_save=false",
+    ]
     for step in (11, 14):
-        done = bigtrain("train", *recipe, "track.wandb=off", cwd=tmp_path, BIGTRAIN_FAULT=f"kill@0:{step}")
+        done = bigtrain(
+            "train", *recipe, "track.wandb=off", cwd=tmp_path, BIGTRAIN_FAULT=f"kill@0:{step}"
+        )
         assert done.returncode == -signal.SIGKILL
     assert bigtrain("train", *recipe, "track.wandb=offline", cwd=tmp_path).returncode == 0
     assert [step for step, _ in told(tmp_path / "runs" / "digits-mlp")[0]] == list(range(1, 17))
@@ -222,21 +320,41 @@ def test_a_secret_that_an_error_or_a_warning_names_is_redacted(tmp_path: Path) -
         "        return super().forward(pixel_values)\n"
     )
     canary = CANARIES["of this environment"]
-    done = bigtrain("train", *CNN, "model.name=leaky:Leaky", "track.wandb=offline", cwd=tmp_path, MY_TOKEN=canary)
+    done = bigtrain(
+        "train",
+        *CNN,
+        "model.name=leaky:Leaky",
+        "track.wandb=offline",
+        cwd=tmp_path,
+        MY_TOKEN=canary,
+    )
     assert done.returncode == 3
     assert "no access with [redacted]" in (tmp_path / RUN / "metrics.jsonl").read_text()
     log = (tmp_path / RUN / "logs" / "rank-0.log").read_text()
     assert "the key is [redacted]" in log and "RuntimeError: no access with [redacted]" in log
     assert canary not in done.stdout + done.stderr
-    assert not [path for path in (tmp_path / RUN).rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
+    assert not [
+        path
+        for path in (tmp_path / RUN).rglob("*")
+        if path.is_file() and canary.encode() in path.read_bytes()
+    ]
 
 
 def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """W&B's own process is stopped (SIGSTOP) in the middle of a run."""
-    run = start("train", *CNN, "track.wandb=offline", "train.steps=600", "train.eval_every=600", cwd=tmp_path)
+    run = start(
+        "train",
+        *CNN,
+        "track.wandb=offline",
+        "train.steps=600",
+        "train.eval_every=600",
+        cwd=tmp_path,
+    )
     metrics = tmp_path / RUN / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 20)
-    services = [child for child in psutil.Process(run.pid).children() if child.name().startswith("wandb")]
+    services = [
+        child for child in psutil.Process(run.pid).children() if child.name().startswith("wandb")
+    ]
     assert services
     for service in services:
         service.send_signal(signal.SIGSTOP)
@@ -247,13 +365,24 @@ def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
     assert len(lines) == 600
     assert ended - lines[-1]["time"] < 30
     assert "later: bigtrain sync digits-cnn" in done.stderr
-    assert not any(psutil.pid_exists(service.pid) and service.status() == psutil.STATUS_STOPPED for service in services)
+    assert not any(
+        psutil.pid_exists(service.pid) and service.status() == psutil.STATUS_STOPPED
+        for service in services
+    )
 
 
 @pytest.mark.parametrize(("steps", "code"), [("train.steps=4", 0), ("optim.lr=1e30", 1)])
 def test_wandb_knows_how_a_run_ended(steps: str, code: int, tmp_path: Path) -> None:
     """A failed one is not shown as finished."""
-    done = bigtrain("train", *CNN, "track.wandb=offline", "train.max_skips=2", "optim.clip_norm=0.0", steps, cwd=tmp_path)
+    done = bigtrain(
+        "train",
+        *CNN,
+        "track.wandb=offline",
+        "train.max_skips=2",
+        "optim.clip_norm=0.0",
+        steps,
+        cwd=tmp_path,
+    )
     assert done.returncode == (3 if code else 0)
     (file,) = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
@@ -266,7 +395,10 @@ def test_a_number_of_tokens_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("TRAIN_TOKENS", "10000000000")
     monkeypatch.setenv("API_TOKENS", "one-of-mine,another")
     monkeypatch.setenv("A_PASSWORD", "1234567890")
-    assert redact("10000000000 with one-of-mine,another or 1234567890") == "10000000000 with [redacted] or [redacted]"
+    assert (
+        redact("10000000000 with one-of-mine,another or 1234567890")
+        == "10000000000 with [redacted] or [redacted]"
+    )
 
 
 CANARIES = {"of its form": "hf_" + "Canary9" * 5, "of this environment": "an-odd-canary-of-mine"}
@@ -274,14 +406,27 @@ CANARIES = {"of its form": "hf_" + "Canary9" * 5, "of this environment": "an-odd
 
 @pytest.mark.parametrize("canary", CANARIES.values(), ids=CANARIES)
 @pytest.mark.parametrize("place", ["recipe", "key", "override", "path", "data path"])
-def test_a_secret_in_a_request_is_refused_and_never_shown(canary: str, place: str, tmp_path: Path) -> None:
-    shipped = (Path(__file__).parent.parent / "bigtrain" / "recipes" / "digits-cnn.yaml").read_text()
+def test_a_secret_in_a_request_is_refused_and_never_shown(
+    canary: str, place: str, tmp_path: Path
+) -> None:
+    shipped = (
+        Path(__file__).parent.parent / "bigtrain" / "recipes" / "digits-cnn.yaml"
+    ).read_text()
     recipe = tmp_path / (f"{canary}.yaml" if place == "path" else "mine.yaml")
     more = {"recipe": f"track: {{notes: 'see {canary}'}}\n", "key": f"{canary}: 1\n"}.get(place, "")
     recipe.write_text(shipped + more)
-    overrides = {"override": [f"track.project={canary}"], "data path": [f"data.train=/data/{canary}/a.txt"]}.get(place, [])
+    overrides = {
+        "override": [f"track.project={canary}"],
+        "data path": [f"data.train=/data/{canary}/a.txt"],
+    }.get(place, [])
     for command in (["train"], ["submit", "--dry-run"]):
-        done = bigtrain(*command, recipe.name, *overrides, cwd=tmp_path, MY_API_KEY=CANARIES["of this environment"])
+        done = bigtrain(
+            *command,
+            recipe.name,
+            *overrides,
+            cwd=tmp_path,
+            MY_API_KEY=CANARIES["of this environment"],
+        )
         assert done.returncode == 2
         assert "looks like a secret" in done.stderr
         assert canary not in done.stdout + done.stderr
@@ -290,10 +435,21 @@ def test_a_secret_in_a_request_is_refused_and_never_shown(canary: str, place: st
 
 def test_a_secret_of_the_environment_is_in_no_output(tmp_path: Path) -> None:
     """Trained, tracked, stopped by an error too, submitted and shown: every file of it."""
-    secrets = {"WANDB_API_KEY": KEY, "HF_TOKEN": CANARIES["of its form"], "MY_SECRET": CANARIES["of this environment"]}
+    secrets = {
+        "WANDB_API_KEY": KEY,
+        "HF_TOKEN": CANARIES["of its form"],
+        "MY_SECRET": CANARIES["of this environment"],
+    }
     said = ""
-    commands = [["train", *CNN, "track.wandb=offline"], ["train", *CNN, "name=other", "model.name=none:None"]]
-    commands += [["submit", "digits-cnn", "--dry-run", "slurm.env=[WANDB_API_KEY]"], ["status"], ["evaluate", "digits-cnn"]]
+    commands = [
+        ["train", *CNN, "track.wandb=offline"],
+        ["train", *CNN, "name=other", "model.name=none:None"],
+    ]
+    commands += [
+        ["submit", "digits-cnn", "--dry-run", "slurm.env=[WANDB_API_KEY]"],
+        ["status"],
+        ["evaluate", "digits-cnn"],
+    ]
     for command in commands:
         done = bigtrain(*command, cwd=tmp_path, **secrets)
         said += done.stdout + done.stderr

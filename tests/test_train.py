@@ -13,7 +13,7 @@ import pytest
 from conftest import TESTS, bigtrain, on_ranks, start, torchrun, wait_for
 from safetensors.torch import load_file
 
-from bigtrain.rundir import read_metrics
+from bigtrain.runs.metrics_file import read_metrics
 
 QUICK = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "track.wandb=off"]
 
@@ -26,7 +26,15 @@ def losses(folder: Path) -> dict[int, float]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run of a language model, with W&B offline; the folder that holds runs/."""
     folder = tmp_path_factory.mktemp("finished")
-    done = bigtrain("train", "tiny-lm", *QUICK[:3], "track.wandb=offline", "engine.precision=fp32", "--json", cwd=folder)
+    done = bigtrain(
+        "train",
+        "tiny-lm",
+        *QUICK[:3],
+        "track.wandb=offline",
+        "engine.precision=fp32",
+        "--json",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -38,12 +46,26 @@ def test_the_run_directory_keeps_its_contract(finished: Path) -> None:
     }  # fmt: skip
     lines = list(read_metrics(run / "metrics.jsonl", "train"))
     assert [line["step"] for line in lines] == list(range(1, 13))
-    for key in ("samples", "weight", "loss", "lr", "grad_norm", "applied", "tokens_per_s", "mfu", "seconds", "peak_memory_bytes"):
+    for key in (
+        "samples",
+        "weight",
+        "loss",
+        "lr",
+        "grad_norm",
+        "applied",
+        "tokens_per_s",
+        "mfu",
+        "seconds",
+        "peak_memory_bytes",
+    ):
         assert key in lines[0]
     evals = list(read_metrics(run / "metrics.jsonl", "eval"))
     assert [line["step"] for line in evals] == [6, 12]
     assert {"loss", "perplexity", "bits_per_byte"} <= set(evals[-1])
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000008",
+        "step-00000012",
+    ]
     effective = json.loads((run / "effective.json").read_text())
     assert effective["train.steps"] == {"value": 12, "origin": "override train.steps=12"}
     assert effective["engine.kind"]["origin"].startswith("plan")
@@ -54,15 +76,17 @@ def test_the_run_directory_keeps_its_contract(finished: Path) -> None:
 
 def test_bits_per_byte_is_what_the_text_costs(finished: Path) -> None:
     """Recomputed from the loss, the number of target tokens and the held-out bytes."""
-    from bigtrain.data import prepare
-    from bigtrain.load import load_recipe
+    from bigtrain.config.loader import load_recipe
+    from bigtrain.data.datasets import prepare
 
     run = finished / "runs" / "tiny-lm"
     corpus = prepare(load_recipe(str(run / "recipe.yaml")).recipe)
     last = list(read_metrics(run / "metrics.jsonl", "eval"))[-1]
     tokens = len(corpus.eval.flat)  # type: ignore[attr-defined]
     assert corpus.eval_bytes
-    assert last["bits_per_byte"] == pytest.approx(last["loss"] * tokens / np.log(2) / corpus.eval_bytes)
+    assert last["bits_per_byte"] == pytest.approx(
+        last["loss"] * tokens / np.log(2) / corpus.eval_bytes
+    )
     assert 4 < corpus.baselines["unigram_bits_per_byte"] < 5
     assert 1.8 < corpus.baselines["gzip_bits_per_byte"] < 2.5
 
@@ -87,7 +111,10 @@ def test_the_export_loads_in_transformers_and_evaluates_alike(finished: Path) ->
     run = finished / "runs" / "tiny-lm"
     AutoModelForCausalLM.from_pretrained(run / "export")
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
-    assert tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"]) == "def f(x):\n    return x"
+    assert (
+        tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"])
+        == "def f(x):\n    return x"
+    )
     done = bigtrain("evaluate", "tiny-lm", "--json", cwd=finished)
     assert done.returncode == 0, done.stderr
     expected = list(read_metrics(run / "metrics.jsonl", "eval"))[-1]
@@ -104,17 +131,29 @@ def test_the_export_loads_in_transformers_and_evaluates_alike(finished: Path) ->
 def test_verify_names_a_changed_file(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     assert bigtrain("verify", "tiny-lm", cwd=tmp_path).returncode == 0
-    victim = tmp_path / "runs" / "tiny-lm" / "checkpoints" / "step-00000012" / "rank-00000.safetensors"
+    victim = (
+        tmp_path / "runs" / "tiny-lm" / "checkpoints" / "step-00000012" / "rank-00000.safetensors"
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     done = bigtrain("verify", "tiny-lm", "--json", cwd=tmp_path)
     assert done.returncode == 1
-    assert "rank-00000.safetensors: content does not match" in json.loads(done.stdout)["step-00000012"][0]
+    assert (
+        "rank-00000.safetensors: content does not match"
+        in json.loads(done.stdout)["step-00000012"][0]
+    )
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> None:
-    arguments = ["train", "digits-cnn", "train.steps=60", "train.eval_every=60", "train.checkpoint_every=60", "track.wandb=off"]
+    arguments = [
+        "train",
+        "digits-cnn",
+        "train.steps=60",
+        "train.eval_every=60",
+        "train.checkpoint_every=60",
+        "track.wandb=off",
+    ]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir()
     stopped.mkdir()
@@ -129,7 +168,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> 
     assert again.returncode == 0
     assert "going on from step-" in again.stdout
     assert losses(stopped / "runs" / "digits-cnn") == losses(straight / "runs" / "digits-cnn")
-    weights = [load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors") for f in (straight, stopped)]
+    weights = [
+        load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors")
+        for f in (straight, stopped)
+    ]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
@@ -137,28 +179,61 @@ def test_two_ranks_train_every_shape_of_recipe_as_one_does(tmp_path: Path) -> No
     """torchrun, ZeRO-3, uneven shares, dropout off: the curve of one process; and an export that loads."""
     arguments = ["digits-cnn", *QUICK, "engine.global_batch=15", "model.dropout=0.0"]
     assert bigtrain("train", *arguments, "name=one", cwd=tmp_path).returncode == 0
-    done = torchrun(2, "-m", "bigtrain", "train", *arguments, "name=two", "engine.kind=zero3", cwd=tmp_path)
+    done = torchrun(
+        2, "-m", "bigtrain", "train", *arguments, "name=two", "engine.kind=zero3", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(tmp_path / "runs" / "one"), rel=1e-5)
+    assert losses(tmp_path / "runs" / "two") == pytest.approx(
+        losses(tmp_path / "runs" / "one"), rel=1e-5
+    )
     found = json.loads(bigtrain("evaluate", "two", "--json", cwd=tmp_path).stdout)
     expected = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert done.stdout.count("finished two") == 1, "only rank 0 speaks"
 
 
-def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp_path: Path) -> None:
+def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(
+    tmp_path: Path,
+) -> None:
     config = str(TESTS.parent / "ds_configs" / "zero2.json")
-    launch = ["-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2", "--deepspeed_config_file", config]
-    command = [sys.executable, *launch, "-m", "bigtrain", "train", "tiny-lm", *QUICK, "engine.precision=fp32"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--use_deepspeed",
+        "--num_processes",
+        "2",
+        "--deepspeed_config_file",
+        config,
+    ]
+    command = [
+        sys.executable,
+        *launch,
+        "-m",
+        "bigtrain",
+        "train",
+        "tiny-lm",
+        *QUICK,
+        "engine.precision=fp32",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     effective = json.loads((tmp_path / "runs" / "tiny-lm" / "effective.json").read_text())
     assert effective["engine.kind"] == {"value": "zero2", "origin": "launcher"}
     assert effective["engine.world_size"]["value"] == 2
     assert effective["deepspeed.zero_optimization.stage"] == {"value": 2, "origin": config}
     environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}
-    refused = bigtrain("train", "tiny-lm", "name=no", "engine.kind=zero3", cwd=tmp_path, **environment)
+    refused = bigtrain(
+        "train", "tiny-lm", "name=no", "engine.kind=zero3", cwd=tmp_path, **environment
+    )
     assert refused.returncode == 2
     assert "engine.kind is zero3 (override engine.kind=zero3)" in refused.stderr
     assert "zero2.json says zero2" in refused.stderr
@@ -181,23 +256,47 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(tmp
         (["tiny-lm", "model.args.hiden_size=9"], "did you mean hidden_size?"),
         (["tiny-lm", "model.pretrained=/nowhere"], "model.pretrained: no model at '/nowhere'"),
         (["digits-cnn", "engine.device=cuda"], "sees no CUDA device"),
-        (["digits-cnn", "engine.offload=params", "engine.kind=zero2"], "offload: params needs kind: zero3"),
+        (
+            ["digits-cnn", "engine.offload=params", "engine.kind=zero2"],
+            "offload: params needs kind: zero3",
+        ),
         (["digits-cnn", "model.name=tests_no_module:X", "model.args={}"], "No module named"),
         (["digits-cnn", "model.name=ranks:SAMPLES", "model.args={}"], "not a torch.nn.Module"),
-        (["digits-cnn", "model.name=misfits:WrongShape", "model.args={}", "model.dropout=null"], "[batch, classes] = (2, 10)"),
-        (["digits-cnn", "model.name=misfits:WrongArguments", "model.args={}", "model.dropout=null"], "forward(pixel_values"),
+        (
+            ["digits-cnn", "model.name=misfits:WrongShape", "model.args={}", "model.dropout=null"],
+            "[batch, classes] = (2, 10)",
+        ),
+        (
+            [
+                "digits-cnn",
+                "model.name=misfits:WrongArguments",
+                "model.args={}",
+                "model.dropout=null",
+            ],
+            "forward(pixel_values",
+        ),
         (["digits-cnn", "model.args={channels: [8, 8, 8, 8, 8, 8]}"], "does not fit task"),
         (
-            ["tiny-lm", "train.steps=2", "model.name=xlnet", "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}"],
+            [
+                "tiny-lm",
+                "train.steps=2",
+                "model.name=xlnet",
+                "model.args={d_model: 32, n_layer: 1, n_head: 2, d_inner: 32}",
+            ],
             "sees the tokens",
         ),
         (["diabetes", "train.label_smoothing=0.1"], "label_smoothing is for losses over classes"),
         (["digits-resnet", "model.dropout=0.5"], "resnet has no dropout"),
         (["digits-mlp", "track.wandb=online"], "W&B has no key"),
-        (["digits-cnn", "model.name=misfits:WrongResult", "model.args={}", "model.dropout=null"], "returned dict"),
+        (
+            ["digits-cnn", "model.name=misfits:WrongResult", "model.args={}", "model.dropout=null"],
+            "returned dict",
+        ),
     ],
 )
-def test_a_wrong_request_ends_with_2_a_message_and_nothing_written(arguments: list[str], expected: str, tmp_path: Path) -> None:
+def test_a_wrong_request_ends_with_2_a_message_and_nothing_written(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
     done = bigtrain("train", *arguments, cwd=tmp_path, PYTHONPATH=str(TESTS))
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr
@@ -206,7 +305,15 @@ def test_a_wrong_request_ends_with_2_a_message_and_nothing_written(arguments: li
 
 
 def test_a_model_that_learns_nothing_finite_is_not_reported_as_perfect(tmp_path: Path) -> None:
-    done = bigtrain("train", "diabetes", "optim.lr=1e30", "train.steps=5", "track.wandb=off", "--json", cwd=tmp_path)
+    done = bigtrain(
+        "train",
+        "diabetes",
+        "optim.lr=1e30",
+        "train.steps=5",
+        "track.wandb=off",
+        "--json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loss"] is None or json.loads(done.stdout)["loss"] > 1e6
 
@@ -230,9 +337,23 @@ def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
 def test_a_users_class_may_leave_a_parameter_unused(kind: str, tmp_path: Path) -> None:
     """On two ranks, stopped and gone on from: no gradient for it ever comes, and nobody waits for one."""
-    arguments = ["digits-cnn", *QUICK, "model.name=misfits:Unused", "model.args={}", "model.dropout=null"]
+    arguments = [
+        "digits-cnn",
+        *QUICK,
+        "model.name=misfits:Unused",
+        "model.args={}",
+        "model.dropout=null",
+    ]
     for steps in ("train.steps=6", "train.steps=9"):
-        done = on_ranks(2, "train", *arguments, f"engine.kind={kind}", steps, cwd=tmp_path, PYTHONPATH=str(TESTS))
+        done = on_ranks(
+            2,
+            "train",
+            *arguments,
+            f"engine.kind={kind}",
+            steps,
+            cwd=tmp_path,
+            PYTHONPATH=str(TESTS),
+        )
         assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "runs" / "digits-cnn")) == 9
 
@@ -247,8 +368,8 @@ def test_logistic_regression_reaches_its_figure(tmp_path: Path) -> None:
 
 
 def test_linear_regression_ends_where_least_squares_does(tmp_path: Path) -> None:
-    from bigtrain.data import prepare
-    from bigtrain.load import load_recipe
+    from bigtrain.config.loader import load_recipe
+    from bigtrain.data.datasets import prepare
 
     done = bigtrain("train", "diabetes", "track.wandb=off", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -265,9 +386,19 @@ def test_an_image_model_starts_from_pretrained_weights(tmp_path: Path) -> None:
     short = ["digits-resnet", "train.steps=2", "train.eval_every=2", "track.wandb=off"]
     assert bigtrain("train", *short, cwd=tmp_path).returncode == 0
     first = tmp_path / "runs" / "digits-resnet"
-    done = bigtrain("train", *short, "name=second", f"model.pretrained={first / 'export'}", "optim.lr=1e-12", cwd=tmp_path)
+    done = bigtrain(
+        "train",
+        *short,
+        "name=second",
+        f"model.pretrained={first / 'export'}",
+        "optim.lr=1e-12",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    weights = [load_file(run / "export" / "model.safetensors") for run in (first, tmp_path / "runs" / "second")]
+    weights = [
+        load_file(run / "export" / "model.safetensors")
+        for run in (first, tmp_path / "runs" / "second")
+    ]
     name = "classifier.1.weight"
     assert weights[0][name].sub(weights[1][name]).abs().max() < 1e-6
 
@@ -275,7 +406,9 @@ def test_an_image_model_starts_from_pretrained_weights(tmp_path: Path) -> None:
 def test_pretrained_weights_are_where_training_starts(finished: Path, tmp_path: Path) -> None:
     """A run that starts from another's export begins at that one's loss, on one process and sharded over two."""
     export = finished / "runs" / "tiny-lm" / "export"
-    expected = list(read_metrics(finished / "runs" / "tiny-lm" / "metrics.jsonl", "eval"))[-1]["loss"]
+    expected = list(read_metrics(finished / "runs" / "tiny-lm" / "metrics.jsonl", "eval"))[-1][
+        "loss"
+    ]
     arguments = [
         "tiny-lm",
         f"model.pretrained={export}",

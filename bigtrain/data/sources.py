@@ -5,60 +5,51 @@ the fields the task needs: `text`; `text, label`; `source, target`; `image, labe
 `group` names what must not be torn apart by the held-out split (a file, say).
 """
 
-import ast
-import datetime
 import glob
 import json
 import os
-import random
-import sys
-import sysconfig
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bigtrain.config.recipe import DataConfig
+from bigtrain.data.builtin import BUILT_IN
+from bigtrain.data.records import FIELDS, Record, Source
 from bigtrain.errors import RequestError
-from bigtrain.recipe import Data
-
-Record = dict[str, Any]
-FIELDS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("text",),
-    "seq2seq": ("source", "target"),
-    "text_classification": ("text", "label"),
-    "image_classification": ("image", "label"),
-    "tabular_classification": ("features", "label"),
-    "regression": ("features", "target"),
-}
 
 
-@dataclass(frozen=True)
-class Source:
-    """`identity` changes whenever the records may have; `records` reads them."""
-
-    identity: str
-    records: Callable[[], Iterable[Record]]
-
-
-def open_source(name: str, task: str, data: Data) -> Source:
+def open_source(name: str, task: str, data: DataConfig) -> Source:
     """The source that `name` stands for; RequestError if there is none or it does not serve the task."""
     if name in BUILT_IN:
         tasks, build = BUILT_IN[name]
         if task not in tasks:
             able = [key for key, (serves, _) in BUILT_IN.items() if task in serves]
-            raise RequestError(f"data.train={name} does not serve task {task}", f"task {' or '.join(tasks)}", _or(able))
+            raise RequestError(
+                f"data.train={name} does not serve task {task}",
+                f"task {' or '.join(tasks)}",
+                _or(able),
+            )
         return build(task)
     if Path(name).is_dir():
         if task == "image_classification":
-            return _from_datasets(task, data, "imagefolder", sorted(p for p in Path(name).rglob("*") if p.is_file()), name)
+            return _from_datasets(
+                task,
+                data,
+                "imagefolder",
+                sorted(p for p in Path(name).rglob("*") if p.is_file()),
+                name,
+            )
         name = str(Path(name) / "**" / "*")
-    if files := [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]:
+    if files := [
+        Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()
+    ]:
         return _from_files(task, data, files)
     if any(sign in name for sign in "*?[") or name.startswith((".", "/", "~")) or Path(name).suffix:
-        raise RequestError(f"no file matches {name!r}", "files, a folder, or a source", _or(list(BUILT_IN)))
+        raise RequestError(
+            f"no file matches {name!r}", "files, a folder, or a source", _or(list(BUILT_IN))
+        )
     return _from_hub(task, data, name)
 
 
@@ -66,21 +57,27 @@ def _or(names: list[str]) -> str:
     return "data.train=" + " | ".join(names) if names else ""
 
 
-# Files and the hub ------------------------------------------------------------------------------------------------
-
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def _from_files(task: str, data: Data, files: list[Path]) -> Source:
+def _from_files(task: str, data: DataConfig, files: list[Path]) -> Source:
     kinds = {_BUILDERS.get(path.suffix.lower(), "text") for path in files}
     if len(kinds) > 1:
         found = ", ".join(sorted({path.suffix or path.name for path in files}))
-        raise RequestError(f"data files of several kinds: {found}", "one kind per glob", "data.train='folder/*.jsonl'")
+        raise RequestError(
+            f"data files of several kinds: {found}",
+            "one kind per glob",
+            "data.train='folder/*.jsonl'",
+        )
     kind = kinds.pop()
     if kind != "text":
         return _from_datasets(task, data, kind, files, None)
     if task != "causal_lm":
-        raise RequestError(f"plain text files have no fields for task {task}", "jsonl, csv or parquet", "data.train='*.jsonl'")
+        raise RequestError(
+            f"plain text files have no fields for task {task}",
+            "jsonl, csv or parquet",
+            "data.train='*.jsonl'",
+        )
 
     def read() -> Iterable[Record]:
         root = os.path.commonpath([path.resolve().parent for path in files])
@@ -89,9 +86,13 @@ def _from_files(task: str, data: Data, files: list[Path]) -> Source:
                 text, name = path.read_text(encoding="utf-8"), os.path.relpath(path.resolve(), root)
                 # A lone file is cut at line ends, or there would be nothing to hold out.
                 parts = [text] if len(files) > 1 else _cut(text, max(1, len(text) // 100))
-                yield from ({"text": part, "group": f"{name} {number}"} for number, part in enumerate(parts))
+                yield from (
+                    {"text": part, "group": f"{name} {number}"} for number, part in enumerate(parts)
+                )
             except UnicodeDecodeError as problem:
-                raise RequestError(f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet") from None
+                raise RequestError(
+                    f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
+                ) from None
 
     return Source(_stamp(files), read)
 
@@ -110,34 +111,45 @@ def _stamp(files: list[Path]) -> str:
     return json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 
-def _from_datasets(task: str, data: Data, builder: str, files: list[Path], folder: str | None) -> Source:
+def _from_datasets(
+    task: str, data: DataConfig, builder: str, files: list[Path], folder: str | None
+) -> Source:
     def read() -> Iterable[Record]:
         import datasets  # half a second that built-in sources need not pay
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
+        datasets.logging.set_verbosity(
+            datasets.logging.CRITICAL
+        )  # what is wrong is said below, once
         try:
-            where: dict[str, Any] = {"data_dir": folder} if folder else {"data_files": [str(path) for path in files]}
+            where: dict[str, Any] = (
+                {"data_dir": folder} if folder else {"data_files": [str(path) for path in files]}
+            )
             table = datasets.load_dataset(builder, split="train", **where)
         except Exception as problem:  # datasets raises whatever its reader raised
             cause = problem.__cause__ or problem
             raise RequestError(
-                f"{folder or files[0]}: cannot be read as {builder}: {str(cause).splitlines()[0]}", f"valid {builder}"
+                f"{folder or files[0]}: cannot be read as {builder}: {str(cause).splitlines()[0]}",
+                f"valid {builder}",
             ) from None
         if folder is not None and "label" not in table.column_names:
-            raise RequestError(f"{folder}: no classes found", "one folder of images per class, two at least")
+            raise RequestError(
+                f"{folder}: no classes found", "one folder of images per class, two at least"
+            )
         return _with_fields(table, task, data)
 
     return Source(f"{builder} {_stamp(files)}", read)
 
 
-def _from_hub(task: str, data: Data, name: str) -> Source:
+def _from_hub(task: str, data: DataConfig, name: str) -> Source:
     import datasets
     from huggingface_hub import constants, dataset_info
 
     try:
         if not constants.HF_HUB_OFFLINE:
-            dataset_info(name, timeout=5)  # datasets would try for half a minute before it says that a name is wrong
+            dataset_info(
+                name, timeout=5
+            )  # datasets would try for half a minute before it says that a name is wrong
         table = datasets.load_dataset(name, split="train")
     except Exception as problem:
         raise RequestError(
@@ -147,7 +159,7 @@ def _from_hub(task: str, data: Data, name: str) -> Source:
     return Source(f"hub {name} {table._fingerprint}", lambda: _with_fields(table, task, data))
 
 
-def _with_fields(table: Any, task: str, data: Data) -> Any:
+def _with_fields(table: Any, task: str, data: DataConfig) -> Any:
     """`table` under the task's field names; class labels by name."""
     fields = FIELDS[task]
     if fields[0] == "features":
@@ -169,9 +181,13 @@ def _with_fields(table: Any, task: str, data: Data) -> Any:
     return table.select_columns(list(dict.fromkeys(wanted.values()))).with_transform(renamed)
 
 
-def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
+def _numeric_rows(table: Any, answer: str, data: DataConfig) -> Iterable[Record]:
     column = data.columns.get(answer, answer)
-    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in table.features.items() if name != column}
+    kinds = {
+        name: str(getattr(kind, "dtype", ""))
+        for name, kind in table.features.items()
+        if name != column
+    }
     inputs = [name for name, kind in kinds.items() if kind.startswith(("int", "float"))]
     if column not in table.column_names or not inputs:
         raise RequestError(
@@ -180,104 +196,6 @@ def _numeric_rows(table: Any, answer: str, data: Data) -> Iterable[Record]:
             f"data.columns.{answer}=NAME_OF_A_COLUMN",
         )
     rows = np.stack([np.asarray(table[name], np.float32) for name in inputs], axis=1)
-    return [{"features": row, answer: value} for row, value in zip(rows, table[column], strict=True)]
-
-
-# Built-in sources -------------------------------------------------------------------------------------------------
-
-_NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
-
-
-def _python_stdlib(task: str) -> Source:
-    """The interpreter's own library, without tests and without tables that are data in the shape of code."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(root.rglob("*.py")) if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
-
-    def documents() -> Iterable[Record]:
-        for path in files:
-            yield {"text": path.read_text(encoding="utf-8", errors="replace"), "group": path.relative_to(root).as_posix()}
-
-    read = documents if task == "causal_lm" else lambda: _library_functions(documents())
-    return Source(f"python-stdlib 1 {task} {sys.version} {_stamp(files)}", read)
-
-
-def _library_functions(documents: Iterable[Record]) -> list[Record]:
-    """Functions of at least four lines, labelled with their package, for the ten packages that have most of them."""
-    functions: list[Record] = []
-    for document in documents:
-        package, _, rest = document["group"].partition("/")
-        if not rest:
-            continue
-        for node in ast.walk(ast.parse(document["text"])):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 3:
-                text = ast.get_source_segment(document["text"], node) or ""
-                functions.append({"text": text, "label": package, "group": document["group"]})
-    largest = {name for name, _ in Counter(f["label"] for f in functions).most_common(10)}
-    return [function for function in functions if function["label"] in largest]
-
-
-def _sklearn(name: str, record: Callable[[Any, int], Record]) -> Callable[[str], Source]:
-    """One of scikit-learn's bundled sets; `record` makes one of it and a row number."""
-
-    def read() -> Iterable[Record]:
-        import sklearn.datasets
-
-        table = getattr(sklearn.datasets, f"load_{name.replace('-', '_')}")()
-        return [record(table, row) for row in range(len(table.target))]
-
-    return lambda _: Source(f"{name} 1", read)
-
-
-def _digit(table: Any, row: int) -> Record:
-    return {"image": (table.images[row] * (255 / 16)).round().astype(np.uint8), "label": str(table.target[row])}
-
-
-def _tumour(table: Any, row: int) -> Record:
-    # by name, so that "malignant" comes second in the alphabet: the class whose recall a doctor asks for
-    return {"features": table.data[row].astype(np.float32), "label": str(table.target_names[table.target[row]])}
-
-
-def _patient(table: Any, row: int) -> Record:
-    return {"features": table.data[row].astype(np.float32), "target": float(table.target[row])}
-
-
-_SUFFIX = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
-
-
-def _written_dates(count: int = 24_000, seed: int = 1) -> list[Record]:
-    """Dates from 1900 to 2099 in ten ways of writing them, no text twice.
-
-    Day before month when both are numbers and separated by dots or dashes; two-digit years are after an
-    apostrophe and mean 1970 to 2069, as POSIX has it.
-    """
-    draw = random.Random(seed)
-    first = datetime.date(1900, 1, 1).toordinal()
-    days = datetime.date(2099, 12, 31).toordinal() - first + 1
-    found: dict[str, str] = {}
-    while len(found) < count:
-        date = datetime.date.fromordinal(first + draw.randrange(days))
-        nth = f"{date.day}{_SUFFIX.get(date.day, 'th')}"
-        forms = [
-            f"{date.day} {date:%B} {date.year}",
-            f"{date:%B} {nth}, {date.year}",
-            f"{date:%a} {date.day} {date:%b} {date.year}",
-            f"{date.year}/{date.month}/{date.day}",
-            f"{date.day}.{date.month}.{date.year}",
-            f"the {nth} of {date:%B}, {date.year}",
-            f"{date:%d}-{date:%b}-{date.year}",
-            f"{date:%b} {date.day}, {date.year}",
-            f"{date:%A}, {date:%B} {date.day} {date.year}",
-        ]
-        if 1970 <= date.year <= 2069:
-            forms.append(f"{nth} {date:%b} '{date:%y}")
-        found[draw.choice(forms)] = date.isoformat()
-    return [{"source": text, "target": iso} for text, iso in found.items()]
-
-
-BUILT_IN: dict[str, tuple[tuple[str, ...], Callable[[str], Source]]] = {
-    "python-stdlib": (("causal_lm", "text_classification"), _python_stdlib),
-    "digits": (("image_classification",), _sklearn("digits", _digit)),
-    "breast-cancer": (("tabular_classification",), _sklearn("breast-cancer", _tumour)),
-    "diabetes": (("regression",), _sklearn("diabetes", _patient)),
-    "dates": (("seq2seq",), lambda _: Source("dates 1", _written_dates)),
-}
+    return [
+        {"features": row, answer: value} for row, value in zip(rows, table[column], strict=True)
+    ]

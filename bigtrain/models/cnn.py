@@ -11,7 +11,12 @@ class CNN(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, channels: tuple[int, ...] = (32, 64, 128), depth: int = 1, dropout: float = 0.0
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: tuple[int, ...] = (32, 64, 128),
+        depth: int = 1,
+        dropout: float = 0.0,
     ) -> None:
         """`channels` per stage; `depth` convolutions in each."""
         super().__init__()

@@ -6,7 +6,13 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Linear → GELU → dropout, once per entry of `hidden`, then a linear layer."""
 
-    def __init__(self, in_features: int, num_outputs: int, hidden: tuple[int, ...] = (256, 256), dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_outputs: int,
+        hidden: tuple[int, ...] = (256, 256),
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         before = in_features

@@ -31,22 +31,31 @@ class RNN(nn.Module):
         if cell not in _CELLS:
             raise ValueError(f"cell is {cell!r}; expected one of: {', '.join(_CELLS)}")
         if per_position and bidirectional:
-            raise ValueError("a language model that reads backwards would see the answer; expected bidirectional: false")
+            raise ValueError(
+                "a language model that reads backwards would see the answer; expected bidirectional: false"
+            )
         self.per_position = per_position
         self.embedding = nn.Embedding(vocab_size, embed) if vocab_size else None
         self.dropout = nn.Dropout(dropout)
         inputs, between = embed if vocab_size else row_width, dropout if layers > 1 else 0.0
-        self.rnn = _CELLS[cell](inputs, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=between)
+        self.rnn = _CELLS[cell](
+            inputs, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=between
+        )
         width = hidden * (1 + bidirectional)
         tied = tied and per_position and self.embedding is not None
         self.project = nn.Linear(width, embed) if tied and width != embed else None
         self.head = nn.Linear(embed if tied else width, num_outputs)
         if tied and self.embedding is not None:
-            nn.init.normal_(self.embedding.weight, std=0.02)  # 1.0, torch's default, would start a tied output far too sure
+            nn.init.normal_(
+                self.embedding.weight, std=0.02
+            )  # 1.0, torch's default, would start a tied output far too sure
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
     ) -> Tensor:
         """Tokens [batch, length] or images [batch, channels, rows, width] → logits [batch, (length,) outputs]."""
         if self.embedding is not None:
@@ -64,7 +73,9 @@ class RNN(nn.Module):
         if self.per_position or mask is None:
             states, last = self.rnn(sequence)
         else:
-            packed = pack_padded_sequence(sequence, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(
+                sequence, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+            )
             states, last = self.rnn(packed)
         final = last[0] if isinstance(last, tuple) else last
         directions = 2 if self.rnn.bidirectional else 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import SumMetric
 
-from bigtrain.data.examples import Corpus, Example
+from bigtrain.data.examples import Example, PreparedData
 from bigtrain.errors import RequestError
 
 Batch = dict[str, Tensor]
@@ -27,20 +27,30 @@ class Task:
     shape = "[batch, classes]"  # of the model's output, in words
     evaluation: "type[Evaluator]"  # what judges the model on the held-out set
 
-    def __init__(self, name: str, corpus: Corpus, label_smoothing: float = 0.0) -> None:
+    def __init__(self, name: str, corpus: PreparedData, label_smoothing: float = 0.0) -> None:
         self.name, self.corpus, self.label_smoothing = name, corpus, label_smoothing
 
     def collate(self, examples: list[Example]) -> Batch:
         """Examples → tensors; keys that are the model's arguments, and `labels`."""
-        columns = {_ARGUMENTS.get(name, name): [example[name] for example in examples] for name in examples[0]}
-        stack = lambda rows: torch.stack(rows) if isinstance(rows[0], Tensor) else torch.from_numpy(np.asarray(rows))  # noqa: E731
+        columns = {
+            _ARGUMENTS.get(name, name): [example[name] for example in examples]
+            for name in examples[0]
+        }
+        stack = lambda rows: (
+            torch.stack(rows) if isinstance(rows[0], Tensor) else torch.from_numpy(np.asarray(rows))
+        )  # noqa: E731
         return {name: stack(rows) for name, rows in columns.items()}
 
     def padded(self, rows: Iterable[Any]) -> Batch:
         """Token ids of texts of any length: padded on the right, and where they are not padding."""
         texts = [torch.from_numpy(row) for row in rows]
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0)
-        return {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)}
+        ids = pad_sequence(
+            texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0
+        )
+        return {
+            "input_ids": ids,
+            "attention_mask": pad_sequence([torch.ones_like(t) for t in texts], batch_first=True),
+        }
 
     def weight(self, batch: Batch) -> int:
         """What the batch counts: target tokens, images or rows."""
@@ -64,7 +74,9 @@ class Task:
     def judge(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """The loss summed (not averaged) over the batch: a scalar, fp32."""
         flat = logits.flatten(0, -2), labels.flatten()
-        return F.cross_entropy(*flat, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+        return F.cross_entropy(
+            *flat, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+        )
 
     def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """What training minimises, summed over the batch."""
@@ -109,11 +121,15 @@ def outputs(model: Any, **inputs: Tensor) -> Tensor:
     """The model's logits (or predictions) in fp32; float inputs are cast to the dtype of its weights first,
     because an engine may hold these in bf16."""
     dtype = next(model.parameters()).dtype
-    result = model(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()})
+    result = model(
+        **{name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    )
     result = getattr(result, "logits", result)
     if not isinstance(result, Tensor):
         raise RequestError(
-            f"the model's forward returned {type(result).__name__}", "a tensor, or an object with .logits", "return the logits"
+            f"the model's forward returned {type(result).__name__}",
+            "a tensor, or an object with .logits",
+            "return the logits",
         )
     return result.float()
 

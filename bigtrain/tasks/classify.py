@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import BinaryF1Score, BinaryRecall, MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
+from torchmetrics.classification import (
+    BinaryF1Score,
+    BinaryRecall,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassRecall,
+)
 
 from bigtrain.data.examples import Example
 from bigtrain.tasks.base import SAMPLES, Batch, Evaluator, Task
@@ -33,18 +39,28 @@ class ClassificationEvaluator(Evaluator):
         found = logits.argmax(-1)
         self.collection.update(found, labels)
         if len(self.wrong) < SAMPLES:
-            for index in (found != labels).nonzero().flatten()[: SAMPLES - len(self.wrong)].tolist():
-                said, true = (self.task.corpus.classes[int(answer[index])] for answer in (found, labels))
-                self.wrong.append({"input": self._input(batch, index), "label": true, "predicted": said})
+            for index in (
+                (found != labels).nonzero().flatten()[: SAMPLES - len(self.wrong)].tolist()
+            ):
+                said, true = (
+                    self.task.corpus.classes[int(answer[index])] for answer in (found, labels)
+                )
+                self.wrong.append(
+                    {"input": self._input(batch, index), "label": true, "predicted": said}
+                )
 
     def _input(self, batch: Batch, index: int) -> Any:
         if "pixel_values" in batch:
             seen, shape = self.task.corpus.preprocessing, (-1, 1, 1)
-            mean, std = (torch.tensor(seen[f"image_{name}"]).view(shape) for name in ("mean", "std"))
+            mean, std = (
+                torch.tensor(seen[f"image_{name}"]).view(shape) for name in ("mean", "std")
+            )
             pixels = batch["pixel_values"][index].float().cpu() * std + mean
             return (pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).squeeze(-1).numpy()
         if "input_ids" in batch:
-            return self.task.corpus.tokenizer.decode(batch["input_ids"][index], skip_special_tokens=True)
+            return self.task.corpus.tokenizer.decode(
+                batch["input_ids"][index], skip_special_tokens=True
+            )
         return str([round(value, 4) for value in batch["features"][index].tolist()])
 
     def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:

@@ -16,7 +16,9 @@ from bigtrain.tasks.base import IGNORED, SAMPLES, Batch, Evaluator, Task, output
 _WRITTEN = 24  # tokens of a sample, at most
 
 
-def write(model: Any, batch: Batch, key: str, given: int, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def generate_tokens(
+    model: Any, batch: Batch, key: str, given: int, choose: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
     """Tokens [batch] for `batch[key]` [batch, length] from position `given` on, one place after another and without end:
     each chosen from the logits [batch, vocabulary] of those before. One forward pass each, and all of one shape."""
     ids = batch[key].clone()
@@ -48,11 +50,17 @@ class LanguageEvaluator(Evaluator):
         """
         some = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
         labels, most = some.pop("labels"), self.task.corpus.sample_cost // 2  # half of data.seq_len
-        key, given = ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)
-        chosen = islice(write(model, some, key, given, lambda logits: logits.argmax(-1)), _WRITTEN)
+        key, given = (
+            ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)
+        )
+        chosen = islice(
+            generate_tokens(model, some, key, given, lambda logits: logits.argmax(-1)), _WRITTEN
+        )
         written = torch.stack([*chosen], dim=1)[:, : max(some[key].shape[1] - given, 0)]
         read, end = self.task.corpus.tokenizer.batch_decode, self.task.corpus.tokenizer.eos_token_id
-        until_end = lambda ids: ids.masked_fill(((ids == end) | (ids == IGNORED)).cumsum(1) > 0, end)  # noqa: E731
+        until_end = lambda ids: ids.masked_fill(
+            ((ids == end) | (ids == IGNORED)).cumsum(1) > 0, end
+        )  # noqa: E731
         true = labels[:, given - 1 : given - 1 + _WRITTEN]
         given_ids = some["input_ids"][:, : None if given == 1 else given]
         parts = {"given": given_ids, "written": until_end(written), "true": until_end(true)}

@@ -22,7 +22,10 @@ class RegressionEvaluator(Evaluator):
 
     def metrics(self, loss: float) -> dict[str, float]:
         # one row has no variance to explain
-        return {"mse": loss, "r2": float(self.r2.compute()) if self.count.compute() > 1 else math.nan}
+        return {
+            "mse": loss,
+            "r2": float(self.r2.compute()) if self.count.compute() > 1 else math.nan,
+        }
 
 
 class Regression(Task):

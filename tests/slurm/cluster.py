@@ -61,10 +61,20 @@ class Cluster:
         for node in nodes:
             (folder / f"spool-{node}").mkdir()
         host = socket.gethostname().split(".")[0]
-        more = "NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=8000 Gres=gpu:8"
-        gpu_nodes = [f"NodeName={n} {more.format(host=host, port=p)}" for n, p in zip(nodes[2:], ports[3:], strict=True)]
+        more = (
+            "NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=8000 Gres=gpu:8"
+        )
+        gpu_nodes = [
+            f"NodeName={n} {more.format(host=host, port=p)}"
+            for n, p in zip(nodes[2:], ports[3:], strict=True)
+        ]
         text = CONFIGURATION.format(
-            host=host, folder=folder, ctld=ports[0], d1=ports[1], d2=ports[2], gpu_nodes="\n".join(gpu_nodes)
+            host=host,
+            folder=folder,
+            ctld=ports[0],
+            d1=ports[1],
+            d2=ports[2],
+            gpu_nodes="\n".join(gpu_nodes),
         )
         (folder / "slurm.conf").write_text(text)
         for number in range(8):
@@ -73,7 +83,12 @@ class Cluster:
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         commands = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in nodes)]
         self.daemons = [
-            subprocess.Popen([_program(c[0]), *c[1:]], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                [_program(c[0]), *c[1:]],
+                env=self.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             for c in commands
         ]
         try:
@@ -88,24 +103,44 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None) -> str:
         """A command of Slurm's; its output."""
         done = subprocess.run(
-            [_program(command[0]), *command[1:]], env=self.environment, cwd=cwd, capture_output=True, text=True, check=False
+            [_program(command[0]), *command[1:]],
+            env=self.environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout.strip() or done.stderr.strip()
 
     def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
         """sbatch; the job's number."""
         command = [_program("sbatch"), "--parsable", *arguments]
-        done = subprocess.run(command, env=self.environment | environment, cwd=cwd, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command,
+            env=self.environment | environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return done.stdout.strip().split(";")[0]
 
     def state(self, job: str) -> str:
         """The job's state, e.g. RUNNING; its exit code follows after a colon."""
-        fields = dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job).split() if "=" in part)
+        fields = dict(
+            part.split("=", 1)
+            for part in self.run("scontrol", "show", "job", job).split()
+            if "=" in part
+        )
         return fields.get("JobState", "GONE")
 
     def field(self, job: str, name: str) -> str:
         """One field of `scontrol show job`."""
-        fields = dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job).split() if "=" in part)
+        fields = dict(
+            part.split("=", 1)
+            for part in self.run("scontrol", "show", "job", job).split()
+            if "=" in part
+        )
         return fields.get(name, "")
 
     def release(self, job: str) -> None:
@@ -120,9 +155,18 @@ class Cluster:
         def ended() -> bool:
             nonlocal waiting
             waiting = waiting + 1 if self.state(job) == "PENDING" else 0
-            if waiting > 8:  # four seconds: its last life must be over everywhere, or the node refuses the next
+            if (
+                waiting > 8
+            ):  # four seconds: its last life must be over everywhere, or the node refuses the next
                 self.release(job)
-            return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
+            return self.state(job) in (
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+                "NODE_FAIL",
+                "GONE",
+            )
 
         self.wait(ended, seconds, f"the end of job {job}")
         return self.state(job)
@@ -133,7 +177,9 @@ class Cluster:
         while not true():  # type: ignore[operator]
             if time.monotonic() > deadline:
                 log = (self.folder / "slurmctld.log").read_text()[-3000:]
-                raise AssertionError(f"waited {seconds:.0f} s for {what}\n{self.run('squeue', '-l')}\n{log}")
+                raise AssertionError(
+                    f"waited {seconds:.0f} s for {what}\n{self.run('squeue', '-l')}\n{log}"
+                )
             time.sleep(0.5)
 
     def close(self) -> None:
@@ -158,7 +204,10 @@ def missing() -> str:
 
 def _program(name: str) -> str:
     """Debian keeps the daemons where a user's PATH may not look."""
-    return next((f"{folder}/{name}" for folder in ("/usr/sbin", "/usr/bin") if Path(folder, name).exists()), name)
+    return next(
+        (f"{folder}/{name}" for folder in ("/usr/sbin", "/usr/bin") if Path(folder, name).exists()),
+        name,
+    )
 
 
 def _free_port() -> int:

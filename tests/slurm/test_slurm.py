@@ -13,11 +13,16 @@ import pytest
 from slurm.cluster import Cluster, missing
 from test_submit import CASES, script
 
-from bigtrain.rundir import RunDir, asset, read_metrics
+from bigtrain.runs.directory import RunDir, asset
+from bigtrain.runs.metrics_file import read_metrics
 
 if missing() and "BIGTRAIN_NO_SKIPS" in os.environ:
     raise RuntimeError(missing())
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 TRAIN = str(asset("slurm", "train.sbatch"))
 NODES = ["--nodes=2", "--ntasks-per-node=1"]
 RECIPE = ["digits-cnn", "engine.kind=zero2", "engine.micro_batch=8", "track.wandb=offline"]
@@ -35,7 +40,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The curve of the same recipe under torchrun."""
     folder = tmp_path_factory.mktemp("torchrun")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain", "train", *RECIPE]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "bigtrain",
+        "train",
+        *RECIPE,
+    ]
     subprocess.run([sys.executable, *launch], cwd=folder, check=True, capture_output=True)
     return losses(folder)
 
@@ -52,7 +67,9 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {"BIGTRAIN_SETUP": str(setup), "OMP_NUM_THREADS": "1"} | more
 
 
-def submit(cluster: Cluster, folder: Path, *options: str, overrides: tuple[str, ...] = (), **more: str) -> str:
+def submit(
+    cluster: Cluster, folder: Path, *options: str, overrides: tuple[str, ...] = (), **more: str
+) -> str:
     arguments = [*NODES, "--output=job.log", *options, TRAIN, *RECIPE, *overrides]
     return cluster.submit(*arguments, cwd=folder, **environment(folder, **more))
 
@@ -75,7 +92,9 @@ def went_on(folder: Path, undisturbed: dict[int, float]) -> None:
     assert len(names) == 1, "one id, however many segments"
 
 
-def test_a_job_over_two_nodes_trains_and_finishes(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+def test_a_job_over_two_nodes_trains_and_finishes(
+    cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
     job = submit(cluster, tmp_path)
     assert cluster.finish(job) == "COMPLETED", log(tmp_path)
     assert losses(tmp_path) == undisturbed
@@ -83,28 +102,46 @@ def test_a_job_over_two_nodes_trains_and_finishes(cluster: Cluster, undisturbed:
     assert effective["engine.world_size"]["value"] == 2
 
 
-def test_a_preempted_job_saves_and_goes_on(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+def test_a_preempted_job_saves_and_goes_on(
+    cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
     job = submit(cluster, tmp_path)
     cluster.wait(lambda: reached(tmp_path, 60), 120, "step 60")
-    urgent = cluster.submit("--partition=high", *NODES, "--exclusive", "--wrap", "sleep 2", cwd=tmp_path)
+    urgent = cluster.submit(
+        "--partition=high", *NODES, "--exclusive", "--wrap", "sleep 2", cwd=tmp_path
+    )
     cluster.finish(urgent)
     assert cluster.finish(job) == "COMPLETED", log(tmp_path)
     went_on(tmp_path, undisturbed)
     assert "ended with 75; requeued (restart 1)" in log(tmp_path), "saved by itself, not killed"
-    assert len([line for line in log(tmp_path).splitlines() if "  stopped  reason" in line]) == 1, "all ranks at one step"
+    assert len([line for line in log(tmp_path).splitlines() if "  stopped  reason" in line]) == 1, (
+        "all ranks at one step"
+    )
 
 
-def test_a_killed_rank_is_requeued(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+def test_a_killed_rank_is_requeued(
+    cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
     once = tmp_path / "once.sh"  # only in the job's first life
     once.write_text('[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export BIGTRAIN_FAULT=kill@1:130\n')
     setup = environment(tmp_path)["BIGTRAIN_SETUP"]
     once.write_text(once.read_text() + Path(setup).read_text())
-    job = cluster.submit(*NODES, "--output=job.log", TRAIN, *RECIPE, cwd=tmp_path, BIGTRAIN_SETUP=str(once), OMP_NUM_THREADS="1")
+    job = cluster.submit(
+        *NODES,
+        "--output=job.log",
+        TRAIN,
+        *RECIPE,
+        cwd=tmp_path,
+        BIGTRAIN_SETUP=str(once),
+        OMP_NUM_THREADS="1",
+    )
     assert cluster.finish(job) == "COMPLETED", log(tmp_path)
     went_on(tmp_path, undisturbed)
 
 
-def test_a_lost_node_is_survived(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+def test_a_lost_node_is_survived(
+    cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
     job = submit(cluster, tmp_path)
     cluster.wait(lambda: reached(tmp_path, 60), 120, "step 60")
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
@@ -118,10 +155,16 @@ def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> No
     """A minute. Slurm looks every half minute, so the signal may come while the ranks still start: then they save at once."""
     longer = ("train.steps=100000", "train.eval_every=100000")
     job = submit(cluster, tmp_path, "--time=1", "--signal=USR1@45", overrides=longer)
-    cluster.wait(lambda: (tmp_path / "job.log").exists() and "requeued (restart 1)" in log(tmp_path), 120, "requeue")
+    cluster.wait(
+        lambda: (tmp_path / "job.log").exists() and "requeued (restart 1)" in log(tmp_path),
+        120,
+        "requeue",
+    )
     first = max(losses(tmp_path))
     cluster.wait(lambda: cluster.state(job) == "PENDING", 60, "its place in the queue")
-    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")  # so that its second life gets somewhere
+    cluster.run(
+        "scontrol", "update", f"jobid={job}", "timelimit=10"
+    )  # so that its second life gets somewhere
     time.sleep(4)  # its last life must be over everywhere, or the node refuses the next
     cluster.release(job)
     cluster.wait(lambda: reached(tmp_path, first + 100), 120, "a hundred more steps")
@@ -129,12 +172,35 @@ def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> No
     cluster.finish(job)
     assert "ended with 75; requeued (restart 1)" in log(tmp_path), log(tmp_path)
     curve = losses(tmp_path)
-    assert len({path.name.rsplit("-", 1)[1] for path in (tmp_path / "runs" / "digits-cnn" / "wandb").glob("offline-run-*")}) == 1
+    assert (
+        len(
+            {
+                path.name.rsplit("-", 1)[1]
+                for path in (tmp_path / "runs" / "digits-cnn" / "wandb").glob("offline-run-*")
+            }
+        )
+        == 1
+    )
 
     straight = tmp_path / "straight"
     straight.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bigtrain", "train"]
-    control = subprocess.Popen([*launch, *RECIPE, *longer], cwd=straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "bigtrain",
+        "train",
+    ]
+    control = subprocess.Popen(
+        [*launch, *RECIPE, *longer],
+        cwd=straight,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     cluster.wait(lambda: reached(straight, max(curve)), 120, "as many undisturbed steps")
     control.terminate()
     control.wait(60)
@@ -144,13 +210,21 @@ def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> No
 def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
     """The last task has the array's own number: to requeue that would start its sibling again too."""
     short = f"digits-cnn {' '.join(RECIPE[1:])} engine.kind=ddp"
-    (tmp_path / "runs.txt").write_text(f"{short} name=a train.steps=100000\n{short} name=b train.steps=100000\n")
+    (tmp_path / "runs.txt").write_text(
+        f"{short} name=a train.steps=100000\n{short} name=b train.steps=100000\n"
+    )
     sweep = ["--array=1-2", "--output=job-%a.log", str(asset("slurm", "sweep.sbatch")), "runs.txt"]
     job = cluster.submit(*sweep, cwd=tmp_path, **environment(tmp_path))
     metrics = [tmp_path / "runs" / name / "metrics.jsonl" for name in ("a", "b")]
-    cluster.wait(lambda: all(len(list(read_metrics(path, "train"))) > 20 for path in metrics), 120, "both at work")
+    cluster.wait(
+        lambda: all(len(list(read_metrics(path, "train"))) > 20 for path in metrics),
+        120,
+        "both at work",
+    )
     cluster.run("scancel", "--signal=USR1", f"{job}_2")
-    cluster.wait(lambda: cluster.field(f"{job}_2", "Restarts") == "1", 60, "the second task's requeue")
+    cluster.wait(
+        lambda: cluster.field(f"{job}_2", "Restarts") == "1", 60, "the second task's requeue"
+    )
     assert cluster.field(f"{job}_1", "Restarts") == "0"
     assert cluster.state(f"{job}_1") == "RUNNING"
     cluster.run("scancel", job)
@@ -179,7 +253,9 @@ def test_a_second_job_for_the_same_run_is_refused(cluster: Cluster, tmp_path: Pa
     first = submit(cluster, tmp_path, "--nodes=1", overrides=long)
     cluster.wait(lambda: reached(tmp_path, 20), 120, "step 20")
     recipe = (tmp_path / "runs" / "digits-cnn" / "recipe.yaml").read_bytes()
-    second = submit(cluster, tmp_path, "--nodes=1", "--output=second.log", overrides=(*long, "track.tags=[x]"))
+    second = submit(
+        cluster, tmp_path, "--nodes=1", "--output=second.log", overrides=(*long, "track.tags=[x]")
+    )
     assert cluster.finish(second) == "FAILED"
     assert cluster.field(second, "ExitCode").startswith("2:")
     assert f"Slurm job {first}" in (tmp_path / "second.log").read_text()
@@ -188,13 +264,24 @@ def test_a_second_job_for_the_same_run_is_refused(cluster: Cluster, tmp_path: Pa
     cluster.finish(first)
 
 
-def test_a_hang_is_ended_named_and_requeued(cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path) -> None:
+def test_a_hang_is_ended_named_and_requeued(
+    cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
     """SIGSTOP of one rank in the job's first life."""
     once = tmp_path / "once.sh"
     setup = Path(environment(tmp_path)["BIGTRAIN_SETUP"])
-    once.write_text('[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export BIGTRAIN_FAULT=stop@1:130\n' + setup.read_text())
+    once.write_text(
+        '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export BIGTRAIN_FAULT=stop@1:130\n'
+        + setup.read_text()
+    )
     job = cluster.submit(
-        *NODES, "--output=job.log", TRAIN, *RECIPE, "train.hang_timeout=5", cwd=tmp_path, BIGTRAIN_SETUP=str(once)
+        *NODES,
+        "--output=job.log",
+        TRAIN,
+        *RECIPE,
+        "train.hang_timeout=5",
+        cwd=tmp_path,
+        BIGTRAIN_SETUP=str(once),
     )
     assert cluster.finish(job, 240) == "COMPLETED", log(tmp_path)
     (named,) = [line for line in log(tmp_path).splitlines() if "SILENT" in line]
@@ -206,7 +293,12 @@ def test_slurm_accepts_what_submit_writes(cluster: Cluster) -> None:
     for overrides in CASES.values():
         asked = script(overrides)
         done = subprocess.run(
-            ["sbatch", "--test-only"], input=asked, env=cluster.environment, capture_output=True, text=True, check=False
+            ["sbatch", "--test-only"],
+            input=asked,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
 
@@ -214,22 +306,39 @@ def test_slurm_accepts_what_submit_writes(cluster: Cluster) -> None:
 def test_a_submitted_job_trains_the_recipe_as_it_was(cluster: Cluster, tmp_path: Path) -> None:
     """Queued behind another job; its recipe is edited meanwhile. Its environment holds what slurm.env names, and no more."""
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine"))
-    overrides = ["slurm.gpus_per_node=0", "slurm.nodes=2", "train.steps=20", "track.wandb=off", "slurm.env=[WANTED]"]
+    recipe.write_text(
+        asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine")
+    )
+    overrides = [
+        "slurm.gpus_per_node=0",
+        "slurm.nodes=2",
+        "train.steps=20",
+        "track.wandb=off",
+        "slurm.env=[WANTED]",
+    ]
     bigtrain = [sys.executable, "-m", "bigtrain"]
-    urgent = cluster.submit("--partition=high", *NODES, "--exclusive", "--wrap", "sleep 8", cwd=tmp_path)
+    urgent = cluster.submit(
+        "--partition=high", *NODES, "--exclusive", "--wrap", "sleep 8", cwd=tmp_path
+    )
     run = cluster.environment | {"WANTED": "yes", "UNWANTED": "yes", "BIGTRAIN_SETUP": ""}
     bare = [*bigtrain, "submit", "mine.yaml", *overrides, "slurm.setup=look.sh", "slurm.time=10"]
     look = 'echo "WANTED=${WANTED:-no} UNWANTED=${UNWANTED:-no}"\n'
     (tmp_path / "look.sh").write_text(f"{look}export PATH={Path(sys.executable).parent}:$PATH\n")
-    done = subprocess.run([*bare, "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*bare, "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     job = json.loads(done.stdout)["job"]
     recipe.write_text("nonsense")
 
     def status() -> dict[str, object]:
         shown = subprocess.run(
-            [*bigtrain, "status", "mine", "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=False
+            [*bigtrain, "status", "mine", "--json"],
+            cwd=tmp_path,
+            env=run,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         (found,) = json.loads(shown.stdout)
         return dict(found)
@@ -248,12 +357,24 @@ def test_a_submitted_job_trains_the_recipe_as_it_was(cluster: Cluster, tmp_path:
 
 def test_a_sweep_trains_one_line_per_task(cluster: Cluster, tmp_path: Path) -> None:
     common = "track.wandb=off train.steps=3 train.eval_every=3"
-    lines = [f"digits-cnn {common} name=a", f"digits-cnn {common} name=b 'track.project=$(touch x) \"y\"'"]
+    lines = [
+        f"digits-cnn {common} name=a",
+        f"digits-cnn {common} name=b 'track.project=$(touch x) \"y\"'",
+    ]
     (tmp_path / "runs.txt").write_text("\n".join(lines) + "\n")
     sweep = str(asset("slurm", "sweep.sbatch"))
-    job = cluster.submit("--array=1-2", "--output=job-%a.log", sweep, "runs.txt", cwd=tmp_path, **environment(tmp_path))
+    job = cluster.submit(
+        "--array=1-2",
+        "--output=job-%a.log",
+        sweep,
+        "runs.txt",
+        cwd=tmp_path,
+        **environment(tmp_path),
+    )
     for task in ("1", "2"):
-        assert cluster.finish(f"{job}_{task}") == "COMPLETED", (tmp_path / f"job-{task}.log").read_text()
+        assert cluster.finish(f"{job}_{task}") == "COMPLETED", (
+            tmp_path / f"job-{task}.log"
+        ).read_text()
     assert '$(touch x) "y"' in (tmp_path / "runs" / "b" / "recipe.yaml").read_text()
     assert (tmp_path / "runs" / "a" / "summary.json").is_file()
     assert not (tmp_path / "x").exists()
@@ -261,41 +382,92 @@ def test_a_sweep_trains_one_line_per_task(cluster: Cluster, tmp_path: Path) -> N
 
 def test_a_sweep_of_the_command_line_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine"))
+    recipe.write_text(
+        asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine")
+    )
     asked = ["slurm.gpus_per_node=0", "slurm.array=0%1", "slurm.time=10"]
-    fixed = ["train.steps=3", "train.eval_every=3", "track.wandb=off", "track.tags=[it's $(touch x)]"]
-    command = [sys.executable, "-m", "bigtrain", "sweep", "mine.yaml", "seed=0..1", *asked, *fixed, "--slurm"]
+    fixed = [
+        "train.steps=3",
+        "train.eval_every=3",
+        "track.wandb=off",
+        "track.tags=[it's $(touch x)]",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "bigtrain",
+        "sweep",
+        "mine.yaml",
+        "seed=0..1",
+        *asked,
+        *fixed,
+        "--slurm",
+    ]
     run = {name: value for name, value in cluster.environment.items() if name != "BIGTRAIN_SETUP"}
-    done = subprocess.run(command, cwd=tmp_path, env=run, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=run, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     recipe.write_text("nonsense")
     job = done.stdout.split()[1]
     (kept,) = (tmp_path / "runs" / "mine-sweep").glob("*.sbatch")
     assert "#SBATCH --array=1-2%1\n" in kept.read_text(), "one at a time, as the recipe has it"
     for task, seed in ((1, 0), (2, 1)):
-        assert cluster.finish(f"{job}_{task}") == "COMPLETED", (tmp_path / f"mine-{job}_{task}.out").read_text()
+        assert cluster.finish(f"{job}_{task}") == "COMPLETED", (
+            tmp_path / f"mine-{job}_{task}.out"
+        ).read_text()
         found = json.loads((tmp_path / "runs" / f"mine-seed{seed}" / "effective.json").read_text())
         assert (found["seed"]["value"], found["track.tags"]["value"]) == (seed, ["it's $(touch x)"])
     assert not (tmp_path / "x").exists()
-    shown = subprocess.run([*command[:3], "status", "--json"], cwd=tmp_path, env=run, capture_output=True, text=True, check=True)
-    assert {(one["run"], one["state"]) for one in json.loads(shown.stdout)} == {(f"mine-seed{s}", "finished") for s in (0, 1)}
+    shown = subprocess.run(
+        [*command[:3], "status", "--json"],
+        cwd=tmp_path,
+        env=run,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {(one["run"], one["state"]) for one in json.loads(shown.stdout)} == {
+        (f"mine-seed{s}", "finished") for s in (0, 1)
+    }
 
 
 def test_the_doctor_starts_itself_on_every_task(cluster: Cluster, tmp_path: Path) -> None:
     command = f"{sys.executable} -m bigtrain doctor --slurm --json"
-    job = cluster.submit(*NODES, "--output=job.log", "--wrap", command, cwd=tmp_path, SLURM_MPI_TYPE="none")
+    job = cluster.submit(
+        *NODES, "--output=job.log", "--wrap", command, cwd=tmp_path, SLURM_MPI_TYPE="none"
+    )
     assert cluster.finish(job) == "COMPLETED", log(tmp_path)
     rows = json.loads(log(tmp_path)[log(tmp_path).index("[{") :].splitlines()[0])
     assert "all-reduce" in {row["check"] for row in rows}, "there were two"
 
 
-def doctor(cluster: Cluster, folder: Path, before: str = "", **more: str) -> tuple[int, list[dict[str, object]]]:
+def doctor(
+    cluster: Cluster, folder: Path, before: str = "", **more: str
+) -> tuple[int, list[dict[str, object]]]:
     """`srun bigtrain doctor` on the two nodes, each rank after a piece of shell."""
     wrapper = folder / "wrapper.sh"
     wrapper.write_text(f'{before}\nexec "$@"\n')
-    command = ["srun", *NODES, "--mpi=none", "bash", str(wrapper), sys.executable, "-m", "bigtrain", "doctor", "--json"]
+    command = [
+        "srun",
+        *NODES,
+        "--mpi=none",
+        "bash",
+        str(wrapper),
+        sys.executable,
+        "-m",
+        "bigtrain",
+        "doctor",
+        "--json",
+    ]
     done = subprocess.run(
-        command, cwd=folder, env=cluster.environment | more, capture_output=True, text=True, check=False, timeout=120
+        command,
+        cwd=folder,
+        env=cluster.environment | more,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert "[{" in done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout[done.stdout.index("[{") :].splitlines()[0])
@@ -304,7 +476,9 @@ def doctor(cluster: Cluster, folder: Path, before: str = "", **more: str) -> tup
 def test_the_doctor_finds_a_healthy_allocation_healthy(cluster: Cluster, tmp_path: Path) -> None:
     code, rows = doctor(cluster, tmp_path)
     assert code == 0, [row for row in rows if not row["ok"]]
-    assert {"all-reduce", "clocks", "deepspeed", "run directory"} <= {str(row["check"]) for row in rows}
+    assert {"all-reduce", "clocks", "deepspeed", "run directory"} <= {
+        str(row["check"]) for row in rows
+    }
     assert not (tmp_path / "runs").exists(), "it leaves nothing"
 
 

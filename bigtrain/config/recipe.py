@@ -1,0 +1,324 @@
+"""The recipe: every choice a user can make, with its type, its default and one line of meaning.
+
+Frozen once loaded. A number derived from it lives in the plan (plan.py), never here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bigtrain.config.task_specs import TaskName
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+# What may stand in a line that sbatch reads: nothing that could end the line, the word or a quotation.
+SlurmValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;@%/+=&|*?~()\[\]-]+$")]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, typed strictly (an int may stand for a float), closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    name: str = Field(
+        description="a key of MODELS, a transformers model type, or package.module:Class"
+    )
+    args: dict[str, Any] = Field(
+        default={}, description="arguments of the model's config or constructor"
+    )
+    pretrained: str | None = Field(
+        default=None, description="a local folder or hub id to start from (safetensors)"
+    )
+    dropout: Fraction | None = Field(
+        default=None, description="sets every dropout of the model; null keeps its own"
+    )
+
+
+class TokenizerConfig(Section):
+    """A tokenizer trained on the training text."""
+
+    train: Literal["bpe"] = Field(default="bpe", description="byte-level BPE")
+    vocab_size: Annotated[int, Field(ge=258)] = Field(
+        default=4096, description="entries, the 256 bytes included"
+    )
+
+
+class AugmentConfig(Section):
+    """Random changes to training images, a function of the seed and the sample's position alone."""
+
+    crop: Count = Field(
+        default=0, description="pixels of padding before a random crop to the same size"
+    )
+    flip: bool = Field(default=False, description="horizontal flip with probability 1/2")
+
+
+class DataConfig(Section):
+    """What it is trained on."""
+
+    train: str = Field(description="a built-in source, files (glob), an image folder, or a hub id")
+    eval: str | None = Field(
+        default=None, description="the same for evaluation; null holds a part of train out"
+    )
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1, description="the part held out when eval is null"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="field: column, e.g. {text: body, label: category}"
+    )
+    tokenizer: Literal["auto", "bytes"] | TokenizerConfig | str = Field(
+        default="auto",
+        description="bytes, {train: bpe, …}, a folder or hub id; auto: the pretrained model's, else bytes",
+    )
+    seq_len: PositiveInt = Field(
+        default=256, description="tokens per sample (packed) or at most (cut)"
+    )
+    image_size: PositiveInt | None = Field(
+        default=None, description="pixels per side; null keeps the images' own"
+    )
+    augment: AugmentConfig = AugmentConfig()
+    max_bad: Count = Field(
+        default=0, description="samples that cannot be read, and may be left out"
+    )
+    workers: Count = Field(default=0, description="data loading processes per rank")
+
+
+class OptimConfig(Section):
+    """How the weights move."""
+
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = Field(
+        default="adamw", description="the optimizer"
+    )
+    lr: Annotated[float, Field(gt=0.0)] = Field(default=3e-4, description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="L2; decoupled for adamw"
+    )
+    l1: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="L1: l1 × sign(w) joins the clipped gradient"
+    )
+    decay_norms_and_biases: bool = Field(
+        default=False, description="decay one-dimensional parameters too"
+    )
+    momentum: Fraction = Field(default=0.0, description="sgd and rmsprop")
+    nesterov: bool = Field(default=False, description="sgd with momentum")
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.999), strict=False, description="adam and adamw"
+    )
+    eps: Annotated[float, Field(gt=0.0)] = Field(
+        default=1e-8, description="adam, adamw, rmsprop, adagrad"
+    )
+    smoothing: Fraction = Field(default=0.99, description="rmsprop's decay of squared gradients")
+    schedule: Literal["constant", "linear", "cosine", "step", "exponential", "wsd"] = Field(
+        default="constant", description="learning rate after warm-up; wsd is warmup-stable-decay"
+    )
+    warmup_steps: Count = Field(default=0, description="linear warm-up from 0, with any schedule")
+    final_lr_ratio: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="last rate ÷ peak rate (linear, cosine, wsd)"
+    )
+    decay_every: PositiveInt = Field(
+        default=100, description="steps per multiplication by decay_factor (step, exponential)"
+    )
+    decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.5, description="(step, exponential)"
+    )
+    decay_steps: Count | None = Field(
+        default=None, description="wsd: length of the decay; null is a fifth of the run"
+    )
+    clip_norm: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="largest gradient norm; 0 is off"
+    )
+
+    @model_validator(mode="after")
+    def _momentum_has_an_effect(self) -> "OptimConfig":
+        if self.momentum and self.name not in ("sgd", "rmsprop"):
+            raise ValueError(f"momentum is for sgd and rmsprop; {self.name} has betas or none")
+        if self.nesterov and not (self.name == "sgd" and self.momentum > 0):
+            raise ValueError("nesterov needs name: sgd and a momentum above 0")
+        return self
+
+
+class EngineConfig(Section):
+    """What runs it."""
+
+    kind: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = Field(
+        default="auto", description="auto is ddp for now"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA where it is"
+    )
+    offload: Literal["none", "optimizer", "params"] = Field(
+        default="none",
+        description="keep in host memory: optimizer (zero1-3), params and optimizer (zero3)",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 where it is fast"
+    )
+    global_batch: PositiveInt | Literal["all"] = Field(
+        default=64,
+        description="samples per optimizer step on all ranks together; all is full-batch",
+    )
+    micro_batch: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="samples per rank and forward pass"
+    )
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        default="auto", description="recompute in backward"
+    )
+    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile")
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "EngineConfig":
+        if self.offload != "none" and self.kind == "ddp":
+            raise ValueError(
+                "offload needs kind: zero1, zero2 or zero3 (ddp keeps everything on the device)"
+            )
+        if self.offload == "params" and self.kind in ("zero1", "zero2"):
+            raise ValueError("offload: params needs kind: zero3 (only it shards the parameters)")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, and what happens on the way."""
+
+    steps: PositiveInt = Field(default=300, description="optimizer steps")
+    eval_every: PositiveInt = Field(
+        default=50, description="steps between evaluations (and one at the end)"
+    )
+    checkpoint_every: PositiveInt = Field(
+        default=50, description="steps between checkpoints (and one at the end)"
+    )
+    keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
+    keep_best: (
+        Literal[
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "mse",
+            "accuracy",
+            "recall",
+            "f1",
+            "exact_match",
+            "r2",
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="keep the checkpoint with the best value of this metric too, and export that one",
+    )
+    async_save: bool = Field(
+        default=True, description="write checkpoints in the background, from a copy in host memory"
+    )
+    log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
+    hang_timeout: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
+        default="auto",
+        description="seconds without progress until a run ends with 76; auto: 600, or 50 of its steps",
+    )
+    max_skips: PositiveInt = Field(
+        default=10, description="steps in a row with a loss or gradient that is not finite"
+    )
+    on_spike: Literal["warn", "skip", "rewind"] = Field(
+        default="warn",
+        description="a loss far above the last ones: say so, leave the step out, or go back and round it",
+    )
+    label_smoothing: Fraction = Field(
+        default=0.0, description="for losses over classes or tokens, in training only"
+    )
+
+
+class TrackConfig(Section):
+    """Who is told."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto", description="auto: online when logged in, else offline"
+    )
+    also: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="trackers told the same; each is an extra"
+    )
+    project: str = Field(
+        default="bigtrain", pattern=r"^[^/\\#?%:]{1,128}$", description="W&B (and Trackio) project"
+    )
+    group: str | None = Field(default=None, description="W&B group; null is the recipe's name")
+    tags: list[str] = Field(default=[], description="W&B tags")
+    notes: str | None = Field(default=None, description="W&B notes: what this run is for")
+
+
+class SlurmConfig(Section):
+    """What `submit` asks Slurm for."""
+
+    nodes: PositiveInt = Field(default=1, description="machines")
+    gpus_per_node: Count = Field(
+        default=8, description="GPUs, and ranks, per machine; 0: one rank on each machine's CPUs"
+    )
+    cpus_per_gpu: PositiveInt | None = Field(
+        default=None, description="processor cores per rank; null is the cluster's default"
+    )
+    time: PositiveInt | Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$")] = Field(
+        default="24:00:00",
+        description="wall time limit: minutes, hours:minutes:seconds or days-hours",
+    )
+    grace_seconds: PositiveInt = Field(
+        default=120, description="how long before the limit the ranks are told to save"
+    )
+    partition: SlurmValue | None = Field(default=None, description="null is the cluster's default")
+    account: SlurmValue | None = Field(default=None, description="who pays")
+    qos: SlurmValue | None = Field(default=None, description="quality of service")
+    constraint: SlurmValue | None = Field(
+        default=None, description="features of the machines, e.g. h200&ib"
+    )
+    dependency: SlurmValue | None = Field(default=None, description="e.g. afterok:1234")
+    array: Annotated[str, Field(pattern=r"^[0-9][0-9,:%-]*$")] | None = Field(
+        default=None,
+        description="numbers of a job array, e.g. 0-4%2; task N trains NAME-N with seed N",
+    )
+    container: str | None = Field(
+        default=None, description="image that the ranks run in (srun --container-image, pyxis)"
+    )
+    setup: str | None = Field(
+        default=None,
+        description="a file that every rank sources first: a venv, modules, NCCL variables",
+    )
+    env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] | None = Field(
+        default=None,
+        description="environment variables, by name, that the job gets; null is all of them",
+    )
+
+
+class Recipe(Section):
+    """One training run, complete."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="the run directory's name below runs/",
+    )
+    seed: Count = Field(default=0, description="decides weights, data order, split and dropout")
+    task: TaskName = Field(description="what the model learns to do")
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+    track: TrackConfig = TrackConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> "Recipe":
+        if self.task != "image_classification" and self.data.augment != AugmentConfig():
+            raise ValueError("data.augment is for image_classification")
+        metrics = {
+            "causal_lm": "perplexity bits_per_byte",
+            "seq2seq": "perplexity exact_match",
+            "regression": "mse r2",
+        }
+        known = ["loss", *metrics.get(self.task, "accuracy recall f1").split()]
+        if self.train.keep_best not in (None, *known):
+            raise ValueError(
+                f"train.keep_best is {self.train.keep_best}; task {self.task} has {', '.join(known)}"
+            )
+        if self.task == "regression" and self.train.label_smoothing:
+            raise ValueError("train.label_smoothing is for losses over classes or tokens")
+        return self

@@ -1,0 +1,136 @@
+"""Batches for one rank: its slices of every global batch, in the one order there is."""
+
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bigtrain.config.recipe import AugmentConfig, Recipe
+from bigtrain.data.examples import Example, Examples
+from bigtrain.data.order import key, mix, samples_at
+from bigtrain.engine.plan import Plan
+from bigtrain.errors import BadSampleError
+
+if TYPE_CHECKING:
+    from bigtrain.tasks.base import Task
+Batch = dict[str, Tensor]
+Collate = Callable[[list[Example]], Batch]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch, and what it is made of."""
+
+    batch: Batch
+    counts: bool  # false where a rank has nothing left and runs along with weight zero
+    first: int = 0  # position in the stream of samples
+    samples: tuple[int, ...] = ()
+    bad: tuple[str, ...] = ()  # samples that could not be read and are left out
+
+
+def train_batches(
+    task: "Task", recipe: Recipe, plan: Plan, rank: int, first: int
+) -> Iterator[list[MicroBatch]]:
+    """For each step, this rank's micro-batches, from position `first` of the stream of samples on. Endless."""
+    loader = DataLoader(
+        _Stream(task.corpus.train, recipe.seed, task.collate, recipe.data.augment),
+        batch_size=None,
+        sampler=_positions(plan, rank, first),
+        num_workers=recipe.data.workers,
+        persistent_workers=recipe.data.workers > 0,
+        worker_init_fn=_leave_signals_to_the_rank,
+    )
+    pieces = iter(loader)
+    while True:
+        yield [next(pieces) for _ in range(plan.accumulation)]
+
+
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Slurm and Ctrl-C reach every process of a job; a worker that died of it would cost the last checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _positions(plan: Plan, rank: int, first: int) -> Iterator[tuple[range, bool]]:
+    """Ranges of positions: where the step begins, and the rank's offsets from there."""
+    for start in itertools.count(first, plan.global_batch):
+        for piece in plan.micro_batches(rank):
+            # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
+            yield (
+                range(start + piece.start, start + max(piece.stop, piece.start + 1)),
+                len(piece) > 0,
+            )
+
+
+class _Stream(Dataset[MicroBatch]):
+    """A range of positions → the collated, augmented micro-batch."""
+
+    def __init__(
+        self, examples: Examples, seed: int, collate: Collate, augment: AugmentConfig
+    ) -> None:
+        self.examples, self.seed, self.collate, self.augment = examples, seed, collate, augment
+
+    def __getitem__(self, asked: tuple[range, bool]) -> MicroBatch:  # type: ignore[override]
+        positions, counts = asked
+        drawn = samples_at(positions, len(self.examples), self.seed)
+        found, bad = self._read(list(zip(positions, drawn, strict=True)))
+        if not found:  # all are bad: any good one, for a forward pass that weighs nothing
+            others = ((positions.start, index) for index in range(len(self.examples)))
+            found, counts = next([f] for o in others for f in self._read([o])[0]), False
+        batch = self.collate([example for _, _, example in found])
+        if "pixel_values" in batch and (self.augment.crop or self.augment.flip):
+            places = [position for position, _, _ in found]
+            batch["pixel_values"] = _augmented(
+                batch["pixel_values"], self.augment, places, self.seed
+            )
+        return MicroBatch(
+            batch, counts, positions.start, tuple(index for _, index, _ in found), tuple(bad)
+        )
+
+    def _read(
+        self, wanted: list[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int, Example]], list[str]]:
+        found, bad = [], []
+        for position, index in wanted:
+            try:
+                found.append((position, index, self.examples[index]))
+            except BadSampleError as problem:
+                bad.append(problem.found)
+        return found, bad
+
+
+def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], seed: int) -> Tensor:
+    """Random crop after padding, and random flip, of [batch, channels, height, width].
+
+    The draws are a function of (seed, position): the same on any number of ranks, and after a resume.
+    A crop of the image, padded by repeating its border, is a shift by as many whole pixels.
+    """
+    from kornia.geometry.transform import hflip, translate
+
+    draws = [mix(np.asarray(positions, np.uint64) ^ key(seed, 17, number)) for number in range(3)]
+    if augment.crop:
+        shifts = [
+            (draw % np.uint64(2 * augment.crop + 1)).astype(np.float32) - augment.crop
+            for draw in draws[:2]
+        ]
+        images = translate(images, torch.from_numpy(np.stack(shifts, axis=1)), "nearest", "border")
+    if augment.flip:
+        flipped = torch.from_numpy((draws[2] & np.uint64(1)).astype(bool))
+        images = torch.where(flipped[:, None, None, None], hflip(images), images)
+    return images
+
+
+def eval_batches(task: "Task", plan: Plan, rank: int) -> Iterator[MicroBatch]:
+    """Every example once over all ranks, in the same number of pieces on each (sharded engines move in step)."""
+    examples = task.corpus.eval
+    mine = range(rank, len(examples), plan.world_size)
+    most = -(-len(examples) // plan.world_size)
+    for start in range(0, most, plan.micro_batch):
+        piece: Any = mine[start : start + plan.micro_batch]
+        yield MicroBatch(task.collate([examples[index] for index in piece or [0]]), len(piece) > 0)

@@ -1,0 +1,66 @@
+"""What a model costs: floating-point operations, counted, against what the device could do."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+# Dense bf16 FLOP/s, from the vendors' data sheets; a part of torch's device name → its peak; the first that fits counts.
+PEAKS = {
+    "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI355X": 2500e12,
+    "MI325X": 1307e12, "MI300X": 1307e12, "MI250X": 383e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, bf16_is_fast: bool = True) -> float:
+    """Dense bf16 FLOP/s of this rank's device: of the table, else (and on CPUs) the best of a few products, measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if known := [peak for part, peak in PEAKS.items() if part in name]:
+            return known[0]
+    return product_rate(device, torch.bfloat16 if bf16_is_fast else torch.float32)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of eight products of two square matrices."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 768
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    wait: Callable[[], Any] = torch.cuda.synchronize if cuda else lambda: None
+    best = float("inf")
+    for _ in range(8):
+        wait()
+        began = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return float(2 * size**3 / best)
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts the operations of any module's products, convolutions, attention and recurrent layers.
+
+    Multiplications and additions count one each; attention counts whole, causal or not (PaLM, arXiv 2204.02311, appendix B).
+    """
+    aten = torch.ops.aten
+    known: dict[Any, Any] = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    known |= {aten.mkldnn_rnn_layer: _mkldnn_rnn, aten._cudnn_rnn: _cudnn_rnn}
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _mkldnn_rnn(inputs: Any, to_gates: Any, between: Any, *_: Any, **__: Any) -> int:
+    return 2 * inputs[0] * inputs[1] * (to_gates[0] * to_gates[1] + between[0] * between[1])
+
+
+def _cudnn_rnn(inputs: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return (
+        2 * inputs[0] * inputs[1] * sum(shape[0] * shape[1] for shape in weights if len(shape) == 2)
+    )

@@ -1,0 +1,32 @@
+"""From a plan to a running engine."""
+
+import os
+from typing import Any
+
+from bigtrain.engine.base import Engine
+from bigtrain.engine.ddp import DDPEngine
+from bigtrain.engine.deepspeed import DeepSpeedEngine
+from bigtrain.engine.plan import Plan
+from bigtrain.engine.runtime import Device, keep_freed_memory, silence_libraries
+from bigtrain.errors import TrainingFailed
+
+
+def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float) -> Engine:
+    """Join the other ranks and return the plan's engine. Raises TrainingFailed if what started is not the plan."""
+    silence_libraries()
+    if device.kind == "cpu":
+        keep_freed_memory()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    engine = (
+        DDPEngine(plan, device, clip_norm)
+        if plan.kind == "ddp"
+        else DeepSpeedEngine(plan, device, ds_config, clip_norm)
+    )
+    if engine.world_size != plan.world_size:
+        raise TrainingFailed(
+            f"the process group has {engine.world_size} ranks",
+            f"{plan.world_size}, as the launcher said",
+        )
+    if engine.device.type != device.kind:
+        raise TrainingFailed(f"Accelerate chose {engine.device.type}", device.kind)
+    return engine

@@ -1,0 +1,70 @@
+"""Arguments of models: what the data decides, and what is refused."""
+
+import difflib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.config.recipe import Recipe
+from bigtrain.data.examples import PreparedData
+from bigtrain.errors import RequestError
+
+Shard = Callable[[list[nn.Parameter]], None]
+
+
+def on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
+
+
+def data_shapes(recipe: Recipe, corpus: PreparedData) -> dict[str, Any]:
+    """What the data says of a model's shape, by the argument names our models (and a user's class) may have."""
+    classes = len(corpus.classes) or (
+        corpus.vocab_size if recipe.task in ("causal_lm", "seq2seq") else 1
+    )
+    facts: dict[str, Any] = {
+        "num_outputs": classes,
+        "num_classes": classes,
+        "vocab_size": corpus.vocab_size,
+    }
+    facts |= {
+        "per_position": recipe.task == "causal_lm",
+        "in_features": corpus.features,
+        "dropout": recipe.model.dropout,
+    }
+    if corpus.image is not None:
+        channels, height, width = corpus.image
+        facts |= {
+            "in_channels": channels,
+            "image_size": height,
+            "in_features": channels * height * width,
+        }
+        facts |= {"row_width": channels * width}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def refuse_unknown(recipe: Recipe, known: Collection[str], expected: str) -> None:
+    """Raises RequestError for an argument that the model does not know."""
+    for key in recipe.model.args:
+        if key not in known:
+            raise RequestError(
+                f"model.args.{key}: {recipe.model.name} has no such argument{nearest(key, known)}",
+                expected,
+            )
+
+
+def refuse_small_vocabulary(corpus: PreparedData, size: int | None) -> None:
+    """Raises RequestError for a model of `size` token ids, if the data has more."""
+    if size is not None and corpus.vocab_size is not None and size < corpus.vocab_size:
+        tokens = corpus.vocab_size
+        raise RequestError(
+            f"the tokenizer has {tokens:,} entries, but the model's vocabulary {size:,}: some token ids would be beyond it",
+            f"model.args.vocab_size of at least {tokens}",
+            "leave model.args.vocab_size out",
+        )
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,28 @@
+"""From the recipe's model section to a module: our own models, any of transformers', or the user's class."""
+
+from torch import nn
+
+from bigtrain.config.recipe import Recipe
+from bigtrain.data.examples import PreparedData
+from bigtrain.models.arguments import Shard
+from bigtrain.models.hf import build_transformer
+from bigtrain.models.own import MODELS, build_own
+
+
+def build_model(recipe: Recipe, corpus: PreparedData, shard: Shard | None = None) -> nn.Module:
+    """The model with its starting weights, on the CPU (or on the meta device inside `torch.device("meta")`).
+
+    The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is called with
+    parameters as soon as they hold their values, so that a sharding engine can let go of what is not its own.
+    Raises RequestError for names, arguments and shapes that do not fit.
+    """
+    name = recipe.model.name
+    if name in MODELS or ":" in name:
+        model = build_own(recipe, corpus)
+    else:
+        ___MODIMPORT___  # two seconds that our own models need not pay
+
+        model = build_transformer(recipe, corpus, shard)
+    if shard is not None:
+        shard(list(model.parameters()))
+    return model
