@@ -11,10 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from bigtrain.cluster.slurm import submit
-from bigtrain.cluster.sweep import base, expand, parse, run_locally, wandb_file
 from bigtrain.errors import BigtrainError, RecipeError, RequestError, TrainingFailed
-from bigtrain.runs.compare import compare, page, show, to_csv
 
 app = typer.Typer(
     help="Train large models on any number of GPUs: a recipe in, a trained model out.",
@@ -132,9 +129,9 @@ def export(
 @app.command()
 def verify(run: RunArgument, as_json: Json = False) -> None:
     """Check every file of every checkpoint of a run against its hash; exit 1 if any is broken."""
-    from bigtrain.checkpoint.format import verify_checkpoint as check
+    from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
 
-    result = {path.name: check(path) for path in committed(_find(run))}
+    result = {path.name: verify_checkpoint(path) for path in committed_checkpoints(_find(run))}
     shown = (
         "\n".join(f"{name} {'; '.join(problems) or 'ok'}" for name, problems in result.items())
         or "no checkpoints"
@@ -186,14 +183,15 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Write the Slurm job of a recipe, and submit it."""
-    from bigtrain.cluster.slurm import submit as hand_in
+    from bigtrain.cluster.slurm import render_script
+    from bigtrain.cluster.slurm import submit as submit_job
     from bigtrain.config.loader import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        result, told = {"script": render(loaded.recipe, recipe, overrides or [])}, "{script}"
+        result, told = {"script": render_script(loaded.recipe, recipe, overrides or [])}, "{script}"
     else:
-        result = hand_in(loaded, recipe, overrides or [])
+        result = submit_job(loaded, recipe, overrides or [])
         told = "job {job} is to train {run}; its script is {script}\n  bigtrain status shows how it goes\n"
     _print(result, as_json, lambda result: print(told.format(**result), end=""))
 
@@ -233,9 +231,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: settings that differ, results, and curves."""
-    ___MODIMPORT___
+    from bigtrain.runs.compare import compare as compare_runs
+    from bigtrain.runs.compare import page, show, to_csv
 
-    compared, found = compare(runs, to, price)
+    compared, found = compare_runs(runs, to, price)
     if html is not None:
         html.write_text(page(compared, found, by), encoding="utf-8")
         print(f"{html} written", file=sys.stderr)
@@ -263,8 +262,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train many variants of a recipe, here one after another, and compare them; or let Slurm or W&B do it."""
-    ___MODIMPORT___
-    ___MODIMPORT___
+    from bigtrain.cluster.slurm import submit as submit_job
+    from bigtrain.cluster.sweep import base, expand, parse, run_locally, wandb_file
 
     axes = parse(settings, draw)
     runs = expand(recipe, axes, draw)
@@ -279,7 +278,7 @@ def sweep(
     elif slurm:
         told = f"job {{job}} is to train {len(runs)} runs; its script is {{script}}\n  bigtrain status shows them all"
         _print(
-            submit(base(recipe, axes), recipe, [], runs),
+            submit_job(base(recipe, axes), recipe, [], runs),
             as_json,
             lambda result: print(told.format(**result)),
         )
@@ -333,9 +332,11 @@ def _diagnosis(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
+    from bigtrain.config.loader import shipped_recipes
 
     result = {
-        name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped().items()
+        name: path.read_text().splitlines()[0].lstrip("# ")
+        for name, path in shipped_recipes().items()
     }
     _print(result, as_json, _table)
 

@@ -18,7 +18,7 @@ from typing import Any
 def serve() -> None:
     """Fork for every line, until the pipe closes."""
     late = "torch._dynamo kornia.geometry.transform sklearn.datasets torch.utils.tensorboard"  # at a first step, say
-    for name in f"accelerate datasets deepspeed wandb bigtrain.models.hf bigtrain.predict bigtrain.run {late}".split():
+    for name in f"accelerate datasets deepspeed wandb bigtrain.models.hf bigtrain.inference.evaluate bigtrain.inference.generate bigtrain.training.run bigtrain.training.doctor {late}".split():
         importlib.import_module(name)
     gc.freeze()  # or every child would copy, by looking through it for garbage, what it was forked for to share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

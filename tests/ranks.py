@@ -189,7 +189,7 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
         recipe,
         ranks,
         task,
-        train_batches(task, recipe, ranks.plan, ranks.rank, 0),
+        train_batches(corpus.train, task.collate, recipe, ranks.plan, ranks.rank, 0),
         TrackerGroup(collect),
         state,
         SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
@@ -210,8 +210,9 @@ def go_on(training: TrainContext, path: Path) -> str:
     """Load a checkpoint, and take the samples that come next."""
     training.state, moved = load_checkpoint(training.engine, path)
     ranks = training.engine
+    task, first = training.task, training.state.samples
     training.batches = train_batches(
-        training.task, training.recipe, ranks.plan, ranks.rank, training.state.samples
+        task.corpus.train, task.collate, training.recipe, ranks.plan, ranks.rank, first
     )
     return moved
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,10 +95,7 @@ def stream(
     """train_batches over Numbers, seed 5."""
     data = {"train": "digits", "workers": workers, "augment": augment or {}}
     settings = recipe("image_classification", data, "cnn").model_copy(update={"seed": 5})
-    task: Any = SimpleNamespace(
-        corpus=SimpleNamespace(train=examples or Numbers()), collate=collate
-    )
-    return train_batches(task, settings, plan, rank, first)
+    return train_batches(examples or Numbers(), collate, settings, plan, rank, first)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -150,8 +146,7 @@ def test_samples_that_cannot_be_read_are_left_out_and_ranks_stay_aligned(workers
 def test_evaluation_sees_every_example_once(world: int) -> None:
     seen, pieces = [], set()
     for rank in range(world):
-        task: Any = SimpleNamespace(corpus=SimpleNamespace(eval=Numbers()), collate=collate)
-        batches = list(eval_batches(task, plan(world, 24, 4), rank))
+        batches = list(eval_batches(Numbers(), collate, plan(world, 24, 4), rank))
         pieces.add(len(batches))
         seen += [
             label for piece in batches if piece.counts for label in piece.batch["labels"].tolist()

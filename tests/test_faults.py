@@ -176,7 +176,8 @@ def test_no_pickle_in_pretrained_weights_or_the_token_cache_is_ever_run(tmp_path
 SAVE_AND_DIE = """
 import os
 from pathlib import Path
-import bigtrain.checkpoint as c
+import bigtrain.checkpoint.format as f
+import bigtrain.checkpoint.writer as w
 from ranks import build
 
 count, last = 0, 0
@@ -195,8 +196,8 @@ training.checkpoints.settings = training.recipe.train.model_copy(update={"keep":
 
 def save_three_times():
     global count
-    for owner, name in ((c, "write_tensors"), (c.os, "fsync"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
-                        (c.shutil, "rmtree")):
+    for owner, name in ((w, "write_tensors"), (f.os, "fsync"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
+                        (w.shutil, "rmtree")):
         setattr(owner, name, counted(getattr(owner, name)))
     count = 0
     for step in (1, 2, 3):
@@ -435,7 +436,7 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
     assert list((tmp_path / "runs").iterdir()) == [], "what proves nothing more is removed"
     # Python imports sitecustomize.py at its start: here one that makes the order depend on the rank.
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, bigtrain.data.stream as s\n"
+        "import os, bigtrain.data.loader as s\n"
         "inner = s.samples_at\n"
         "s.samples_at = lambda p, n, seed: inner(p, n, seed + int(os.environ.get('RANK', '0')))\n"
     )

@@ -29,7 +29,7 @@ _ELSEWHERE = """
     gradient_checkpointing engine.activation_checkpointing, max_steps train.steps, epochs train.steps,
     save_steps train.checkpoint_every, eval_steps train.eval_every, max_length data.seq_len"""
 SYNONYMS = {pair.split()[0]: pair.split()[1] for pair in _ELSEWHERE.split(",")}
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,9 @@ def _place(loc: tuple[int | str, ...], raw: Any) -> tuple[str, ...]:
     place: list[str] = []
     value = raw
     for position, part in enumerate(loc):
-        tag = isinstance(part, str) and ("[" in part or part in ("str", "int", "bool", "Tokenizer"))
+        tag = isinstance(part, str) and (
+            "[" in part or part in ("str", "int", "bool", "TokenizerConfig")
+        )
         if isinstance(value, dict) and (part in value or (position == len(loc) - 1 and not tag)):
             place.append(str(part))
             value = value.get(part)

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.data.records import Record, Source
-from bigtrain.data.sources import _stamp
+from bigtrain.data.records import Record, Source, file_stamp
 
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
@@ -35,7 +34,7 @@ def _python_stdlib(task: str) -> Source:
             }
 
     read = documents if task == "causal_lm" else lambda: _library_functions(documents())
-    return Source(f"python-stdlib 1 {task} {sys.version} {_stamp(files)}", read)
+    return Source(f"python-stdlib 1 {task} {sys.version} {file_stamp(files)}", read)
 
 
 def _library_functions(documents: Iterable[Record]) -> list[Record]:

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 from torch.utils.data import Subset
 
-from bigtrain.data.images import Shape
 from bigtrain.data.records import Record
 from bigtrain.data.token_cache import Ragged
 
 Example = dict[str, Any]
+Shape = tuple[int, int, int]  # channels, height, width
 Part = Subset[Record]  # some of the records
 
 

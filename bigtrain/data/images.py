@@ -13,11 +13,10 @@ from rich.progress import track
 from torch.utils.data import Subset
 
 from bigtrain.config.recipe import Recipe
-from bigtrain.data.examples import Example, Part, PreparedData
+from bigtrain.data.examples import Example, Part, PreparedData, Shape
 from bigtrain.data.held_out import refuse_bad, refuse_empty
 from bigtrain.errors import BadSampleError, RequestError
 
-Shape = tuple[int, int, int]  # channels, height, width
 _IN_MEMORY = 256 << 20  # bytes of decoded images kept
 
 

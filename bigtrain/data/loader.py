@@ -4,7 +4,7 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,13 +14,24 @@ from torch.utils.data import DataLoader, Dataset
 from bigtrain.config.recipe import AugmentConfig, Recipe
 from bigtrain.data.examples import Example, Examples
 from bigtrain.data.order import key, mix, samples_at
-from bigtrain.engine.plan import Plan
 from bigtrain.errors import BadSampleError
 
-if TYPE_CHECKING:
-    from bigtrain.tasks.base import Task
 Batch = dict[str, Tensor]
 Collate = Callable[[list[Example]], Batch]
+
+
+class BatchLayout(Protocol):
+    """How a global batch is cut over ranks and micro-batches (engine.plan.Plan)."""
+
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    def micro_batches(self, rank: int) -> list[range]: ...
 
 
 @dataclass(frozen=True)
@@ -35,20 +46,25 @@ class MicroBatch:
 
 
 def train_batches(
-    task: "Task", recipe: Recipe, plan: Plan, rank: int, first: int
+    examples: Examples,
+    collate: Collate,
+    recipe: Recipe,
+    layout: BatchLayout,
+    rank: int,
+    first: int,
 ) -> Iterator[list[MicroBatch]]:
     """For each step, this rank's micro-batches, from position `first` of the stream of samples on. Endless."""
     loader = DataLoader(
-        _Stream(task.corpus.train, recipe.seed, task.collate, recipe.data.augment),
+        _Stream(examples, recipe.seed, collate, recipe.data.augment),
         batch_size=None,
-        sampler=_positions(plan, rank, first),
+        sampler=_positions(layout, rank, first),
         num_workers=recipe.data.workers,
         persistent_workers=recipe.data.workers > 0,
         worker_init_fn=_leave_signals_to_the_rank,
     )
     pieces = iter(loader)
     while True:
-        yield [next(pieces) for _ in range(plan.accumulation)]
+        yield [next(pieces) for _ in range(layout.accumulation)]
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
@@ -57,10 +73,10 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _positions(plan: Plan, rank: int, first: int) -> Iterator[tuple[range, bool]]:
+def _positions(layout: BatchLayout, rank: int, first: int) -> Iterator[tuple[range, bool]]:
     """Ranges of positions: where the step begins, and the rank's offsets from there."""
-    for start in itertools.count(first, plan.global_batch):
-        for piece in plan.micro_batches(rank):
+    for start in itertools.count(first, layout.global_batch):
+        for piece in layout.micro_batches(rank):
             # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
             yield (
                 range(start + piece.start, start + max(piece.stop, piece.start + 1)),
@@ -126,11 +142,14 @@ def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], see
     return images
 
 
-def eval_batches(task: "Task", plan: Plan, rank: int) -> Iterator[MicroBatch]:
+def eval_batches(
+    examples: Examples, collate: Collate, layout: BatchLayout, rank: int
+) -> Iterator[MicroBatch]:
     """Every example once over all ranks, in the same number of pieces on each (sharded engines move in step)."""
-    examples = task.corpus.eval
-    mine = range(rank, len(examples), plan.world_size)
-    most = -(-len(examples) // plan.world_size)
-    for start in range(0, most, plan.micro_batch):
-        piece: Any = mine[start : start + plan.micro_batch]
-        yield MicroBatch(task.collate([examples[index] for index in piece or [0]]), len(piece) > 0)
+    mine = range(rank, len(examples), layout.world_size)
+    largest_share = -(-len(examples) // layout.world_size)
+    for start in range(0, largest_share, layout.micro_batch):
+        indices = list(mine[start : start + layout.micro_batch])
+        # A rank that has no example left runs along with one that does not count.
+        batch = collate([examples[index] for index in indices or [0]])
+        yield MicroBatch(batch, len(indices) > 0)

@@ -1,7 +1,9 @@
 """Records as a source yields them, and the fields that each task needs."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
@@ -21,3 +23,7 @@ class Source:
 
     identity: str
     records: Callable[[], Iterable[Record]]
+
+
+def file_stamp(files: list[Path]) -> str:
+    return json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files])

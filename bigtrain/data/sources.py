@@ -6,7 +6,6 @@ the fields the task needs: `text`; `text, label`; `source, target`; `image, labe
 """
 
 import glob
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from bigtrain.config.recipe import DataConfig
 from bigtrain.data.builtin import BUILT_IN
-from bigtrain.data.records import FIELDS, Record, Source
+from bigtrain.data.records import FIELDS, Record, Source, file_stamp
 from bigtrain.errors import RequestError
 
 
@@ -94,7 +93,7 @@ def _from_files(task: str, data: DataConfig, files: list[Path]) -> Source:
                     f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
                 ) from None
 
-    return Source(_stamp(files), read)
+    return Source(file_stamp(files), read)
 
 
 def _cut(text: str, least: int) -> list[str]:
@@ -105,10 +104,6 @@ def _cut(text: str, least: int) -> list[str]:
             parts.append("")
         parts[-1] += line
     return parts
-
-
-def _stamp(files: list[Path]) -> str:
-    return json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 
 def _from_datasets(
@@ -138,7 +133,7 @@ def _from_datasets(
             )
         return _with_fields(table, task, data)
 
-    return Source(f"{builder} {_stamp(files)}", read)
+    return Source(f"{builder} {file_stamp(files)}", read)
 
 
 def _from_hub(task: str, data: DataConfig, name: str) -> Source:

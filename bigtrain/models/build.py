@@ -5,7 +5,6 @@ from torch import nn
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.examples import PreparedData
 from bigtrain.models.arguments import Shard
-from bigtrain.models.hf import build_transformer
 from bigtrain.models.own import MODELS, build_own
 
 
@@ -20,7 +19,9 @@ def build_model(recipe: Recipe, corpus: PreparedData, shard: Shard | None = None
     if name in MODELS or ":" in name:
         model = build_own(recipe, corpus)
     else:
-        ___MODIMPORT___  # two seconds that our own models need not pay
+        from bigtrain.models.hf import (
+            build_transformer,
+        )  # takes two seconds that our own models need not pay
 
         model = build_transformer(recipe, corpus, shard)
     if shard is not None:

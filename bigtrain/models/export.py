@@ -5,18 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.examples import PreparedData
-from bigtrain.engine.base import Engine
-from bigtrain.errors import RequestError
 from bigtrain.models.build import build_model
-from bigtrain.models.hf import auto_class
-from bigtrain.models.own import model_class
-from bigtrain.runs.directory import RunDir
+from bigtrain.models.own import load_own, model_class
 
 
 def save_own(model: nn.Module, weights: dict[str, Tensor], name: str, folder: Path) -> None:
@@ -34,7 +29,7 @@ def load_exported(folder: Path, task: str) -> nn.Module:
     """The model that a run has exported."""
     config = json.loads((folder / "config.json").read_text())
     if "architecture" not in config:
-        ___MODIMPORT___
+        from bigtrain.models.hf import auto_class
 
         whole: nn.Module = auto_class(task, config["model_type"]).from_pretrained(
             folder, dtype=torch.float32
@@ -45,57 +40,33 @@ def load_exported(folder: Path, task: str) -> nn.Module:
     return model
 
 
-def load_own(model: nn.Module, folder: Path) -> None:
-    """Weights of one of our models, or of a user's class, from an exported run."""
-    path = folder / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise RequestError(
-            f"model.pretrained: {path} cannot be read ({problem})",
-            "a folder with model.safetensors",
-        ) from None
-    expected = model.state_dict()
-    for name, tensor in weights.items():
-        if name not in expected or expected[name].shape != tensor.shape:
-            has = tuple(expected[name].shape) if name in expected else "no such tensor"
-            raise RequestError(
-                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}",
-                "the same architecture",
-            )
-    lacking = model.load_state_dict(weights, strict=False).missing_keys
-    alike = {expected[name].data_ptr() for name in weights}  # tied tensors are stored once
-    if lacking := [name for name in lacking if expected[name].data_ptr() not in alike]:
-        raise RequestError(f"model.pretrained: {path} has no {lacking[0]}", "the same architecture")
-
-
 def export_model(
-    engine: Engine, recipe: Recipe, corpus: PreparedData, run: RunDir, summary: dict[str, Any]
+    weights: dict[str, Tensor],
+    recipe: Recipe,
+    corpus: PreparedData,
+    folder: Path,
+    summary: dict[str, Any],
 ) -> None:
-    """Gather the weights and write `runs/NAME/export`. A collective."""
-    engine.sync_buffers()
-    weights = engine.whole_weights()
-    if not engine.main:
-        return
-    run.export.mkdir(exist_ok=True)
+    """Write the whole `weights` (by parameter name, on the CPU) as a model that others can load."""
+    folder.mkdir(exist_ok=True)
     with torch.device("meta"):
         model = build_model(recipe, corpus)
     if hasattr(model, "save_pretrained"):
         model.load_state_dict(weights, assign=True, strict=False)
         model.tie_weights()  # type: ignore[operator]
-        model.save_pretrained(run.export)  # type: ignore[operator]
+        model.save_pretrained(folder)  # type: ignore[operator]
     else:
-        save_own(model, weights, recipe.model.name, run.export)
+        save_own(model, weights, recipe.model.name, folder)
     if corpus.tokenizer is not None:
-        corpus.tokenizer.save_pretrained(run.export)
+        corpus.tokenizer.save_pretrained(folder)
     about = {
         "task": recipe.task,
         "classes": corpus.classes,
         "image": corpus.image,
         **corpus.preprocessing,
     }
-    (run.export / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
-    (run.export / "README.md").write_text(_card(recipe, summary))
+    (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "README.md").write_text(_card(recipe, summary))
 
 
 def _card(recipe: Recipe, summary: dict[str, Any]) -> str:

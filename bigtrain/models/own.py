@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from bigtrain.config.recipe import Recipe
@@ -13,7 +15,6 @@ from bigtrain.data.examples import PreparedData
 from bigtrain.errors import RequestError
 from bigtrain.models.arguments import data_shapes, on_meta, refuse_small_vocabulary, refuse_unknown
 from bigtrain.models.cnn import CNN
-from bigtrain.models.export import load_own
 from bigtrain.models.mlp import MLP, Linear
 from bigtrain.models.rnn import RNN
 
@@ -80,3 +81,27 @@ def build_own(recipe: Recipe, corpus: PreparedData) -> nn.Module:
     if recipe.model.pretrained and not on_meta():
         load_own(model, Path(recipe.model.pretrained))
     return model
+
+
+def load_own(model: nn.Module, folder: Path) -> None:
+    """Weights of one of our models, or of a user's class, from an exported run."""
+    path = folder / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise RequestError(
+            f"model.pretrained: {path} cannot be read ({problem})",
+            "a folder with model.safetensors",
+        ) from None
+    expected = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in expected or expected[name].shape != tensor.shape:
+            has = tuple(expected[name].shape) if name in expected else "no such tensor"
+            raise RequestError(
+                f"model.pretrained: {path} holds {name} {tuple(tensor.shape)}; the model has {has}",
+                "the same architecture",
+            )
+    lacking = model.load_state_dict(weights, strict=False).missing_keys
+    alike = {expected[name].data_ptr() for name in weights}  # tied tensors are stored once
+    if lacking := [name for name in lacking if expected[name].data_ptr() not in alike]:
+        raise RequestError(f"model.pretrained: {path} has no {lacking[0]}", "the same architecture")

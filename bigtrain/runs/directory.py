@@ -17,7 +17,7 @@ RUNS = Path("runs")
 
 def asset(folder: str, name: str) -> Path:
     """A shipped file: beside the package in a checkout, inside it once installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     for root in (here, here.parent):
         if (path := root / folder / name).is_file():
             return path

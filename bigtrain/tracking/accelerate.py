@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.runs.metrics_file import Record
-from bigtrain.tracking.base import numbers_of
+from bigtrain.tracking.base import Tracker, numbers_of
 
 
 def start_accelerate_tracker(kind: str, project: str, run: str, folder: Path, step: int) -> Any:
@@ -31,8 +31,8 @@ def start_accelerate_tracker(kind: str, project: str, run: str, folder: Path, st
     return begun
 
 
-class AccelerateTracker:
-    """TensorBoard or Trackio, through one of Accelerate's trackers (engine.tracker); training goes on without it."""
+class AccelerateTracker(Tracker):
+    """TensorBoard or Trackio, through one of Accelerate's trackers (start_accelerate_tracker); training goes on without it."""
 
     def __init__(self, tracker: Any) -> None:
         self.tracker = tracker

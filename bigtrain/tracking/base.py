@@ -7,13 +7,17 @@ from typing import Any, Protocol
 from bigtrain.config.secrets import redact
 from bigtrain.runs.directory import to_json
 from bigtrain.runs.metrics_file import Record
-from bigtrain.tracking.wandb import WandB
 
 
 class Tracker(Protocol):
     """Somewhere records go."""
 
     def log(self, record: Record) -> None: ...
+
+    def samples(self, step: int, rows: list[Record]) -> None:
+        """Held-out examples with what the model made of them; most trackers have no room for them."""
+        return None
+
     def close(self, summary: Record) -> None: ...
 
 
@@ -64,7 +68,7 @@ class TrackerGroup:
     def samples(self, step: int, rows: list[Record]) -> None:
         """Examples for those trackers that have room for them."""
         for tracker in self.trackers:
-            if rows and isinstance(tracker, WandB):
+            if rows:
                 tracker.samples(step, rows)
 
     def close(self, summary: Record) -> None:

@@ -11,12 +11,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from bigtrain.runs.metrics_file import Record
-from bigtrain.tracking.base import line_of
+from bigtrain.tracking.base import Tracker, line_of
 
 _TREND = 40  # columns of the panel's bar, and losses of its trend
 
 
-class Terminal:
+class Terminal(Tracker):
     """A live panel on a terminal; elsewhere a plain line every few seconds. Evaluations and events are a line each."""
 
     def __init__(self, steps: int, unit: str, console: Console, every: float = 5.0) -> None:

@@ -17,7 +17,7 @@ import requests
 from bigtrain.config.recipe import TrackConfig
 from bigtrain.runs.directory import RunDir
 from bigtrain.runs.metrics_file import Record, read_metrics
-from bigtrain.tracking.base import numbers_of
+from bigtrain.tracking.base import Tracker, numbers_of
 from bigtrain.tracking.wandb_sync import logged_in, logged_offline, wandb_server
 
 # Events that someone should be woken for → the title of the alert.
@@ -33,7 +33,7 @@ _START, _END = (
 )  # seconds that W&B may take to start and to finish: training waits for neither
 
 
-class WandB:
+class WandB(Tracker):
     """One W&B run per bigtrain run, whatever ended it on the way; steps are our own, so that a resumed run continues its
     curves. What an earlier life has told W&B is not told again; what it had no time to tell is told first.
 

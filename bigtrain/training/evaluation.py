@@ -43,7 +43,9 @@ def evaluate(
     engine.model.eval()
     evaluator = task.evaluator(engine.device)
     first: dict[str, torch.Tensor] = {}
-    for number, piece in enumerate(eval_batches(task, engine.plan, engine.rank)):
+    for number, piece in enumerate(
+        eval_batches(task.corpus.eval, task.collate, engine.plan, engine.rank)
+    ):
         if training is not None:
             training.watch.at("evaluation")
             if number % 8 == 0 and engine.sum(training.stop.wanted()[0]) > 0:

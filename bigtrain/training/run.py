@@ -161,7 +161,9 @@ def _train(
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
     for event, details in _news(settings, lines, corpus.bad, path, changed, moved):
         tracker.event(state.step, event, **details)
-    batches = train_batches(task, recipe, ranks.plan, ranks.rank, state.samples)
+    batches = train_batches(
+        corpus.train, task.collate, recipe, ranks.plan, ranks.rank, state.samples
+    )
     state.bad = sorted({*state.bad, *corpus.bad})
     checkpoints = CheckpointWriter(ranks, run, recipe, state)
     watch.report = lambda event, **found: tracker.event(state.step, event, **found)
@@ -192,8 +194,10 @@ def _carry_out(t: TrainContext, run: RunDir, summary: dict[str, Any]) -> dict[st
             **results,
             "baselines": t.task.corpus.baselines,
         }
-        export_model(t.engine, t.recipe, t.task.corpus, run, done)
+        t.engine.sync_buffers()
+        weights = t.engine.whole_weights()
         if t.engine.main:
+            export_model(weights, t.recipe, t.task.corpus, run.export, done)
             run.write_json(run.summary, done)
         summary |= done
     except BaseException as problem:
