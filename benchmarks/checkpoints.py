@@ -29,7 +29,7 @@ LAST = 3 * EVERY + 15
 RECIPE += [
     f"train.steps={LAST}",
     f"train.checkpoint_every={EVERY}",
-    "train.keep=1",
+    "train.keep_last=1",
     f"train.eval_every={LAST}",
 ]
 RECIPE += [

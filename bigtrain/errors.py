@@ -30,7 +30,7 @@ class RecipeError(RequestError):
 
 
 class BadSampleError(RequestError):
-    """One sample cannot be read; `data.max_bad` of them may be left out."""
+    """One sample cannot be read; `data.max_unreadable` of them may be left out."""
 
 
 class TrainingFailed(BigtrainError):

@@ -61,8 +61,8 @@ def torchrun(
 
 @cache
 def _server() -> Any:
-    """The process that forks (forks.py), started when first needed."""
-    command = [sys.executable, str(TESTS / "forks.py")]
+    """The process that forks (fork_server.py), started when first needed."""
+    command = [sys.executable, str(TESTS / "fork_server.py")]
     server = subprocess.Popen(
         command, stdin=subprocess.PIPE, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}
     )

@@ -59,10 +59,12 @@ def test_ranks_and_micro_batches_cut_the_global_batch_exactly(
 ) -> None:
     batch = max(batch, world)
     p = plan(world, batch, min(micro, -(-batch // world)))
-    pieces = [p.micro_batches(rank) for rank in range(world)]
-    assert [offset for rank in pieces for piece in rank for offset in piece] == list(range(batch))
-    assert {len(rank) for rank in pieces} == {p.accumulation}
-    assert max(len(piece) for rank in pieces for piece in rank) <= p.micro_batch
+    micro_batches = [p.micro_batches(rank) for rank in range(world)]
+    assert [
+        offset for rank in micro_batches for micro_batch in rank for offset in micro_batch
+    ] == list(range(batch))
+    assert {len(rank) for rank in micro_batches} == {p.accumulation}
+    assert max(len(micro_batch) for rank in micro_batches for micro_batch in rank) <= p.micro_batch
 
 
 class Numbers:
@@ -105,11 +107,13 @@ def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts
 ) -> None:
     seen: list[list[int]] = [[] for _ in range(4)]
     for rank in range(world):
-        pieces = stream(plan(world, 10, 3), rank, 20, workers=workers)
+        micro_batches = stream(plan(world, 10, 3), rank, 20, workers=workers)
         for step in range(4):
-            for piece in next(pieces):
-                seen[step] += piece.batch["labels"].tolist() if piece.counts else []
-                assert piece.batch["labels"].tolist() == list(piece.samples)
+            for micro_batch in next(micro_batches):
+                seen[step] += (
+                    micro_batch.batch["labels"].tolist() if micro_batch.has_samples else []
+                )
+                assert micro_batch.batch["labels"].tolist() == list(micro_batch.samples)
     assert seen == [samples_at(range((2 + s) * 10, (3 + s) * 10), 23, 5) for s in range(4)]
 
 
@@ -118,10 +122,14 @@ def test_augmentation_depends_on_the_position_alone() -> None:
     for world, micro in ((1, 10), (2, 2)):
         found = []
         for rank in range(world):
-            pieces = next(
+            micro_batches = next(
                 stream(plan(world, 10, micro), rank, 0, augment={"crop": 1, "flip": True})
             )
-            found += [piece.batch["pixel_values"] for piece in pieces if piece.counts]
+            found += [
+                micro_batch.batch["pixel_values"]
+                for micro_batch in micro_batches
+                if micro_batch.has_samples
+            ]
         images.append(torch.cat(found))
     assert torch.equal(*images)
     assert len({tuple((image % 100).flatten().tolist()) for image in images[0]}) > 3, (
@@ -133,10 +141,15 @@ def test_augmentation_depends_on_the_position_alone() -> None:
 def test_samples_that_cannot_be_read_are_left_out_and_ranks_stay_aligned(workers: int) -> None:
     found, bad = [], []
     for rank in range(2):
-        pieces = next(stream(plan(2, 12, 1), rank, 0, workers=workers, examples=Holed()))
-        assert len(pieces) == 6, "as many forward passes as without them"
-        found += [sample for piece in pieces if piece.counts for sample in piece.samples]
-        bad += [text for piece in pieces for text in piece.bad]
+        micro_batches = next(stream(plan(2, 12, 1), rank, 0, workers=workers, examples=Holed()))
+        assert len(micro_batches) == 6, "as many forward passes as without them"
+        found += [
+            sample
+            for micro_batch in micro_batches
+            if micro_batch.has_samples
+            for sample in micro_batch.samples
+        ]
+        bad += [text for micro_batch in micro_batches for text in micro_batch.unreadable]
     asked = samples_at(range(12), 23, 5)
     assert found == [index for index in asked if index % 3]
     assert bad == [f"sample {index} is broken" for index in asked if index % 3 == 0]
@@ -144,35 +157,38 @@ def test_samples_that_cannot_be_read_are_left_out_and_ranks_stay_aligned(workers
 
 @pytest.mark.parametrize("world", [1, 2, 3, 24])
 def test_evaluation_sees_every_example_once(world: int) -> None:
-    seen, pieces = [], set()
+    seen, micro_batches = [], set()
     for rank in range(world):
         batches = list(eval_batches(Numbers(), collate, plan(world, 24, 4), rank))
-        pieces.add(len(batches))
+        micro_batches.add(len(batches))
         seen += [
-            label for piece in batches if piece.counts for label in piece.batch["labels"].tolist()
+            label
+            for micro_batch in batches
+            if micro_batch.has_samples
+            for label in micro_batch.batch["labels"].tolist()
         ]
     assert sorted(seen) == list(range(23))
-    assert len(pieces) == 1, "ranks must run the same number of forward passes"
+    assert len(micro_batches) == 1, "ranks must run the same number of forward passes"
 
 
 def test_packed_text_predicts_every_token_once_and_splits_by_document(tmp_path: Path) -> None:
     texts = {f"doc{i}.txt": f"document {i} " * (i + 1) for i in range(40)}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    corpus = prepare(
+    prepared = prepare(
         recipe("causal_lm", {"train": f"{tmp_path}/*.txt", "tokenizer": "bytes", "seq_len": 32})
     )
-    task = TASKS["causal_lm"]("causal_lm", corpus)
+    task = TASKS["causal_lm"]("causal_lm", prepared)
     decoded = ""
-    for examples in (corpus.train, corpus.eval):
+    for examples in (prepared.train, prepared.eval):
         ids = [int(t) for i in range(len(examples)) for t in examples[i]["tokens"][1:]]
-        decoded += corpus.tokenizer.decode(ids)
-        weight = sum(task.weight(task.collate([examples[i]])) for i in range(len(examples)))
+        decoded += prepared.tokenizer.decode(ids)
+        weight = sum(task.num_targets(task.collate([examples[i]])) for i in range(len(examples)))
         assert weight == len(ids)
     documents = [text for text in decoded.split("<eos>") if text]
     assert sorted(documents) == sorted(texts.values())
-    held = [int(t) for i in range(len(corpus.eval)) for t in corpus.eval[i]["tokens"][1:]]
-    assert corpus.eval_bytes == len(corpus.tokenizer.decode(held).replace("<eos>", ""))
+    held = [int(t) for i in range(len(prepared.eval)) for t in prepared.eval[i]["tokens"][1:]]
+    assert prepared.eval_bytes == len(prepared.tokenizer.decode(held).replace("<eos>", ""))
 
 
 def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) -> None:
@@ -196,12 +212,12 @@ def test_the_cache_is_made_once_and_again_when_a_file_changes(tmp_path: Path) ->
 
 def test_a_lone_text_file_can_be_trained_on(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(900)))
-    corpus = prepare(
+    prepared = prepare(
         recipe(
             "causal_lm", {"train": str(tmp_path / "book.txt"), "tokenizer": "bytes", "seq_len": 32}
         )
     )
-    assert len(corpus.train) > 5 * len(corpus.eval) > 0
+    assert len(prepared.train) > 5 * len(prepared.eval) > 0
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -212,13 +228,13 @@ def test_tables_are_standardised_by_the_training_part(kind: str, tmp_path: Path)
         {"a": np.arange(50.0), "b": np.ones(50), "y": np.arange(50.0) * 2, "note": ["x"] * 50}
     )
     getattr(table, f"to_{kind}")(tmp_path / f"t.{kind}", index=False)
-    corpus = prepare(
+    prepared = prepare(
         recipe(
             "regression", {"train": f"{tmp_path}/t.{kind}", "columns": {"target": "y"}}, "linear"
         )
     )
-    rows = np.stack([corpus.train[i]["features"] for i in range(len(corpus.train))])
-    assert corpus.features == 2
+    rows = np.stack([prepared.train[i]["features"] for i in range(len(prepared.train))])
+    assert prepared.features == 2
     assert rows[:, 0].mean() == pytest.approx(0, abs=1e-5)
     assert rows[:, 0].std() == pytest.approx(1, abs=1e-5)
     assert np.isfinite(rows).all(), "a constant column must not divide by zero"
@@ -232,16 +248,16 @@ def picture(path: Path, shade: int, size: tuple[int, int] = (20, 16)) -> None:
 def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
     for i in range(20):
         picture(tmp_path / ("dark" if i % 2 else "light") / f"{i}.png", i)
-    corpus = prepare(
+    prepared = prepare(
         recipe(
             "image_classification",
             {"train": str(tmp_path), "image_size": 8, "eval_fraction": 0.3},
             "cnn",
         )
     )
-    assert corpus.classes == ["dark", "light"]
-    assert corpus.image == (3, 8, 8)
-    assert corpus.train[0]["image"].shape == (3, 8, 8)
+    assert prepared.classes == ["dark", "light"]
+    assert prepared.image == (3, 8, 8)
+    assert prepared.train[0]["image"].shape == (3, 8, 8)
 
 
 def broken_folder(tmp_path: Path) -> dict[str, Any]:
@@ -371,10 +387,10 @@ def test_bad_records_are_left_out_within_the_budget(
         make(tmp_path),
         {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn"),
     )
-    with pytest.raises(RequestError, match=r"data\.max_bad=1 to leave it out"):
+    with pytest.raises(RequestError, match=r"data\.max_unreadable=1 to leave it out"):
         prepare(recipe(task, data, model))
-    corpus = prepare(recipe(task, data | {"max_bad": 1}, model))
-    assert len(corpus.bad) == 1
-    assert name in corpus.bad[0]
+    prepared = prepare(recipe(task, data | {"max_unreadable": 1}, model))
+    assert len(prepared.bad) == 1
+    assert name in prepared.bad[0]
     if task != "causal_lm":
-        assert len(corpus.train) + len(corpus.eval) == count
+        assert len(prepared.train) + len(prepared.eval) == count

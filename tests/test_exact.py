@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import torchrun
-from ranks import GLOBAL_BATCH, MODELS, corpus_for, recipe_for, sample_ids
+from distributed_cases import GLOBAL_BATCH, MODELS, data_for, recipe_for, sample_ids
 
 from bigtrain.models.build import build_model
 
@@ -168,7 +168,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder = base / f"world-{world}"
         folder.mkdir(exist_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases))
-        program = str(Path(__file__).parent / "ranks.py")
+        program = str(Path(__file__).parent / "distributed_cases.py")
         done = torchrun(
             world,
             program,
@@ -189,8 +189,8 @@ def reference(
     """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one process."""
     torch.set_num_threads(1)
     case = {"model": model, "kind": "ddp", "precision": "fp32", "micro_batch": 1}
-    corpus = corpus_for(model)
-    net = build_model(recipe_for(case), corpus).train()
+    prepared = data_for(model)
+    net = build_model(recipe_for(case), prepared).train()
     matrices = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -208,7 +208,7 @@ def reference(
     for step in range(STEPS):
         total, weight = torch.zeros(()), 0
         for index in sample_ids(step):
-            example = corpus.train[index]
+            example = prepared.train[index]
             if model == "cnn":
                 total = total + F.cross_entropy(
                     net(pixel_values=example["image"][None])[0], torch.tensor(example["label"])
@@ -304,7 +304,7 @@ def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
 ) -> None:
     found = results[name]
     assert found["lines"] and found["weights"] and found["applied"] == 6
-    assert found["said"] == ["step skipped"], "the step that no line of metrics tells of"
+    assert found["said"] == ["step_skipped"], "the step that no line of metrics tells of"
     if name in (
         "lazy/adamw",
         "lazy/sgd",
@@ -318,9 +318,9 @@ def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
 def test_a_loss_spike_is_left_out_or_gone_back_from(engine: str, results: dict[str, Any]) -> None:
     skip, rewind = results[f"spike/{engine}/skip"], results[f"spike/{engine}/rewind"]
     assert skip["applied"] == rewind["applied"] == [True, False, True]
-    assert skip["events"] == ["loss spike"]
+    assert skip["events"] == ["loss_spike"]
     assert skip["seen"] == [[1, 1], [2, 2], [3, 3]]  # (step, batches consumed)
-    assert rewind["events"] == ["loss spike", "rewound"]
+    assert rewind["events"] == ["loss_spike", "rewound"]
     assert rewind["seen"] == [[1, 1], [1, 2], [2, 3]], (
         "the step is done again, with the data after the spike"
     )

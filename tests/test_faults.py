@@ -178,7 +178,7 @@ import os
 from pathlib import Path
 import bigtrain.checkpoint.format as f
 import bigtrain.checkpoint.writer as w
-from ranks import build
+from distributed_cases import build
 
 count, last = 0, 0
 
@@ -192,7 +192,7 @@ def counted(inner):
     return call
 
 training, _ = build({"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 4}, Path("run"))
-training.checkpoints.settings = training.recipe.train.model_copy(update={"keep": 1})
+training.checkpoints.settings = training.recipe.train.model_copy(update={"keep_last": 1})
 
 def save_three_times():
     global count
@@ -285,14 +285,14 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
     with small_disk(target, "1800k"):
         done = bigtrain("train", *CNN, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "bytes are free" in events(tmp_path)["checkpoint FAILED"]["reason"]
+        assert "bytes are free" in events(tmp_path)["checkpoint_failed"]["reason"]
         assert [
             verify_checkpoint(path) for path in committed_checkpoints(RunDir(target.parent))
         ] == [[]]
     with small_disk(tmp_path / "runs" / "tight", "1000k"):
-        done = bigtrain("train", *CNN, "name=tight", "track.also=[tensorboard]", cwd=tmp_path)
+        done = bigtrain("train", *CNN, "name=tight", "track.extra=[tensorboard]", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "No space left" in events(tmp_path, "tight")["checkpoint FAILED"]["reason"]
+        assert "No space left" in events(tmp_path, "tight")["checkpoint_failed"]["reason"]
         assert len(losses(tmp_path, "tight")) == 12, (
             "what the checkpoint took is there for the lines of metrics again"
         )
@@ -302,7 +302,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
             "digits-mlp",
             *STEPS,
             "name=less",
-            "track.also=[tensorboard]",
+            "track.extra=[tensorboard]",
             "train.steps=100",
             cwd=tmp_path,
         )
@@ -354,7 +354,7 @@ def test_a_changed_recipe_is_shown_and_must_be_allowed(whole: Path, tmp_path: Pa
         "optim.lr",
     ]
     assert bigtrain("train", *allowed, cwd=tmp_path).returncode == 0
-    assert events(tmp_path)["recipe changed"]["optim.lr"] == "0.003 → 0.0001"
+    assert events(tmp_path)["recipe_changed"]["optim.lr"] == "0.003 → 0.0001"
 
 
 def test_files_stop_and_save(whole: Path, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
         "optim.lr=1.0",
         "train.keep_best=loss",
     ]
-    done = bigtrain("train", *CNN, *rising, "train.keep=1", "--json", cwd=tmp_path)
+    done = bigtrain("train", *CNN, *rising, "train.keep_last=1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary, run = json.loads(done.stdout), RunDir(tmp_path / "runs" / "digits-cnn")
     evaluations = {line["step"]: line["loss"] for line in read_metrics(run.metrics, "eval")}
@@ -417,7 +417,7 @@ def test_every_key_that_decides_a_step_needs_leave_to_change() -> None:
     sections = ("seed", "task", "model", "data", "optim")
     deciding = {key for key in keys if key.split(".")[0] in sections} - {
         "data.workers",
-        "data.max_bad",
+        "data.max_unreadable",
     }
     assert guarded == deciding | {
         "engine.precision",
@@ -450,7 +450,7 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
 def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
     (run.path / "SAVE").touch()
-    arguments = [*CNN, "train.steps=15", "train.checkpoint_every=40", "train.keep=9"]
+    arguments = [*CNN, "train.steps=15", "train.checkpoint_every=40", "train.keep_last=9"]
     assert bigtrain("train", *arguments, cwd=tmp_path).returncode == 0
     assert [path.name[-2:] for path in committed_checkpoints(run)] == ["08", "12", "13", "15"]
     assert not (run.path / "SAVE").exists()
@@ -507,7 +507,7 @@ def test_numbers_that_stay_broken_end_the_run_with_3(log_every: int, tmp_path: P
         "optim.lr=1e30",
         "optim.warmup_steps=0",
         "optim.clip_norm=0.0",
-        "train.max_skips=3",
+        "train.max_skipped_steps=3",
     ]
     done = bigtrain(*arguments, "train.steps=40", f"train.log_every={log_every}", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
@@ -628,7 +628,7 @@ def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
 
 def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> None:
     """It lives and answers, but has not come as far as the others."""
-    recipe = [*MISFIT, "model.name=misfits:StuckOnRankOne", "train.hang_timeout=1"]
+    recipe = [*MISFIT, "model.name=bad_models:StuckOnRankOne", "train.hang_timeout=1"]
     ranks = start_ranks(2, "train", *recipe, cwd=tmp_path, PYTHONPATH=str(TESTS))
     ends = [rank.wait(60) for rank in ranks]
     assert [end.returncode for end in ends] == [76, 76]
@@ -640,7 +640,7 @@ def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> 
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     recipe = [
         *MISFIT,
-        "model.name=misfits:SlowOnRankOne",
+        "model.name=bad_models:SlowOnRankOne",
         "train.hang_timeout=4",
         "train.steps=120",
         "train.log_every=10",

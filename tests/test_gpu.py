@@ -44,7 +44,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "cases.json").write_text(json.dumps(CASES | {"lazy": LAZY}))
     done = torchrun(
-        1, str(TESTS / "ranks.py"), str(folder / "out.json"), str(folder / "cases.json"), cwd=folder
+        1,
+        str(TESTS / "distributed_cases.py"),
+        str(folder / "out.json"),
+        str(folder / "cases.json"),
+        cwd=folder,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())

@@ -139,7 +139,7 @@ def facts(recipe: Recipe) -> PreparedData:
     return PreparedData(
         train=[],
         eval=[],
-        sample_cost=1,
+        tokens_per_sample=1,
         tokenizer=tokenizer,
         vocab_size=vocab if text else None,
         classes=[str(i) for i in range(10)] if "classification" in recipe.task else [],

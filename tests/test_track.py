@@ -96,7 +96,7 @@ def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(
     """Killed in step 10, resumed from 8: each step once in TensorBoard, as its own reader has it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = [*CNN, "track.wandb=off", "track.also=[tensorboard, trackio]"]
+    recipe = [*CNN, "track.wandb=off", "track.extra=[tensorboard, trackio]"]
     environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
     assert (
         bigtrain(
@@ -131,7 +131,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\ninner = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'trackio' else inner(n, *a)\n"
     )
-    command = [sys.executable, "-m", "bigtrain", "train", "digits-cnn", "track.also=[trackio]"]
+    command = [sys.executable, "-m", "bigtrain", "train", "digits-cnn", "track.extra=[trackio]"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         command,
@@ -143,7 +143,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(
         check=False,
     )
     assert done.returncode == 2
-    assert "track.also has trackio, which is not installed" in done.stderr
+    assert "track.extra has trackio, which is not installed" in done.stderr
     assert "pip install trackio" in done.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -378,7 +378,7 @@ def test_wandb_knows_how_a_run_ended(steps: str, code: int, tmp_path: Path) -> N
         "train",
         *CNN,
         "track.wandb=offline",
-        "train.max_skips=2",
+        "train.max_skipped_steps=2",
         "optim.clip_norm=0.0",
         steps,
         cwd=tmp_path,

@@ -80,15 +80,15 @@ def test_bits_per_byte_is_what_the_text_costs(finished: Path) -> None:
     from bigtrain.data.datasets import prepare
 
     run = finished / "runs" / "tiny-lm"
-    corpus = prepare(load_recipe(str(run / "recipe.yaml")).recipe)
+    prepared = prepare(load_recipe(str(run / "recipe.yaml")).recipe)
     last = list(read_metrics(run / "metrics.jsonl", "eval"))[-1]
-    tokens = len(corpus.eval.flat)  # type: ignore[attr-defined]
-    assert corpus.eval_bytes
+    tokens = len(prepared.eval.flat)  # type: ignore[attr-defined]
+    assert prepared.eval_bytes
     assert last["bits_per_byte"] == pytest.approx(
-        last["loss"] * tokens / np.log(2) / corpus.eval_bytes
+        last["loss"] * tokens / np.log(2) / prepared.eval_bytes
     )
-    assert 4 < corpus.baselines["unigram_bits_per_byte"] < 5
-    assert 1.8 < corpus.baselines["gzip_bits_per_byte"] < 2.5
+    assert 4 < prepared.baselines["unigram_bits_per_byte"] < 5
+    assert 1.8 < prepared.baselines["gzip_bits_per_byte"] < 2.5
 
 
 def test_wandbs_own_reader_sees_the_losses_of_metrics_jsonl(finished: Path) -> None:
@@ -263,13 +263,18 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(
         (["digits-cnn", "model.name=tests_no_module:X", "model.args={}"], "No module named"),
         (["digits-cnn", "model.name=ranks:SAMPLES", "model.args={}"], "not a torch.nn.Module"),
         (
-            ["digits-cnn", "model.name=misfits:WrongShape", "model.args={}", "model.dropout=null"],
+            [
+                "digits-cnn",
+                "model.name=bad_models:WrongShape",
+                "model.args={}",
+                "model.dropout=null",
+            ],
             "[batch, classes] = (2, 10)",
         ),
         (
             [
                 "digits-cnn",
-                "model.name=misfits:WrongArguments",
+                "model.name=bad_models:WrongArguments",
                 "model.args={}",
                 "model.dropout=null",
             ],
@@ -289,7 +294,12 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(
         (["digits-resnet", "model.dropout=0.5"], "resnet has no dropout"),
         (["digits-mlp", "track.wandb=online"], "W&B has no key"),
         (
-            ["digits-cnn", "model.name=misfits:WrongResult", "model.args={}", "model.dropout=null"],
+            [
+                "digits-cnn",
+                "model.name=bad_models:WrongResult",
+                "model.args={}",
+                "model.dropout=null",
+            ],
             "returned dict",
         ),
     ],
@@ -340,7 +350,7 @@ def test_a_users_class_may_leave_a_parameter_unused(kind: str, tmp_path: Path) -
     arguments = [
         "digits-cnn",
         *QUICK,
-        "model.name=misfits:Unused",
+        "model.name=bad_models:Unused",
         "model.args={}",
         "model.dropout=null",
     ]
@@ -373,8 +383,8 @@ def test_linear_regression_ends_where_least_squares_does(tmp_path: Path) -> None
 
     done = bigtrain("train", "diabetes", "track.wandb=off", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    corpus = prepare(load_recipe("diabetes").recipe)
-    train, held = corpus.train.fields, corpus.eval.fields  # type: ignore[attr-defined]
+    prepared = prepare(load_recipe("diabetes").recipe)
+    train, held = prepared.train.fields, prepared.eval.fields  # type: ignore[attr-defined]
     design = np.c_[train["features"], np.ones(len(train["features"]))]
     answer = np.linalg.lstsq(design, train["target"], rcond=None)[0]
     residual = held["target"] - np.c_[held["features"], np.ones(len(held["features"]))] @ answer

@@ -214,7 +214,7 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         """Delete all but the newest `keep` and the best: only now that a newer one is committed."""
-        for path in committed_checkpoints(self.run)[: -self.settings.keep]:
+        for path in committed_checkpoints(self.run)[: -self.settings.keep_last]:
             if not (self.settings.keep_best and path.name == f"step-{self.state.best_step:08d}"):
                 # A name that does not count first: killed in the middle, it must not look like a broken checkpoint.
                 shutil.rmtree(self.spare, ignore_errors=True)

@@ -83,7 +83,7 @@ class DataConfig(Section):
         default=None, description="pixels per side; null keeps the images' own"
     )
     augment: AugmentConfig = AugmentConfig()
-    max_bad: Count = Field(
+    max_unreadable: Count = Field(
         default=0, description="samples that cannot be read, and may be left out"
     )
     workers: Count = Field(default=0, description="data loading processes per rank")
@@ -113,7 +113,7 @@ class OptimConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-8, description="adam, adamw, rmsprop, adagrad"
     )
-    smoothing: Fraction = Field(default=0.99, description="rmsprop's decay of squared gradients")
+    alpha: Fraction = Field(default=0.99, description="rmsprop's decay of squared gradients")
     schedule: Literal["constant", "linear", "cosine", "step", "exponential", "wsd"] = Field(
         default="constant", description="learning rate after warm-up; wsd is warmup-stable-decay"
     )
@@ -192,7 +192,7 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = Field(
         default=50, description="steps between checkpoints (and one at the end)"
     )
-    keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
+    keep_last: PositiveInt = Field(default=2, description="newest checkpoints kept")
     keep_best: (
         Literal[
             "loss",
@@ -218,7 +218,7 @@ class TrainConfig(Section):
         default="auto",
         description="seconds without progress until a run ends with 76; auto: 600, or 50 of its steps",
     )
-    max_skips: PositiveInt = Field(
+    max_skipped_steps: PositiveInt = Field(
         default=10, description="steps in a row with a loss or gradient that is not finite"
     )
     on_spike: Literal["warn", "skip", "rewind"] = Field(
@@ -236,7 +236,7 @@ class TrackConfig(Section):
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         default="auto", description="auto: online when logged in, else offline"
     )
-    also: list[Literal["tensorboard", "trackio"]] = Field(
+    extra: list[Literal["tensorboard", "trackio"]] = Field(
         default=[], description="trackers told the same; each is an extra"
     )
     project: str = Field(

@@ -10,8 +10,8 @@ from bigtrain.errors import RequestError
 # (More steps stretch a schedule that ends with them; the micro-batch is seen by dropout and BatchNorm alone.)
 SAFE_TO_CHANGE = ("name", "track", "slurm", "data.workers", "engine.kind", "engine.offload", "engine.device", "engine.micro_batch",
             "engine.activation_checkpointing", "engine.compile", "train.steps", "train.eval_every", "train.checkpoint_every",
-            "train.keep", "train.keep_best", "train.async_save", "train.log_every", "train.max_skips", "train.on_spike",
-            "train.hang_timeout", "data.max_bad")  # fmt: skip
+            "train.keep_last", "train.keep_best", "train.async_save", "train.log_every", "train.max_skipped_steps", "train.on_spike",
+            "train.hang_timeout", "data.max_unreadable")  # fmt: skip
 
 
 def diff_recipes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str, str]:

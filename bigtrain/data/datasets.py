@@ -32,20 +32,21 @@ def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> PreparedDa
     )
     kind = FIELDS[recipe.task][0]
     if kind in ("text", "source"):
-        corpus = prepare_text(recipe, source, evaluation)
+        prepared = prepare_text(recipe, source, evaluation)
     else:
-        corpus = (prepare_images if kind == "image" else prepare_table)(
+        prepared = (prepare_images if kind == "image" else prepare_table)(
             recipe, *_split(recipe, source, evaluation), trained
         )
-    if trained is not None and corpus.classes != trained["classes"]:
+    if trained is not None and prepared.classes != trained["classes"]:
         raise RequestError(
-            f"the data has classes {corpus.classes}", f"those of the model: {trained['classes']}"
+            f"the data has classes {prepared.classes}", f"those of the model: {trained['classes']}"
         )
-    if "label" in FIELDS[recipe.task] and len(corpus.classes) < 2:
+    if "label" in FIELDS[recipe.task] and len(prepared.classes) < 2:
         raise RequestError(
-            f"{recipe.data.train} has one class only ({corpus.classes[0]})", "two classes at least"
+            f"{recipe.data.train} has one class only ({prepared.classes[0]})",
+            "two classes at least",
         )
-    return corpus
+    return prepared
 
 
 def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple[Part, Part]:

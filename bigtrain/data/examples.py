@@ -28,7 +28,7 @@ class PreparedData:
 
     train: Examples
     eval: Examples
-    sample_cost: int  # tokens (or elements ÷ 64) per sample, for the choice of a micro-batch
+    tokens_per_sample: int  # tokens (or elements ÷ 64) per sample, for the choice of a micro-batch
     tokenizer: Any = None
     vocab_size: int | None = None
     classes: list[str] = field(default_factory=list)

@@ -32,10 +32,10 @@ def refuse_empty(records: dict[str, int], bad: Collection[str] = ()) -> None:
 
 def refuse_bad(bad: list[str], recipe: Recipe) -> None:
     """Raises RequestError for more bad records than the recipe allows."""
-    if len(bad) > recipe.data.max_bad:
+    if len(bad) > recipe.data.max_unreadable:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise RequestError(
             f"{bad[0]}{more}",
             "data that can be read",
-            f"mend it, or data.max_bad={len(bad)} to leave it out",
+            f"mend it, or data.max_unreadable={len(bad)} to leave it out",
         )

@@ -39,10 +39,10 @@ class MicroBatch:
     """A micro-batch, and what it is made of."""
 
     batch: Batch
-    counts: bool  # false where a rank has nothing left and runs along with weight zero
+    has_samples: bool  # false where a rank has nothing left and runs along with weight zero
     first: int = 0  # position in the stream of samples
     samples: tuple[int, ...] = ()
-    bad: tuple[str, ...] = ()  # samples that could not be read and are left out
+    unreadable: tuple[str, ...] = ()  # samples that could not be read and are left out
 
 
 def train_batches(
@@ -62,9 +62,9 @@ def train_batches(
         persistent_workers=recipe.data.workers > 0,
         worker_init_fn=_leave_signals_to_the_rank,
     )
-    pieces = iter(loader)
+    micro_batches = iter(loader)
     while True:
-        yield [next(pieces) for _ in range(layout.accumulation)]
+        yield [next(micro_batches) for _ in range(layout.accumulation)]
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
@@ -76,11 +76,13 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
 def _positions(layout: BatchLayout, rank: int, first: int) -> Iterator[tuple[range, bool]]:
     """Ranges of positions: where the step begins, and the rank's offsets from there."""
     for start in itertools.count(first, layout.global_batch):
-        for piece in layout.micro_batches(rank):
-            # An empty piece takes the batch's first sample: some forward pass must run, whatever it weighs.
+        for micro_batch in layout.micro_batches(rank):
+            # An empty micro_batch takes the batch's first sample: some forward pass must run, whatever it weighs.
             yield (
-                range(start + piece.start, start + max(piece.stop, piece.start + 1)),
-                len(piece) > 0,
+                range(
+                    start + micro_batch.start, start + max(micro_batch.stop, micro_batch.start + 1)
+                ),
+                len(micro_batch) > 0,
             )
 
 
@@ -145,7 +147,7 @@ def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], see
 def eval_batches(
     examples: Examples, collate: Collate, layout: BatchLayout, rank: int
 ) -> Iterator[MicroBatch]:
-    """Every example once over all ranks, in the same number of pieces on each (sharded engines move in step)."""
+    """Every example once over all ranks, in the same number of micro_batches on each (sharded engines move in step)."""
     mine = range(rank, len(examples), layout.world_size)
     largest_share = -(-len(examples) // layout.world_size)
     for start in range(0, largest_share, layout.micro_batch):

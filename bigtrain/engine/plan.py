@@ -73,13 +73,13 @@ def make_plan(
     engine: EngineConfig,
     world_size: int,
     samples: int,
-    sample_cost: int,
+    tokens_per_sample: int,
     bf16_is_fast: bool,
     launcher: Launcher = NO_LAUNCHER,
 ) -> tuple[Plan, dict[str, str]]:
     """Resolve every `auto` of the recipe's engine section.
 
-    `samples` is the size of the training set, `sample_cost` the tokens (or elements ÷ 64) of one sample.
+    `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64) of one sample.
     Returns the plan and, for what it decided, the origin of each setting.
     Raises RequestError when a rank would have no sample at all.
     """
@@ -115,7 +115,7 @@ def make_plan(
         world_size=world_size,
         global_batch=global_batch,
         micro_batch=min(
-            decide("micro_batch", _micro_batch(share, sample_cost), "about 16k tokens"), share
+            decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens"), share
         ),
         activation_checkpointing=decide("activation_checkpointing", False, "off unless asked"),
         compile=decide("compile", False, "off unless asked"),
@@ -123,8 +123,8 @@ def make_plan(
     return plan, origins
 
 
-def _micro_batch(share: int, sample_cost: int) -> int:
+def _micro_batch(share: int, tokens_per_sample: int) -> int:
     """Samples per forward pass: as many as cost 16,384 tokens, evened out over the passes of a share."""
-    most = max(1, min(share, 16_384 // max(1, sample_cost)))
+    most = max(1, min(share, 16_384 // max(1, tokens_per_sample)))
     passes = -(-share // most)
     return -(-share // passes)

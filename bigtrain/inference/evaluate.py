@@ -20,13 +20,13 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     forced = ["engine.kind=ddp", "engine.offload=none", f"model.pretrained={run.export}"]
     forced += [f"data.tokenizer={run.export}"] * (run.export / "tokenizer.json").is_file()
     recipe = load_recipe(str(run.recipe), [*overrides, *forced]).recipe
-    corpus = prepare(recipe, json.loads((run.export / "bigtrain.json").read_text()))
+    prepared = prepare(recipe, json.loads((run.export / "bigtrain.json").read_text()))
     device = find_device(recipe.engine.device)
     plan, _ = make_plan(
-        recipe.engine, 1, len(corpus.train), corpus.sample_cost, device.bf16_is_fast
+        recipe.engine, 1, len(prepared.train), prepared.tokens_per_sample, device.bf16_is_fast
     )
     ranks = start_engine(plan, device, {}, 0.0)
     ranks.prepare(
-        build_model(recipe, corpus), lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
+        build_model(recipe, prepared), lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
     )
-    return evaluate(ranks, TASKS[recipe.task](recipe.task, corpus)) or {}
+    return evaluate(ranks, TASKS[recipe.task](recipe.task, prepared)) or {}

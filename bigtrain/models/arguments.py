@@ -18,23 +18,23 @@ def on_meta() -> bool:
     return torch.get_default_device().type == "meta"
 
 
-def data_shapes(recipe: Recipe, corpus: PreparedData) -> dict[str, Any]:
+def data_shapes(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
     """What the data says of a model's shape, by the argument names our models (and a user's class) may have."""
-    classes = len(corpus.classes) or (
-        corpus.vocab_size if recipe.task in ("causal_lm", "seq2seq") else 1
+    classes = len(prepared.classes) or (
+        prepared.vocab_size if recipe.task in ("causal_lm", "seq2seq") else 1
     )
     facts: dict[str, Any] = {
         "num_outputs": classes,
         "num_classes": classes,
-        "vocab_size": corpus.vocab_size,
+        "vocab_size": prepared.vocab_size,
     }
     facts |= {
         "per_position": recipe.task == "causal_lm",
-        "in_features": corpus.features,
+        "in_features": prepared.features,
         "dropout": recipe.model.dropout,
     }
-    if corpus.image is not None:
-        channels, height, width = corpus.image
+    if prepared.image is not None:
+        channels, height, width = prepared.image
         facts |= {
             "in_channels": channels,
             "image_size": height,
@@ -54,10 +54,10 @@ def refuse_unknown(recipe: Recipe, known: Collection[str], expected: str) -> Non
             )
 
 
-def refuse_small_vocabulary(corpus: PreparedData, size: int | None) -> None:
+def refuse_small_vocabulary(prepared: PreparedData, size: int | None) -> None:
     """Raises RequestError for a model of `size` token ids, if the data has more."""
-    if size is not None and corpus.vocab_size is not None and size < corpus.vocab_size:
-        tokens = corpus.vocab_size
+    if size is not None and prepared.vocab_size is not None and size < prepared.vocab_size:
+        tokens = prepared.vocab_size
         raise RequestError(
             f"the tokenizer has {tokens:,} entries, but the model's vocabulary {size:,}: some token ids would be beyond it",
             f"model.args.vocab_size of at least {tokens}",

@@ -8,7 +8,7 @@ from bigtrain.models.arguments import Shard
 from bigtrain.models.own import MODELS, build_own
 
 
-def build_model(recipe: Recipe, corpus: PreparedData, shard: Shard | None = None) -> nn.Module:
+def build_model(recipe: Recipe, prepared: PreparedData, shard: Shard | None = None) -> nn.Module:
     """The model with its starting weights, on the CPU (or on the meta device inside `torch.device("meta")`).
 
     The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is called with
@@ -17,13 +17,13 @@ def build_model(recipe: Recipe, corpus: PreparedData, shard: Shard | None = None
     """
     name = recipe.model.name
     if name in MODELS or ":" in name:
-        model = build_own(recipe, corpus)
+        model = build_own(recipe, prepared)
     else:
         from bigtrain.models.hf import (
             build_transformer,
         )  # takes two seconds that our own models need not pay
 
-        model = build_transformer(recipe, corpus, shard)
+        model = build_transformer(recipe, prepared, shard)
     if shard is not None:
         shard(list(model.parameters()))
     return model

@@ -43,27 +43,27 @@ def load_exported(folder: Path, task: str) -> nn.Module:
 def export_model(
     weights: dict[str, Tensor],
     recipe: Recipe,
-    corpus: PreparedData,
+    prepared: PreparedData,
     folder: Path,
     summary: dict[str, Any],
 ) -> None:
     """Write the whole `weights` (by parameter name, on the CPU) as a model that others can load."""
     folder.mkdir(exist_ok=True)
     with torch.device("meta"):
-        model = build_model(recipe, corpus)
+        model = build_model(recipe, prepared)
     if hasattr(model, "save_pretrained"):
         model.load_state_dict(weights, assign=True, strict=False)
         model.tie_weights()  # type: ignore[operator]
         model.save_pretrained(folder)  # type: ignore[operator]
     else:
         save_own(model, weights, recipe.model.name, folder)
-    if corpus.tokenizer is not None:
-        corpus.tokenizer.save_pretrained(folder)
+    if prepared.tokenizer is not None:
+        prepared.tokenizer.save_pretrained(folder)
     about = {
         "task": recipe.task,
-        "classes": corpus.classes,
-        "image": corpus.image,
-        **corpus.preprocessing,
+        "classes": prepared.classes,
+        "image": prepared.image,
+        **prepared.preprocessing,
     }
     (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
     (folder / "README.md").write_text(_card(recipe, summary))

@@ -32,9 +32,11 @@ AUTO = {
 }
 
 
-def build_transformer(recipe: Recipe, corpus: PreparedData, shard: Shard | None) -> PreTrainedModel:
+def build_transformer(
+    recipe: Recipe, prepared: PreparedData, shard: Shard | None
+) -> PreTrainedModel:
     """The model for the recipe's task, from its config or from pretrained weights."""
-    config = _config(recipe, corpus)
+    config = _config(recipe, prepared)
     auto = auto_class(recipe.task, recipe.model.name)
     if recipe.model.pretrained and not on_meta():
         model = _pretrained(auto, recipe, config)
@@ -70,7 +72,7 @@ def auto_class(task: str, model_name: str) -> Any:
     return getattr(transformers, AUTO[task])
 
 
-def _config(recipe: Recipe, corpus: PreparedData) -> PreTrainedConfig:
+def _config(recipe: Recipe, prepared: PreparedData) -> PreTrainedConfig:
     """The model's configuration: the recipe's arguments and what the data says, every key known to the model."""
     name, args, pretrained = recipe.model.name, recipe.model.args, recipe.model.pretrained
     default = _pretrained_config(pretrained, name) if pretrained else _default_config(name)
@@ -78,14 +80,14 @@ def _config(recipe: Recipe, corpus: PreparedData) -> PreTrainedConfig:
     refuse_unknown(recipe, known, f"arguments of {type(default).__name__}")
     facts = {
         key: value
-        for key, value in _facts(recipe, corpus).items()
+        for key, value in _facts(recipe, prepared).items()
         if key in known or key == "id2label"
     }
     vocab_size = args.get(
         "vocab_size", getattr(default.get_text_config(), "vocab_size", None) if pretrained else None
     )
-    refuse_small_vocabulary(corpus, vocab_size)
-    if corpus.vocab_size is not None and vocab_size is not None:
+    refuse_small_vocabulary(prepared, vocab_size)
+    if prepared.vocab_size is not None and vocab_size is not None:
         facts["vocab_size"] = vocab_size
     dropouts = _dropouts(default, recipe.model.dropout)
     if recipe.model.dropout is not None and not dropouts:
@@ -133,25 +135,25 @@ def _pretrained_config(folder: str, name: str) -> PreTrainedConfig:
     return config
 
 
-def _facts(recipe: Recipe, corpus: PreparedData) -> dict[str, Any]:
+def _facts(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
     """What the data knows and the model's configuration may ask for."""
     facts: dict[str, Any] = {}
-    if corpus.tokenizer is not None:
-        pad, end = corpus.tokenizer.pad_token_id, corpus.tokenizer.eos_token_id
-        start = end if corpus.tokenizer.bos_token_id is None else corpus.tokenizer.bos_token_id
+    if prepared.tokenizer is not None:
+        pad, end = prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id
+        start = end if prepared.tokenizer.bos_token_id is None else prepared.tokenizer.bos_token_id
         ids = {"pad_token_id": pad, "eos_token_id": end, "bos_token_id": start}
-        facts |= {"vocab_size": corpus.vocab_size} | {
+        facts |= {"vocab_size": prepared.vocab_size} | {
             key: number for key, number in ids.items() if number is not None
         }
         if recipe.task == "causal_lm":
             facts["is_decoder"] = True  # else BERT and its family look ahead
         if recipe.task == "seq2seq":
             facts["decoder_start_token_id"] = pad
-    if corpus.classes:
-        numbers = {label: number for number, label in enumerate(corpus.classes)}
-        facts |= {"id2label": dict(enumerate(corpus.classes)), "label2id": numbers}
-    if corpus.image is not None:
-        facts |= {"num_channels": corpus.image[0], "image_size": corpus.image[1]}
+    if prepared.classes:
+        numbers = {label: number for number, label in enumerate(prepared.classes)}
+        facts |= {"id2label": dict(enumerate(prepared.classes)), "label2id": numbers}
+    if prepared.image is not None:
+        facts |= {"num_channels": prepared.image[0], "image_size": prepared.image[1]}
     return facts
 
 

@@ -49,7 +49,7 @@ def model_class(name: str) -> type[nn.Module]:
     return found
 
 
-def build_own(recipe: Recipe, corpus: PreparedData) -> nn.Module:
+def build_own(recipe: Recipe, prepared: PreparedData) -> nn.Module:
     """Our model, or the user's, with the recipe's arguments, and those shapes of the data that it has a name for."""
     name = recipe.model.name
     if name in _SERVES and recipe.task not in _SERVES[name]:
@@ -64,11 +64,13 @@ def build_own(recipe: Recipe, corpus: PreparedData) -> nn.Module:
     parameters = inspect.signature(cls).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         refuse_unknown(recipe, parameters, f"one of: {', '.join(parameters)}")
-    facts = {key: value for key, value in data_shapes(recipe, corpus).items() if key in parameters}
+    facts = {
+        key: value for key, value in data_shapes(recipe, prepared).items() if key in parameters
+    }
     if recipe.model.dropout is not None and "dropout" not in parameters:
         raise RequestError(f"model.dropout: {name} takes no dropout", "leave model.dropout out")
     args = facts | recipe.model.args
-    refuse_small_vocabulary(corpus, args.get("vocab_size"))
+    refuse_small_vocabulary(prepared, args.get("vocab_size"))
     torch.manual_seed(
         recipe.seed
     )  # modules are built in the same order everywhere, so the draws are the same

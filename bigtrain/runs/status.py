@@ -21,7 +21,7 @@ COLUMNS |= dict.fromkeys(
 )
 _RECENT = 20  # lines that a rate is taken from
 # The last event of a run that is not running → its state.
-_ENDS = {"stopped": "stopped", "failed": "FAILED", "lost a peer": "lost a rank", "hang": "HUNG"}
+_ENDS = {"stopped": "stopped", "failed": "FAILED", "lost_peer": "lost a rank", "hang": "HUNG"}
 
 
 def all_runs() -> list[RunDir]:
@@ -144,9 +144,9 @@ def _health(
     if len(recent["loss"]) and not np.isfinite(recent["loss"][-1]):
         said.append("loss not finite")
     saves = [event for event in events if event["event"].startswith("checkpoint")]
-    if saves and saves[-1]["event"] == "checkpoint FAILED":
+    if saves and saves[-1]["event"] == "checkpoint_failed":
         said.append(f"checkpoint not written: {saves[-1]['reason']}")
-    if spikes := sum(event["event"] == "loss spike" for event in events):
+    if spikes := sum(event["event"] == "loss_spike" for event in events):
         said.append(f"{spikes} loss spike{'s' * (spikes > 1)}")
     if slow := {event["rank"] for event in events[-10:] if event["event"] == "straggler"}:
         said.append(f"slow ranks: {', '.join(map(str, sorted(slow)))}")

@@ -27,8 +27,8 @@ class Task:
     shape = "[batch, classes]"  # of the model's output, in words
     evaluation: "type[Evaluator]"  # what judges the model on the held-out set
 
-    def __init__(self, name: str, corpus: PreparedData, label_smoothing: float = 0.0) -> None:
-        self.name, self.corpus, self.label_smoothing = name, corpus, label_smoothing
+    def __init__(self, name: str, prepared: PreparedData, label_smoothing: float = 0.0) -> None:
+        self.name, self.data, self.label_smoothing = name, prepared, label_smoothing
 
     def collate(self, examples: list[Example]) -> Batch:
         """Examples → tensors; keys that are the model's arguments, and `labels`."""
@@ -45,14 +45,14 @@ class Task:
         """Token ids of texts of any length: padded on the right, and where they are not padding."""
         texts = [torch.from_numpy(row) for row in rows]
         ids = pad_sequence(
-            texts, batch_first=True, padding_value=self.corpus.tokenizer.pad_token_id or 0
+            texts, batch_first=True, padding_value=self.data.tokenizer.pad_token_id or 0
         )
         return {
             "input_ids": ids,
             "attention_mask": pad_sequence([torch.ones_like(t) for t in texts], batch_first=True),
         }
 
-    def weight(self, batch: Batch) -> int:
+    def num_targets(self, batch: Batch) -> int:
         """What the batch counts: target tokens, images or rows."""
         return len(batch["labels"])
 
@@ -69,9 +69,9 @@ class Task:
 
     def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
         """The shape that `found` should have."""
-        return (len(labels), len(self.corpus.classes))
+        return (len(labels), len(self.data.classes))
 
-    def judge(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    def loss_from_logits(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """The loss summed (not averaged) over the batch: a scalar, fp32."""
         flat = logits.flatten(0, -2), labels.flatten()
         return F.cross_entropy(
@@ -80,7 +80,9 @@ class Task:
 
     def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """What training minimises, summed over the batch."""
-        return self.judge(self.logits(model, batch), batch["labels"], self.label_smoothing)
+        return self.loss_from_logits(
+            self.logits(model, batch), batch["labels"], self.label_smoothing
+        )
 
     def evaluator(self, device: torch.device) -> "Evaluator":
         """A fresh evaluator whose states live on `device`."""
@@ -96,8 +98,8 @@ class Evaluator:
     def update(self, model: Callable[..., Any], batch: Batch) -> None:
         """Add a batch of examples that nobody else adds."""
         logits, labels = self.task.logits(model, batch), batch["labels"]
-        self.total.update(self.task.judge(logits, labels))
-        self.count.update(self.task.weight(batch))
+        self.total.update(self.task.loss_from_logits(logits, labels))
+        self.count.update(self.task.num_targets(batch))
         self.add(logits, labels, batch)
 
     def compute(self) -> dict[str, float]:

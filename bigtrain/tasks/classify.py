@@ -26,7 +26,7 @@ class ClassificationEvaluator(Evaluator):
 
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
-        classes = len(task.corpus.classes)
+        classes = len(task.data.classes)
         metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(classes, average="micro")}
         if classes == 2:
             metrics |= {"recall": BinaryRecall(), "f1": BinaryF1Score()}
@@ -43,7 +43,7 @@ class ClassificationEvaluator(Evaluator):
                 (found != labels).nonzero().flatten()[: SAMPLES - len(self.wrong)].tolist()
             ):
                 said, true = (
-                    self.task.corpus.classes[int(answer[index])] for answer in (found, labels)
+                    self.task.data.classes[int(answer[index])] for answer in (found, labels)
                 )
                 self.wrong.append(
                     {"input": self._input(batch, index), "label": true, "predicted": said}
@@ -51,14 +51,14 @@ class ClassificationEvaluator(Evaluator):
 
     def _input(self, batch: Batch, index: int) -> Any:
         if "pixel_values" in batch:
-            seen, shape = self.task.corpus.preprocessing, (-1, 1, 1)
+            seen, shape = self.task.data.preprocessing, (-1, 1, 1)
             mean, std = (
                 torch.tensor(seen[f"image_{name}"]).view(shape) for name in ("mean", "std")
             )
             pixels = batch["pixel_values"][index].float().cpu() * std + mean
             return (pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).squeeze(-1).numpy()
         if "input_ids" in batch:
-            return self.task.corpus.tokenizer.decode(
+            return self.task.data.tokenizer.decode(
                 batch["input_ids"][index], skip_special_tokens=True
             )
         return str([round(value, 4) for value in batch["features"][index].tolist()])

@@ -49,7 +49,10 @@ class LanguageEvaluator(Evaluator):
         The number of forward passes does not depend on the batch: where weights are sharded all ranks make them together.
         """
         some = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
-        labels, most = some.pop("labels"), self.task.corpus.sample_cost // 2  # half of data.seq_len
+        labels, most = (
+            some.pop("labels"),
+            self.task.data.tokens_per_sample // 2,
+        )  # half of data.seq_len
         key, given = (
             ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)
         )
@@ -57,7 +60,7 @@ class LanguageEvaluator(Evaluator):
             generate_tokens(model, some, key, given, lambda logits: logits.argmax(-1)), _WRITTEN
         )
         written = torch.stack([*chosen], dim=1)[:, : max(some[key].shape[1] - given, 0)]
-        read, end = self.task.corpus.tokenizer.batch_decode, self.task.corpus.tokenizer.eos_token_id
+        read, end = self.task.data.tokenizer.batch_decode, self.task.data.tokenizer.eos_token_id
         until_end = lambda ids: ids.masked_fill(
             ((ids == end) | (ids == IGNORED)).cumsum(1) > 0, end
         )  # noqa: E731
@@ -69,7 +72,7 @@ class LanguageEvaluator(Evaluator):
 
     def metrics(self, loss: float) -> dict[str, float]:
         perplexity = {"perplexity": math.exp(min(loss, 700.0))}
-        if (size := self.task.corpus.eval_bytes) is None:
+        if (size := self.task.data.eval_bytes) is None:
             return perplexity | {"exact_match": float(self.exact.compute())}
         return perplexity | {"bits_per_byte": float(self.total.compute()) / math.log(2) / size}
 
@@ -79,7 +82,7 @@ class _TokenTask(Task):
 
     unit, shape, evaluation = "tokens", "[batch, target length, vocabulary]", LanguageEvaluator
 
-    def weight(self, batch: Batch) -> int:
+    def num_targets(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
     def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
@@ -93,7 +96,7 @@ class CausalLM(_TokenTask):
         """tokens [length + 1] each → input_ids and labels [batch, length]; short windows are padded on the right,
         where a causal model cannot see the padding."""
         tokens = [torch.from_numpy(example["tokens"]) for example in examples]
-        padding = self.corpus.tokenizer.pad_token_id or 0
+        padding = self.data.tokenizer.pad_token_id or 0
         inputs = pad_sequence([t[:-1] for t in tokens], batch_first=True, padding_value=padding)
         labels = pad_sequence([t[1:] for t in tokens], batch_first=True, padding_value=IGNORED)
         return {"input_ids": inputs, "labels": labels}
@@ -104,7 +107,7 @@ class Seq2Seq(_TokenTask):
 
     def collate(self, examples: list[Example]) -> Batch:
         """source, target token ids → encoder inputs, decoder inputs (the target shifted right) and labels."""
-        padding = self.corpus.tokenizer.pad_token_id or 0
+        padding = self.data.tokenizer.pad_token_id or 0
         targets = [torch.from_numpy(example["target"]) for example in examples]
         start = torch.tensor([padding])  # as T5 does; the model's config is given the same
         decoder = [torch.cat([start, target[:-1]]) for target in targets]

@@ -36,5 +36,5 @@ class Regression(Task):
     def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
         return (len(labels), 1)[: max(1, found.ndim)]
 
-    def judge(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    def loss_from_logits(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         return F.mse_loss(logits.flatten(), labels, reduction="sum")

@@ -25,7 +25,7 @@ _ALERTS = {
     "failed": "training failed",
     "stopped": "stopped early",
     "hang": "no progress",
-    "checkpoint FAILED": "no checkpoint",
+    "checkpoint_failed": "no checkpoint",
 }
 _START, _END = (
     5.0,
@@ -153,7 +153,7 @@ class WandB(Tracker):
                 )
             )
         if not self.skipped and (
-            record.get("event") == "step skipped" or not record.get("applied", True)
+            record.get("event") == "step_skipped" or not record.get("applied", True)
         ):
             self.skipped = True
             self.todo.put(

@@ -30,7 +30,7 @@ class InFlightStep(NamedTuple):
     """A step that the device may not have finished yet."""
 
     rate: float
-    pieces: list[MicroBatch]
+    micro_batches: list[MicroBatch]
     spiked: bool
     logged: bool
     numbers: Callable[
@@ -76,14 +76,14 @@ def report_checkpoints(t: TrainContext, all_saved: list[SavedCheckpoint]) -> Non
     for saved in all_saved:
         t.failed = saved.problem
         if saved.problem:
-            t.tracker.event(saved.step, "checkpoint FAILED", reason=saved.problem)
+            t.tracker.event(saved.step, "checkpoint_failed", reason=saved.problem)
             continue
         times = {"seconds": saved.seconds, "blocked": saved.blocked, "writing": saved.writing}
         t.tracker.event(saved.step, "checkpoint", path=str(saved.path), **times)
         if (needed := saved.blocked + saved.writing) > t.stop.grace:
             t.tracker.event(
                 saved.step,
-                "checkpoint slower than the grace period",
+                "checkpoint_slow",
                 seconds=needed,
                 reason=f"a signal leaves {t.stop.grace:.0f} s: ask for more (sbatch --signal=USR1@SECONDS)",
             )

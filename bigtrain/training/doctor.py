@@ -106,7 +106,7 @@ def compare(reports: list[Report]) -> list[Row]:
             "disk free",
             "disk",
             _DISK,
-            "another disk for runs/, or fewer checkpoints (train.keep)",
+            "another disk for runs/, or fewer checkpoints (train.keep_last)",
         ),
     ]
     shut = {

@@ -43,17 +43,17 @@ def evaluate(
     engine.model.eval()
     evaluator = task.evaluator(engine.device)
     first: dict[str, torch.Tensor] = {}
-    for number, piece in enumerate(
-        eval_batches(task.corpus.eval, task.collate, engine.plan, engine.rank)
+    for number, micro_batch in enumerate(
+        eval_batches(task.data.eval, task.collate, engine.plan, engine.rank)
     ):
         if training is not None:
             training.watch.at("evaluation")
             if number % 8 == 0 and engine.sum(training.stop.wanted()[0]) > 0:
                 return None
-        batch = engine.to_device(piece.batch)
+        batch = engine.to_device(micro_batch.batch)
         first = first or batch
         with engine.autocast():
-            if piece.counts:
+            if micro_batch.has_samples:
                 evaluator.update(engine.model, batch)
             else:
                 task.loss_sum(

@@ -66,7 +66,7 @@ def train(t: TrainContext) -> dict[str, float]:
 
 def _refuse_to_go_on_in_vain(t: TrainContext) -> None:
     """Raises TrainingFailed after too many steps in a row that came to nothing."""
-    state, most = t.state, t.recipe.train.max_skips
+    state, most = t.state, t.recipe.train.max_skipped_steps
     if max(state.skips, state.rewinds) < most:
         return
     t.watch.at("checkpoint")
@@ -90,15 +90,21 @@ def _step(t: TrainContext) -> RankRequests:
     engine, task, state, settings = t.engine, t.task, t.state, t.recipe.train
     maybe_inject_fault(engine.rank, state.step + 1)
     t.watch.at("data")
-    pieces = next(t.batches)
+    micro_batches = next(t.batches)
     fetched = time.perf_counter() - began
     t.watch.at("meeting")
-    local = sum(task.weight(piece.batch) for piece in pieces if piece.counts)
-    mine = RankRequests(
-        *t.stop.wanted(), sum(len(piece.bad) for piece in pieces), t.checkpoints.written()
+    local = sum(
+        task.num_targets(micro_batch.batch)
+        for micro_batch in micro_batches
+        if micro_batch.has_samples
     )
-    sums = engine.sum(local, _digest(pieces), *mine)
-    loss, spiked, forward = _gradients(t, pieces, sums[0].clamp(min=1))
+    mine = RankRequests(
+        *t.stop.wanted(),
+        sum(len(micro_batch.unreadable) for micro_batch in micro_batches),
+        t.checkpoints.written(),
+    )
+    sums = engine.sum(local, _digest(micro_batches), *mine)
+    loss, spiked, forward = _gradients(t, micro_batches, sums[0].clamp(min=1))
     t.watch.at("update")
     before = _finish_previous_step(t)
     rate = learning_rate(state.applied, settings.steps, t.recipe.optim)
@@ -108,7 +114,11 @@ def _step(t: TrainContext) -> RankRequests:
     logged = spiked or is_due(state.step, settings, settings.log_every)
     total = engine.sum(loss)[0] if logged else math.nan
     t.pending = InFlightStep(
-        rate, pieces, spiked, logged, engine.read(torch.cat([engine.put(total, *result), sums]))
+        rate,
+        micro_batches,
+        spiked,
+        logged,
+        engine.read(torch.cat([engine.put(total, *result), sums])),
     )
     at_once = logged or any(
         is_due(state.step, settings, every)
@@ -142,12 +152,12 @@ def _finish_previous_step(t: TrainContext) -> RankRequests:
         _log(t, {"samples_digest": int(digest), "weight": state.weight, **found})
         handle_loss_spike(t, found["loss"], step.spiked)
     elif not applied:
-        t.tracker.event(state.step, "step skipped", grad_norm=grad_norm)
+        t.tracker.event(state.step, "step_skipped", grad_norm=grad_norm)
     while t.watch.news:
         event, details = t.watch.news.pop(0)
         t.tracker.event(state.step, event, **details)
     if RankRequests(*others).bad:
-        _count_bad(t, step.pieces)
+        _count_bad(t, step.micro_batches)
     _refuse_to_go_on_in_vain(t)
     return RankRequests(*others)
 
@@ -168,7 +178,7 @@ def _log(t: TrainContext, found: dict[str, float]) -> None:
 
 
 def _gradients(
-    t: TrainContext, pieces: list[MicroBatch], weight: torch.Tensor
+    t: TrainContext, micro_batches: list[MicroBatch], weight: torch.Tensor
 ) -> tuple[torch.Tensor, bool, float]:
     """Forward and backward over this rank's micro-batches.
 
@@ -177,16 +187,16 @@ def _gradients(
     engine, task, spiked, forward = t.engine, t.task, False, 0.0
     engine.model.train()
     loss = torch.zeros((), device=engine.device)
-    for number, piece in enumerate(pieces):
-        last = number == len(pieces) - 1
-        _seed_draws(t.recipe.seed, piece.first)
+    for number, micro_batch in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
+        _seed_draws(t.recipe.seed, micro_batch.first)
         with engine.micro_batch(last):
             t.watch.at("forward")
             began = time.perf_counter()
             with engine.autocast():
-                loss_sum = task.loss_sum(engine.model, engine.to_device(piece.batch))
+                loss_sum = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
             forward += time.perf_counter() - began
-            loss_sum = loss_sum if piece.counts else loss_sum * 0.0
+            loss_sum = loss_sum if micro_batch.has_samples else loss_sum * 0.0
             loss += loss_sum.detach()
             if last and t.recipe.train.on_spike != "warn":
                 spiked = is_spike(t.state.recent, float(engine.sum(loss)[0] / weight))
@@ -210,26 +220,33 @@ def _seed_draws(seed: int, position: int) -> None:
     np.random.seed(drawn & 0xFFFFFFFF)
 
 
-def _digest(pieces: list[MicroBatch]) -> float:
-    """A number made of which samples the pieces hold; those of all ranks add up to the same on any number of ranks."""
-    samples = [sample for piece in pieces if piece.counts for sample in piece.samples]
+def _digest(micro_batches: list[MicroBatch]) -> float:
+    """A number made of which samples the micro_batches hold; those of all ranks add up to the same on any number of ranks."""
+    samples = [
+        sample
+        for micro_batch in micro_batches
+        if micro_batch.has_samples
+        for sample in micro_batch.samples
+    ]
     return float((mix(np.asarray(samples, np.uint64)) >> np.uint64(40)).sum())
 
 
-def _count_bad(t: TrainContext, pieces: list[MicroBatch]) -> None:
-    """Name the samples that no rank could read. Raises TrainingFailed beyond `data.max_bad`."""
+def _count_bad(t: TrainContext, micro_batches: list[MicroBatch]) -> None:
+    """Name the samples that no rank could read. Raises TrainingFailed beyond `data.max_unreadable`."""
     met = {
         text
-        for texts in t.engine.gather([text for piece in pieces for text in piece.bad])
+        for texts in t.engine.gather(
+            [text for micro_batch in micro_batches for text in micro_batch.unreadable]
+        )
         for text in texts
     }
     if new := sorted(met.difference(t.state.bad)):
         t.state.bad = sorted({*t.state.bad, *new})
-        t.tracker.event(t.state.step, "bad samples left out", samples=new)
-    if len(t.state.bad) > t.recipe.data.max_bad:
+        t.tracker.event(t.state.step, "samples_unreadable", samples=new)
+    if len(t.state.bad) > t.recipe.data.max_unreadable:
         t.watch.at("checkpoint")
         report_checkpoints(t, t.checkpoints.finish())
         raise TrainingFailed(
             t.state.bad[-1],
-            f"at most data.max_bad={t.recipe.data.max_bad} samples that cannot be read",
+            f"at most data.max_unreadable={t.recipe.data.max_unreadable} samples that cannot be read",
         )

@@ -30,7 +30,7 @@ def handle_loss_spike(t: TrainContext, loss: float, spiked: bool) -> None:
         state.recent = [*state.recent, loss][-WINDOW:]
     if not high:
         return
-    t.tracker.event(state.step, "loss spike", loss=loss, usual=usual, policy=policy)
+    t.tracker.event(state.step, "loss_spike", loss=loss, usual=usual, policy=policy)
     if policy == "rewind":
         t.watch.at("checkpoint")
         report_checkpoints(t, t.checkpoints.finish())

@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True
     ),
     "rmsprop": lambda groups, o: torch.optim.RMSprop(
-        groups, lr=o.lr, alpha=o.smoothing, eps=o.eps, momentum=o.momentum
+        groups, lr=o.lr, alpha=o.alpha, eps=o.eps, momentum=o.momentum
     ),
     "adagrad": lambda groups, o: Adagrad(groups, lr=o.lr, eps=o.eps),
 }

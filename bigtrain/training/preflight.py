@@ -25,7 +25,7 @@ def refuse_other_ranks(ranks: Engine, task: Task) -> None:
                 "the same versions on every rank",
                 "bigtrain doctor on every rank shows them all",
             )
-    found = ranks.gather([len(task.corpus.train), len(task.corpus.eval), task.corpus.bad])
+    found = ranks.gather([len(task.data.train), len(task.data.eval), task.data.bad])
     if different := [rank for rank, seen in enumerate(found) if seen != found[0]]:
         raise RequestError(
             f"rank {different[0]} sees other data than rank 0: (training, held out, bad) {found[different[0]]}, not {found[0]}",
@@ -38,8 +38,8 @@ def try_forward(ranks: Engine, task: Task) -> float:
 
     Returns the floating-point operations of a forward pass per unit of weight (token, image, row).
     """
-    train = task.corpus.train
-    if task.corpus.tokenizer is not None:  # the longest text: positions may run out
+    train = task.data.train
+    if task.data.tokenizer is not None:  # the longest text: positions may run out
         size = lambda i: sum(
             len(value) for value in train[i].values() if isinstance(value, np.ndarray)
         )  # noqa: E731
@@ -76,12 +76,12 @@ def try_forward(ranks: Engine, task: Task) -> float:
             f"{name} sees the tokens it is to predict",
             "a causal language model (gpt2, llama, rnn …)",
         )
-    return counted.get_total_flops() / task.weight(batch)
+    return counted.get_total_flops() / task.num_targets(batch)
 
 
 def _looks_ahead(ranks: Engine, task: Task, batch: dict[str, torch.Tensor]) -> bool:
     """Whether another second half changes what is said of the first."""
     ids, half = batch["input_ids"][:1], batch["input_ids"].shape[1] // 2
-    other = torch.cat([ids[:, :half], (ids[:, half:] + 1) % (task.corpus.vocab_size or 2)], dim=1)
+    other = torch.cat([ids[:, :half], (ids[:, half:] + 1) % (task.data.vocab_size or 2)], dim=1)
     before, after = (outputs(ranks.model, input_ids=tokens)[:, :half] for tokens in (ids, other))
     return half > 0 and bool((before - after).abs().max() > 1e-3 * before.std())

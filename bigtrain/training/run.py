@@ -73,22 +73,22 @@ def run_recipe(
             "a login",
             "wandb login, or track.wandb=offline",
         )
-    if missing := [kind for kind in recipe.track.also if importlib.util.find_spec(kind) is None]:
+    if missing := [kind for kind in recipe.track.extra if importlib.util.find_spec(kind) is None]:
         raise RequestError(
-            f"track.also has {missing[0]}, which is not installed",
+            f"track.extra has {missing[0]}, which is not installed",
             "its extra",
             f"pip install {missing[0]}",
         )
     device = find_device(recipe.engine.device)
     launcher = read_launcher(os.environ)
     refuse_contradictions(launcher, recipe.engine, loaded.origins, os.environ)
-    corpus = prepare(recipe)
+    prepared = prepare(recipe)
     world_size = world_from_environment()[1]
     plan, planned = make_plan(
         recipe.engine,
         world_size,
-        len(corpus.train),
-        corpus.sample_cost,
+        len(prepared.train),
+        prepared.tokens_per_sample,
         device.bf16_is_fast,
         launcher,
     )
@@ -97,11 +97,11 @@ def run_recipe(
         if plan.kind == "ddp"
         else render_deepspeed_config(plan, recipe.optim.clip_norm, launcher)
     )
-    task = TASKS[recipe.task](recipe.task, corpus, recipe.train.label_smoothing)
+    task = TASKS[recipe.task](recipe.task, prepared, recipe.train.label_smoothing)
     ranks = start_engine(plan, device, ds_config, recipe.optim.clip_norm)
     watch = Watchdog(ranks, recipe.train.hang_timeout)
     try:
-        model = build_model(recipe, corpus, ranks.shard)
+        model = build_model(recipe, prepared, ranks.shard)
         ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
         refuse_other_ranks(ranks, task)
         flops = try_forward(ranks, task)
@@ -129,14 +129,14 @@ def _train(
     changed: dict[str, str],
     screen: Console,
 ) -> dict[str, Any]:
-    recipe, corpus, stop = loaded.recipe, task.corpus, StopFlag(run, ranks.main)
+    recipe, prepared, stop = loaded.recipe, task.data, StopFlag(run, ranks.main)
     path, lines = newest_checkpoint(ranks, run)
     state, moved = (
-        load_checkpoint(ranks, path) if path else (TrainState(data_size=len(corpus.train)), "")
+        load_checkpoint(ranks, path) if path else (TrainState(data_size=len(prepared.train)), "")
     )
-    if state.data_size != len(corpus.train):
+    if state.data_size != len(prepared.train):
         raise RequestError(
-            f"there are {len(corpus.train):,} training samples, and there were {state.data_size:,} when this run began",
+            f"there are {len(prepared.train):,} training samples, and there were {state.data_size:,} when this run began",
             "the same data, or its order is another",
             "the data as it was, or --fresh",
         )
@@ -159,12 +159,12 @@ def _train(
     ):  # slurm/train.sbatch counts lives that do not get here
         Path(verdict).write_text("started")
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
-    for event, details in _news(settings, lines, corpus.bad, path, changed, moved):
+    for event, details in _news(settings, lines, prepared.bad, path, changed, moved):
         tracker.event(state.step, event, **details)
     batches = train_batches(
-        corpus.train, task.collate, recipe, ranks.plan, ranks.rank, state.samples
+        prepared.train, task.collate, recipe, ranks.plan, ranks.rank, state.samples
     )
-    state.bad = sorted({*state.bad, *corpus.bad})
+    state.bad = sorted({*state.bad, *prepared.bad})
     checkpoints = CheckpointWriter(ranks, run, recipe, state)
     watch.report = lambda event, **found: tracker.event(state.step, event, **found)
     work = settings["flops_per_unit"]["value"] / settings["peak_flops"]["value"]
@@ -192,17 +192,17 @@ def _carry_out(t: TrainContext, run: RunDir, summary: dict[str, Any]) -> dict[st
             "status": "finished",
             **counts,
             **results,
-            "baselines": t.task.corpus.baselines,
+            "baselines": t.task.data.baselines,
         }
         t.engine.sync_buffers()
         weights = t.engine.whole_weights()
         if t.engine.main:
-            export_model(weights, t.recipe, t.task.corpus, run.export, done)
+            export_model(weights, t.recipe, t.task.data, run.export, done)
             run.write_json(run.summary, done)
         summary |= done
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
-            event = "lost a peer" if lost_a_peer(problem) else "failed"
+            event = "lost_peer" if lost_a_peer(problem) else "failed"
             t.tracker.event(
                 t.state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__
             )
@@ -227,11 +227,11 @@ def _news(
     if "normalisation" in settings:
         yield "normalisation", settings["normalisation"]
     for line in lines:
-        yield "checkpoint not as it should be", {"reason": line}
+        yield "checkpoint_rejected", {"reason": line}
     if bad:
-        yield "bad samples left out", {"samples": bad}
+        yield "samples_unreadable", {"samples": bad}
     if path and changed:
-        yield "recipe changed", dict(changed)
+        yield "recipe_changed", dict(changed)
     if path:
         yield "resumed", {"path": str(path)} | ({"moved": moved} if moved else {})
 
@@ -256,15 +256,13 @@ def _take_the_best(t: TrainContext, run: RunDir) -> dict[str, float] | None:
     if broken := t.engine.gather(verify_checkpoint(best) if t.engine.main else [])[0]:
         t.tracker.event(
             t.state.step,
-            "best checkpoint not exported, the last model is",
+            "best_not_exported",
             path=str(best),
             reason=broken[0],
         )
         return None
     load_checkpoint(t.engine, best)
-    t.tracker.event(
-        t.state.step, "best checkpoint exported", path=str(best), metric=t.recipe.train.keep_best
-    )
+    t.tracker.event(t.state.step, "best_exported", path=str(best), metric=t.recipe.train.keep_best)
     return evaluate(t.engine, t.task)
 
 
@@ -297,7 +295,7 @@ def _tracker(
         AccelerateTracker(
             start_accelerate_tracker(kind, recipe.track.project, run.name, run.path, state.step)
         )
-        for kind in recipe.track.also
+        for kind in recipe.track.extra
     ]
     everyone = TrackerGroup(
         MetricsFile(run), *also, Terminal(recipe.train.steps, task.unit, screen)

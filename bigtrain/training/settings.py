@@ -108,12 +108,12 @@ def announce(screen: Console, run: RunDir, settings: Settings, task: Task, path:
             highlight=False,
         )
     ranks = settings["engine.world_size"]["value"]
-    for note in (*task.corpus.notes, *_idle(settings["engine.global_batch"]["value"], ranks)):
+    for note in (*task.data.notes, *_idle(settings["engine.global_batch"]["value"], ranks)):
         screen.print(f"note: {note}", highlight=False)
     begin = f"going on from {path.name}" if path else "starting"
     screen.print(
         f"{begin}: {run.path}  {settings['parameters']['value']:,} parameters, "
-        f"{len(task.corpus.train):,} training and {len(task.corpus.eval):,} held-out samples",
+        f"{len(task.data.train):,} training and {len(task.data.eval):,} held-out samples",
         highlight=False,
     )
 

@@ -1,6 +1,6 @@
 """What test_exact.py launches with torchrun: many training cases in one process group, results as JSON.
 
-torchrun --nproc_per_node 2 tests/ranks.py OUT.json CASES.json
+torchrun --nproc_per_node 2 tests/distributed_cases.py OUT.json CASES.json
 """
 
 import contextlib
@@ -76,7 +76,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "rnn": {"name": "rnn", "args": {"cell": "gru", "embed": 24, "hidden": 32, "layers": 2}},
     "cnn": {"name": "cnn", "args": {"channels": [8, 16]}},
-    "twice": {"name": "ranks:Twice"},
+    "twice": {"name": "distributed_cases:Twice"},
 }
 
 
@@ -99,7 +99,7 @@ class Memory:
         return {"tokens": draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)}
 
 
-def corpus_for(model: str) -> PreparedData:
+def data_for(model: str) -> PreparedData:
     examples = Memory(model)
     if model == "cnn":
         seen = {"image_mean": [0.0], "image_std": [1.0]}
@@ -170,26 +170,26 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
-    recipe, corpus = recipe_for(case), corpus_for(case["model"])
+    recipe, prepared = recipe_for(case), data_for(case["model"])
     world = world_from_environment()[1]
     plan, _ = make_plan(
-        recipe.engine, world_size=world, samples=SAMPLES, sample_cost=16, bf16_is_fast=False
+        recipe.engine, world_size=world, samples=SAMPLES, tokens_per_sample=16, bf16_is_fast=False
     )
     config = {} if plan.kind == "ddp" else render_deepspeed_config(plan, recipe.optim.clip_norm)
     ranks = start_engine(
         plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm
     )
     ranks.prepare(
-        build_model(recipe, corpus, ranks.shard),
+        build_model(recipe, prepared, ranks.shard),
         lambda module: make_optimizer(module, recipe.optim),
     )
-    task, collect = TASKS[recipe.task](recipe.task, corpus), Collect()
+    task, collect = TASKS[recipe.task](recipe.task, prepared), Collect()
     run, state = RunDir(folder), TrainState()
     return TrainContext(
         recipe,
         ranks,
         task,
-        train_batches(corpus.train, task.collate, recipe, ranks.plan, ranks.rank, 0),
+        train_batches(prepared.train, task.collate, recipe, ranks.plan, ranks.rank, 0),
         TrackerGroup(collect),
         state,
         SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def go_on(training: TrainContext, path: Path) -> str:
     ranks = training.engine
     task, first = training.task, training.state.samples
     training.batches = train_batches(
-        task.corpus.train, task.collate, training.recipe, ranks.plan, ranks.rank, first
+        task.data.train, task.collate, training.recipe, ranks.plan, ranks.rank, first
     )
     return moved
 
