@@ -1,6 +1,7 @@
 """Promise 1: the loss depends on neither engine, ranks, micro-batch nor accumulation.
 
-Every case is a real run of the real loop on real ranks; the judge is a plain PyTorch loop written here.
+Every case is a real run of the real loop on real ranks; the judge is a plain PyTorch loop written
+here.
 """
 
 import json
@@ -186,7 +187,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def reference(
     model: str, optimizer: str = "adamw", l1: float = 0.0
 ) -> tuple[list[float], list[float], list[float]]:
-    """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one process."""
+    """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one
+    process.
+    """
     torch.set_num_threads(1)
     case = {"model": model, "kind": "ddp", "precision": "fp32", "micro_batch": 1}
     prepared = data_for(model)

@@ -1,4 +1,6 @@
-"""The engines on CUDA, one NCCL rank: `pytest -m gpu -s` prints losses against the CPU's, and peak memory."""
+"""The engines on CUDA, one NCCL rank: `pytest -m gpu -s` prints losses against the CPU's, and peak
+memory.
+"""
 
 import json
 from pathlib import Path
@@ -53,7 +55,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     print(
-        f"\n{'case':<32}{'last loss':>12}{'CPU, plain':>12}{'largest relative difference':>30}{'peak MiB':>10}"
+        f"\n{'case':<32}{'last loss':>12}{'CPU, plain':>12}"
+        f"{'largest relative difference':>30}{'peak MiB':>10}"
     )
     for name in CASES:
         result = found[name]

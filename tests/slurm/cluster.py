@@ -1,4 +1,5 @@
-"""A real Slurm of two nodes on this machine: slurmctld and two slurmd, no accounting, no munge, on loopback only.
+"""A real Slurm of two nodes on this machine: slurmctld and two slurmd, no accounting, no munge, on
+loopback only.
 
 Needs root and the packages that `make slurm` installs (slurmctld, slurmd, slurm-client).
 """
