@@ -59,7 +59,7 @@ def _curves(world: int) -> dict[str, dict[str, Any]]:
 
 
 def _deeds() -> dict[str, dict[str, Any]]:
-    """What two ranks do besides: resume, skip, go round a spike, stop, start, and other optimizers."""
+    """What two ranks do besides: resume, skip, rewind, stop, start, and other optimizers."""
     cases = {}
     for engine, precision in product(ENGINES, TOLERANCE):
         case = {"model": "transformer", "precision": precision, "micro_batch": 3} | ENGINES[engine]

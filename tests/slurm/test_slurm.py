@@ -212,7 +212,7 @@ def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
-    """The last task has the array's own number: to requeue that would start its sibling again too."""
+    """The last task has the number of the array: requeueing that would start its sibling too."""
     short = f"digits-cnn {' '.join(RECIPE[1:])} engine.kind=ddp"
     (tmp_path / "runs.txt").write_text(
         f"{short} name=a train.steps=100000\n{short} name=b train.steps=100000\n"
