@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import traceback
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
