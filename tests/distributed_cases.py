@@ -1,4 +1,4 @@
-"""What test_exact.py launches with torchrun: many training cases in one process group, results as JSON.
+"""What test_exact.py launches with torchrun: many training cases in one process group.
 
 torchrun --nproc_per_node 2 tests/distributed_cases.py OUT.json CASES.json
 """
@@ -265,7 +265,7 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train 8 steps straight; again 4, save, build anew, load, 4 more. Final weights must be the same bits."""
+    """Train 8 steps straight; again 4, save, build anew, load, 4 more: the same final bits."""
     straight, lines = build(case)
     for _ in range(8):
         train_step(straight)
@@ -345,8 +345,10 @@ class HostReads(TorchDispatchMode):
 
 
 def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Seven steps, the second not finite, with a line of metrics every step and then every third: the same weights, and
-    the host waits for the device in the steps that log alone. (On CUDA torch itself raises where anything else would wait.)
+    """Seven steps, the second not finite, with a line of metrics every step, then every third.
+
+    The same weights; and the host waits for the device in the steps that log alone. (On CUDA torch
+    itself raises where anything else would wait.)
     """
     found, reads = [], []
     for every in (1, 3):
