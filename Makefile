@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types browser slurm soak gpu clean
+.PHONY: demo test check lint types docs reference browser slurm soak gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
@@ -32,6 +32,12 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy bigtrain
+
+docs: .venv/installed-dev  ## the documentation as a site in build/docs; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+reference: .venv/installed-dev  ## docs/recipe.md, from the recipe's schema
+	$(BIN)/python tools/recipe_reference.py
 
 gpu: .venv/installed-dev  ## the engines on CUDA; prints a table of losses and peak memory
 	$(BIN)/python -m pytest -m gpu -s
