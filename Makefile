@@ -12,7 +12,7 @@ test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed"
 	$(BIN)/python -m pytest -m timed
 
-check: lint types test browser slurm  ## what CI runs
+check: lint types docs test browser slurm  ## what CI runs
 
 browser: .venv/installed-dev  ## the page of `bigtrain compare` in a real Chromium (Debian; as root)
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
@@ -34,7 +34,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy bigtrain
 
 docs: .venv/installed-dev  ## the documentation as a site in build/docs; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 reference: .venv/installed-dev  ## docs/recipe.md, from the recipe's schema
 	$(BIN)/python tools/recipe_reference.py
