@@ -43,6 +43,9 @@ docs: .venv/installed-dev  ## the documentation as a site in build/docs; a broke
 reference: .venv/installed-dev  ## docs/recipe.md, from the recipe's schema
 	$(BIN)/python tools/recipe_reference.py
 
+golden: .venv/installed-dev  ## write down the numbers of runs that tests/test_golden.py compares with
+	$(BIN)/python tests/test_golden.py
+
 gpu: .venv/installed-dev  ## the engines on CUDA; prints a table of losses and peak memory
 	$(BIN)/python -m pytest -m gpu -s
 
