@@ -3,7 +3,7 @@
 import atexit
 import gc
 
-# To look for garbage among what is imported, and once more at the end, would cost 40 ms of a quarter of a second.
+# Looking for garbage during the imports, and again at the end, would cost 40 ms of 250.
 gc.set_threshold(100_000)
 atexit.register(gc.freeze)
 
