@@ -75,7 +75,7 @@ def recipe_path(ref: str) -> Path:
     )
 
 
-def load_recipe(ref: str, overrides: list[str] | None = None) -> LoadedRecipe:
+def load_recipe(ref: str | Path, overrides: list[str] | None = None) -> LoadedRecipe:
     """Read, override and check a recipe.
 
     `ref` is a YAML file or a shipped recipe's name; `overrides` are "key=value" with dotted keys,
@@ -85,8 +85,8 @@ def load_recipe(ref: str, overrides: list[str] | None = None) -> LoadedRecipe:
     """
     overrides = overrides or []
     named = [(f"override {text.partition('=')[0]!r}", text) for text in overrides]
-    refuse_secrets([("the recipe's path", ref), *named])
-    draft = _read(recipe_path(ref))
+    refuse_secrets([("the recipe's path", str(ref)), *named])
+    draft = _read(recipe_path(str(ref)))
     refuse_secrets((f"key {key}", f"{key} {value}") for key, value in flatten(draft.values).items())
     if _belongs_to_run(draft.path):
         _translate_old_keys(draft)
