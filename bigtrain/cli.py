@@ -207,10 +207,9 @@ def status(
     from bigtrain.runs.directory import find_run
     from bigtrain.runs.status import all_runs, show, status_or_why_not
 
-    found = [
-        status_or_why_not(each) for each in ([find_run(run, submitted=True)] if run else all_runs())
-    ]
-    _print(found, as_json, show)
+    runs = [find_run(run, submitted=True)] if run else all_runs()
+    statuses = [status_or_why_not(each) for each in runs]
+    _print([each.as_dict() for each in statuses], as_json, lambda _: show(statuses))
 
 
 @app.command()
@@ -231,17 +230,17 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: settings that differ, results, and curves."""
-    from bigtrain.runs.compare import compare as compare_runs
-    from bigtrain.runs.compare import page, show, to_csv
+    from bigtrain.runs.compare import compare_runs
+    from bigtrain.runs.compare_views import html_page, show, to_csv
 
-    compared, found = compare_runs(runs, to, price)
+    comparison = compare_runs(runs, to, price)
     if html is not None:
-        html.write_text(page(compared, found, by), encoding="utf-8")
+        html.write_text(html_page(comparison, by), encoding="utf-8")
         print(f"{html} written", file=sys.stderr)
     if csv:
-        print(to_csv(compared["results"]), end="")
+        print(to_csv(comparison.results), end="")
     else:
-        _print(compared, as_json, show)
+        _print(comparison.as_dict(), as_json, lambda _: show(comparison))
 
 
 @app.command()
