@@ -48,9 +48,11 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting in force when the run was last started: dotted key → value."""
-        entries = _read_json(self._directory.effective, "a run that has been started")
-        return {key: entry["value"] for key, entry in entries.items()}
+        """Every setting in force at the run's last start: dotted key → value.
+
+        Empty if effective.json cannot be read.
+        """
+        return self._directory.settings()
 
     @property
     def summary(self) -> dict[str, Any]:
