@@ -28,7 +28,7 @@ soak: .venv/installed-dev  ## ten minutes of random kills; the curve must be the
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch examples/*.sh .ci/run
 
 types: .venv/installed-dev
 	$(BIN)/mypy bigtrain
