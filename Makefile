@@ -29,7 +29,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch examples/*.sh .ci/run
 
 types: .venv/installed-dev
 	$(BIN)/mypy bigtrain

@@ -97,11 +97,11 @@ def main() -> None:
     same = losses("control") == losses("survivor")
     survivor = status_of(RunDir(Path("runs") / "survivor"))
     print(
-        f"{sum(faults.values())} faults {dict(faults)}, {survivor['restarts']} restarts, "
+        f"{sum(faults.values())} faults {dict(faults)}, {survivor.restarts} restarts, "
         f"{time.monotonic() - began:.0f} s in all"
     )
     print(
-        f"goodput {survivor['goodput']:.1%}; losses of {len(losses('control')):,} steps "
+        f"goodput {survivor.goodput:.1%}; losses of {len(losses('control')):,} steps "
         + ("identical" if same else "DIFFER")
     )
     print(folder)

@@ -1,4 +1,7 @@
-"""The `bigtrain` command. Each command imports what it needs inside, so that help and errors answer at once."""
+"""The commands of `bigtrain`.
+
+Each command imports what it needs inside, so that help and errors about a recipe appear at once.
+"""
 
 import gc
 import json
@@ -6,11 +9,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from bigtrain.errors import BigtrainError, RecipeError, RequestError, TrainingFailed
+from bigtrain.errors import RequestError, TrainingFailed
+
+if TYPE_CHECKING:
+    from bigtrain.cluster.sweep import SweepRun
 
 app = typer.Typer(
     help="Train large models on any number of GPUs: a recipe in, a trained model out.",
@@ -31,6 +37,7 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
+_PYTHONS_GC_THRESHOLD = 700
 
 
 @app.command()
@@ -38,18 +45,18 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="start NAME-2 instead of going on")
+        bool, typer.Option("--fresh", help="start NAME-2 instead of continuing NAME")
     ] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="go on although this key of the recipe has changed"),
+        typer.Option(metavar="KEY", help="continue although this key of the recipe has changed"),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="print errors and the result alone")
+        bool, typer.Option("--quiet", "-q", help="print only errors and the result")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train; goes on by itself if the run has a checkpoint."""
+    """Train a recipe; a run that has a checkpoint is continued from there."""
     from bigtrain.config.loader import load_recipe
     from bigtrain.training.signals import listen
 
@@ -58,57 +65,71 @@ def train(
     from bigtrain.tracking.terminal import console
     from bigtrain.training.run import run_recipe
 
-    gc.set_threshold(700)  # Python's own again: a cycle may hold a device's memory (__main__.py)
+    # __main__.py has raised it for the imports; a reference cycle may hold a device's memory.
+    gc.set_threshold(_PYTHONS_GC_THRESHOLD)
     summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
-    if os.environ.get("RANK", "0") == "0":
-        _print(summary, as_json, _finished)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_summary(summary)
 
 
-def _finished(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
+    name = summary["name"]
     skipped = summary["step"] - summary["applied"]
     note = f", {skipped:,} of them SKIPPED (not finite)" if skipped else ""
-    print(
-        f"finished {summary['name']}: {summary['step']:,} steps{note}, {summary['samples']:,} samples"
-    )
-    for name, value in summary.items():
+    print(f"finished {name}: {summary['step']:,} steps{note}, {summary['samples']:,} samples")
+    for key, value in summary.items():
         if isinstance(value, float):
-            print(f"  held-out {name.replace('_', ' ')}: {value:.4f}")
-    if baselines := summary["baselines"]:
+            print(f"  held-out {key.replace('_', ' ')}: {value:.4f}")
+    baselines = summary["baselines"]
+    if baselines:
+        unigram = baselines["unigram_bits_per_byte"]
+        gzip = baselines["gzip_bits_per_byte"]
         print(
-            f"  for comparison, on the same text: bytes by frequency (unigram) {baselines['unigram_bits_per_byte']:.2f},"
-            f" gzip -9 {baselines['gzip_bits_per_byte']:.2f} bits per byte"
+            "  for comparison, on the same text: bytes by frequency (unigram)"
+            f" {unigram:.2f}, gzip -9 {gzip:.2f} bits per byte"
         )
-    print(f"  everything is in runs/{summary['name']}; the model in runs/{summary['name']}/export")
+    print(f"  everything is in runs/{name}; the model in runs/{name}/export")
 
 
 @app.command()
 def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Evaluate a finished run's model again, on its held-out data or on other data."""
-    found = _find(run, finished=True)
+    from bigtrain.api import find_finished_run
+
+    directory = find_finished_run(run)
     from bigtrain.inference.evaluate import evaluate_run
 
-    _print(evaluate_run(found, overrides or []), as_json, _table)
+    results = evaluate_run(directory, overrides or [])
+    if as_json:
+        _print_json(results)
+    else:
+        _print_table(results)
 
 
 @app.command()
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(help="the text to go on from")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to write, at most")] = 200,
+    prompt: Annotated[str, typer.Argument(help="the text to continue")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="how many tokens to write at most")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
     seed: Annotated[int, typer.Option(help="decides the sample")] = 0,
     as_json: Json = False,
 ) -> None:
     """Let a finished language model (or sequence-to-sequence model) write."""
-    found = _find(run, finished=True)
+    from bigtrain.api import find_finished_run
+
+    directory = find_finished_run(run)
     from bigtrain.inference.generate import generate_text
 
-    text = generate_text(found, prompt, tokens, temperature, seed)
-    _print(
-        {"prompt": prompt, "text": text},
-        as_json,
-        lambda result: print(result["prompt"] + result["text"]),
-    )
+    text = generate_text(directory, prompt, tokens, temperature, seed)
+    if as_json:
+        _print_json({"prompt": prompt, "text": text})
+    else:
+        print(prompt + text)
 
 
 @app.command()
@@ -118,24 +139,32 @@ def export(
     """Copy a finished run's model (Hugging Face format) to OUT."""
     import shutil
 
-    found = _find(run, finished=True)
+    from bigtrain.api import find_finished_run
+
+    directory = find_finished_run(run)
     if out.exists():
         raise RequestError(f"{out} exists already", "a folder that does not exist yet")
-    shutil.copytree(found.export, out)
+    shutil.copytree(directory.export, out)
     print(out)
 
 
 @app.command()
 def verify(run: RunArgument, as_json: Json = False) -> None:
-    """Check every file of every checkpoint of a run against its hash; exit 1 if any is broken."""
+    """Check every file of every checkpoint against its hash; exit 1 if any is broken."""
     from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
+    from bigtrain.runs.directory import find_run
 
-    result = {path.name: verify_checkpoint(path) for path in committed_checkpoints(_find(run))}
-    shown = (
-        "\n".join(f"{name} {'; '.join(problems) or 'ok'}" for name, problems in result.items())
-        or "no checkpoints"
-    )
-    _print(result, as_json, lambda _: print(shown), not any(result.values()))
+    checkpoints = committed_checkpoints(find_run(run))
+    problems = {path.name: verify_checkpoint(path) for path in checkpoints}
+    if as_json:
+        _print_json(problems)
+    elif not problems:
+        print("no checkpoints")
+    else:
+        for name, found in problems.items():
+            print(name, "; ".join(found) or "ok")
+    if any(problems.values()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -163,15 +192,18 @@ def prove(
         ranks = torch.cuda.device_count() or 2
     from bigtrain.testing.resume_proof import prove as make_proof
 
-    result = make_proof(loaded, recipe, overrides or [], ranks, steps, launcher)
-    _print(result, as_json, _proof, result["verdict"] == "PASS")
-
-
-def _proof(result: dict[str, Any]) -> None:
-    print(f"against {result['steps']} steps straight through on {result['ranks']} ranks:")
-    for row in result["rows"]:
-        print("\n".join(f"  {key:<15} {value}" for key, value in row.items()), end="\n\n")
-    print(result["verdict"])
+    proof = make_proof(loaded, recipe, overrides or [], ranks, steps, launcher)
+    if as_json:
+        _print_json(proof)
+    else:
+        print(f"against {proof['steps']} steps straight through on {proof['ranks']} ranks:")
+        for row in proof["rows"]:
+            for key, value in row.items():
+                print(f"  {key:<15} {value}")
+            print()
+        print(proof["verdict"])
+    if proof["verdict"] != "PASS":
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -188,11 +220,18 @@ def submit(
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        result, told = {"script": render_script(loaded.recipe, recipe, overrides or [])}, "{script}"
+        script = render_script(loaded.recipe, recipe, overrides or [])
+        if as_json:
+            _print_json({"script": script})
+        else:
+            print(script, end="")
+        return
+    job = submit_job(loaded, recipe, overrides or [])
+    if as_json:
+        _print_json(job)
     else:
-        result = submit_job(loaded, recipe, overrides or [])
-        told = "job {job} is to train {run}; its script is {script}\n  bigtrain status shows how it goes\n"
-    _print(result, as_json, lambda result: print(told.format(**result), end=""))
+        print(f"job {job['job']} is to train {job['run']}; its script is {job['script']}")
+        print("  bigtrain status shows its state")
 
 
 @app.command()
@@ -206,10 +245,12 @@ def status(
     from bigtrain.runs.directory import find_run
     from bigtrain.runs.status import all_runs, show, status_or_why_not
 
-    found = [
-        status_or_why_not(each) for each in ([find_run(run, submitted=True)] if run else all_runs())
-    ]
-    _print(found, as_json, show)
+    runs = [find_run(run, submitted=True)] if run else all_runs()
+    statuses = [status_or_why_not(each) for each in runs]
+    if as_json:
+        _print_json([each.as_dict() for each in statuses])
+    else:
+        show(statuses)
 
 
 @app.command()
@@ -219,7 +260,7 @@ def compare(
     ],
     by: Annotated[
         Literal["steps", "samples", "tokens", "hours"],
-        typer.Option(help="what the page's curves run over"),
+        typer.Option(help="what the page's curves are drawn over"),
     ] = "steps",
     html: Annotated[Path | None, typer.Option(help="write one self-contained page there")] = None,
     to: Annotated[
@@ -230,17 +271,19 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: settings that differ, results, and curves."""
-    from bigtrain.runs.compare import compare as compare_runs
-    from bigtrain.runs.compare import page, show, to_csv
+    from bigtrain.runs.compare import compare_runs
+    from bigtrain.runs.compare_views import html_page, show, to_csv
 
-    compared, found = compare_runs(runs, to, price)
+    comparison = compare_runs(runs, to, price)
     if html is not None:
-        html.write_text(page(compared, found, by), encoding="utf-8")
+        html.write_text(html_page(comparison, by), encoding="utf-8")
         print(f"{html} written", file=sys.stderr)
     if csv:
-        print(to_csv(compared["results"]), end="")
+        print(to_csv(comparison.results), end="")
+    elif as_json:
+        _print_json(comparison.as_dict())
     else:
-        _print(compared, as_json, show)
+        show(comparison)
 
 
 @app.command()
@@ -250,7 +293,8 @@ def sweep(
         list[str], typer.Argument(metavar="KEY=VALUES...", help="e.g. optim.lr=1e-4,3e-4 seed=0..4")
     ],
     draw: Annotated[
-        int | None, typer.Option("--random", min=1, help="draw so many combinations instead of all")
+        int | None,
+        typer.Option("--random", min=1, help="draw this many combinations instead of all"),
     ] = None,
     launcher: Annotated[str, typer.Option(help="what starts each run here")] = sys.executable,
     slurm: Annotated[bool, typer.Option("--slurm", help="submit them as one Slurm array")] = False,
@@ -260,72 +304,95 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs instead")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train many variants of a recipe, here one after another, and compare them; or let Slurm or W&B do it."""
-    from bigtrain.cluster.slurm import submit as submit_job
-    from bigtrain.cluster.sweep import base, expand, parse, run_locally, wandb_file
+    """Train many variants of a recipe: here one after another, or by Slurm or W&B."""
+    from bigtrain.cluster.slurm import submit_sweep
+    from bigtrain.cluster.sweep import base, expand, parse, wandb_file
 
     axes = parse(settings, draw)
     runs = expand(recipe, axes, draw)
     if wandb:
         print(wandb_file(recipe, axes, draw), end="")
     elif dry_run:
-        _print(
-            [[recipe, *run] for run in runs.values()],
-            as_json,
-            lambda found: print("\n".join(map(shlex.join, found))),
-        )
+        commands = [[recipe, *run.overrides] for run in runs]
+        if as_json:
+            _print_json(commands)
+        else:
+            print("\n".join(shlex.join(command) for command in commands))
     elif slurm:
-        told = f"job {{job}} is to train {len(runs)} runs; its script is {{script}}\n  bigtrain status shows them all"
-        _print(
-            submit_job(base(recipe, axes), recipe, [], runs),
-            as_json,
-            lambda result: print(told.format(**result)),
-        )
+        job = submit_sweep(base(recipe, axes), recipe, runs)
+        if as_json:
+            _print_json(job)
+        else:
+            print(f"job {job['job']} is to train {len(runs)} runs; its script is {job['script']}")
+            print("  bigtrain status shows them all")
     else:
-        failed = run_locally(recipe, runs, launcher)
-        if len(failed) < len(runs):
-            compare(list(runs), "steps", None, None, 0.0, False, as_json)
-        if failed:
-            raise TrainingFailed(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+        _train_and_compare(recipe, runs, launcher, as_json)
+
+
+def _train_and_compare(recipe: str, runs: "list[SweepRun]", launcher: str, as_json: bool) -> None:
+    """Train the runs of a sweep here. Raises TrainingFailed after the comparison if any failed."""
+    from bigtrain.cluster.sweep import run_locally
+    from bigtrain.runs.compare import compare_runs
+    from bigtrain.runs.compare_views import show
+
+    failed = run_locally(recipe, runs, launcher)
+    if len(failed) < len(runs):
+        comparison = compare_runs([run.name for run in runs])
+        if as_json:
+            _print_json(comparison.as_dict())
+        else:
+            show(comparison)
+    if failed:
+        raise TrainingFailed(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
 
 @app.command()
 def sync(run: RunArgument) -> None:
     """Upload to W&B what a run logged offline."""
+    from bigtrain.runs.directory import find_run
     from bigtrain.tracking.wandb_sync import sync as upload
 
-    print(upload(_find(run)))
+    print(upload(find_run(run)))
 
 
 @app.command()
 def doctor(
     slurm: Annotated[
-        bool, typer.Option("--slurm", help="on every task of the allocation that this is called in")
+        bool, typer.Option("--slurm", help="on every task of the allocation around this shell")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine, or a whole allocation, before hours are spent; exit 1 if anything is wrong."""
+    """Check this machine or an allocation before hours are spent; exit 1 if anything is wrong."""
     if slurm:
-        if "SLURM_JOB_ID" not in os.environ:
-            raise RequestError(
-                "there is no Slurm allocation here",
-                "inside salloc or sbatch",
-                "salloc --nodes=2 bash",
-            )
-        os.execvp(
-            "srun", ["srun", sys.executable, "-m", "bigtrain", "doctor", *["--json"] * as_json]
-        )
+        _become_doctor_on_every_task(as_json)
     from bigtrain.training.doctor import examine
 
-    if rows := examine():
-        _print(rows, as_json, _diagnosis, all(row["ok"] for row in rows))
+    rows = examine()
+    if not rows:
+        return  # not rank 0, which reports for all
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            print(f"{'ok   ' if row['ok'] else 'WRONG'}  {row['check']:<16}  {row['found']}")
+            if not row["ok"]:
+                print(f"       try: {row['advice']}")
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
 
 
-def _diagnosis(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        print(f"{'ok   ' if row['ok'] else 'WRONG'}  {row['check']:<16}  {row['found']}")
-        if not row["ok"]:
-            print(f"       try: {row['advice']}")
+def _become_doctor_on_every_task(as_json: bool) -> NoReturn:
+    """Replace this process by srun. Raises RequestError outside of an allocation."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise RequestError(
+            "there is no Slurm allocation here",
+            "inside salloc or sbatch",
+            "salloc --nodes=2 bash",
+        )
+    command = ["srun", sys.executable, "-m", "bigtrain", "doctor"]
+    if as_json:
+        command.append("--json")
+    os.execvp("srun", command)
 
 
 @app.command()
@@ -333,11 +400,13 @@ def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
     from bigtrain.config.loader import shipped_recipes
 
-    result = {
-        name: path.read_text().splitlines()[0].lstrip("# ")
-        for name, path in shipped_recipes().items()
-    }
-    _print(result, as_json, _table)
+    titles = {}
+    for name, path in shipped_recipes().items():
+        titles[name] = path.read_text().splitlines()[0].lstrip("# ")
+    if as_json:
+        _print_json(titles)
+    else:
+        _print_table(titles)
 
 
 @app.command()
@@ -356,9 +425,8 @@ def init(
     target = Path(f"{name}.yaml")
     if target.exists():
         raise RequestError(f"{target} exists already", "a new name")
-    target.write_text(
-        re.sub(r"(?m)^name: .*$", f"name: {name}", recipe_path(like).read_text(), count=1)
-    )
+    text = recipe_path(like).read_text()
+    target.write_text(re.sub(r"(?m)^name: .*$", f"name: {name}", text, count=1))
     print(f"{target} written; edit it, then: bigtrain train {target}")
 
 
@@ -370,80 +438,14 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _find(run: str, finished: bool = False) -> Any:
-    """The run's directory. Raises RequestError where there is none, or it should have finished and has not."""
-    from bigtrain.runs.directory import find_run
+def _print_json(result: Any) -> None:
+    from bigtrain.runs.directory import to_json
 
-    found = find_run(run)
-    if finished and not (found.export / "bigtrain.json").is_file():
-        fix = f"bigtrain train {found.recipe}"
-        raise RequestError(
-            f"{found.path} has no export: the run has not finished", "a finished run", fix
-        )
-    return found
+    print(to_json(result))
 
 
-def _print(result: Any, as_json: bool, show: Any, good: bool = True) -> None:
-    """Print a command's result; and end with 1 where it is not good."""
-    if as_json:
-        from bigtrain.runs.directory import to_json
-
-        print(to_json(result))
-    else:
-        show(result)
-    if not good:
-        raise typer.Exit(1)
-
-
-def _table(result: dict[str, Any]) -> None:
-    width = max(map(len, result), default=0)
-    for name, value in result.items():
-        print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
-
-
-def _leave(code: int) -> NoReturn:
-    """End; and tell slurm/train.sbatch of a code that must not be requeued: srun only knows the highest of all ranks."""
-    from bigtrain.training.verdict import write_verdict
-
-    if code in (2, 3):
-        write_verdict(f"{code}")
-    sys.exit(code)
-
-
-def main() -> None:
-    """Run the command line; every error of a user ends with a message and its exit code."""
-    os.environ.setdefault(
-        "PYDANTIC_DISABLE_PLUGINS", "__all__"
-    )  # looking for them would cost a tenth of the start
-    try:
-        app(standalone_mode=True)
-    except BigtrainError as problem:
-        from bigtrain.config.secrets import redact
-
-        # Every rank finds the same fault in a recipe, and every rank of a machine the same in its files.
-        rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
-        if rank == "0" or (first and not isinstance(problem, RecipeError)):
-            print(
-                redact(
-                    f"bigtrain: {problem}" if rank == "0" else f"bigtrain (rank {rank}): {problem}"
-                ),
-                file=sys.stderr,
-            )
-        _leave(problem.exit_code)
-    except (PermissionError, FileExistsError, NotADirectoryError) as problem:
-        print(
-            f"bigtrain: {problem.filename} cannot be written: {problem.strerror}", file=sys.stderr
-        )
-        _leave(2)
-    except Exception as problem:
-        if "torch" not in sys.modules:
-            raise
-        import traceback
-
-        from bigtrain.config.secrets import redact
-        from bigtrain.training.endings import exit_code_of
-
-        print(redact(traceback.format_exc()), file=sys.stderr)
-        sys.exit(
-            exit_code_of(problem)
-        )  # no verdict: it may be another rank's death in words that nobody knew
+def _print_table(rows: dict[str, Any]) -> None:
+    width = max((len(name) for name in rows), default=0)
+    for name, value in rows.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else f"{value}"
+        print(f"{name:<{width}}  {shown}")

@@ -1,10 +1,10 @@
-"""What can go wrong, as the person on call reads it, and the exit code each kind ends with.
+"""What can go wrong, as the person on call reads it, and the exit code that each kind ends with.
 
-The codes are a contract with launchers and Slurm scripts (README, "Exit codes"): 2 must never be requeued,
-75 and 76 should be.
+Launchers and Slurm scripts rely on the codes (README, "Exit codes"): a job that ended with 2 or 3
+must never be requeued, one that ended with 75 or 76 should be.
 """
 
-LOST_PEERS = 76  # a rank died or fell silent; its peers leave with this
+LOST_PEERS = 76  # a rank died or stopped answering; the other ranks end with this code
 
 
 class BigtrainError(Exception):
@@ -13,10 +13,14 @@ class BigtrainError(Exception):
     exit_code = 3
 
     def __init__(self, found: str, expected: str = "", fix: str = "") -> None:
-        """Build the message: what was `found`, what was `expected`, and what to type (`fix`)."""
+        """The message says what was `found`, what was `expected`, and what to type (`fix`)."""
         self.found = found
-        lines = {"\n  expected: ": expected, "\n  try:      ": fix}
-        super().__init__(found + "".join(opening + text for opening, text in lines.items() if text))
+        lines = [found]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if fix:
+            lines.append(f"  try:      {fix}")
+        super().__init__("\n".join(lines))
 
 
 class RequestError(BigtrainError):
@@ -26,7 +30,7 @@ class RequestError(BigtrainError):
 
 
 class RecipeError(RequestError):
-    """The recipe or an override is wrong. Every rank finds the same, so only rank 0 prints it."""
+    """The recipe or an override is wrong. Every rank sees the same, so only rank 0 prints it."""
 
 
 class BadSampleError(RequestError):
@@ -38,6 +42,6 @@ class TrainingFailed(BigtrainError):
 
 
 class StoppedEarly(BigtrainError):
-    """Stopped on request with a committed checkpoint; the same command goes on."""
+    """Stopped on request, with a committed checkpoint; the same command continues the run."""
 
     exit_code = 75

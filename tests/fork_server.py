@@ -66,7 +66,7 @@ def _note(path: Path, number: int) -> None:
 def _become(asked: dict[str, Any]) -> None:
     from wandb.sdk.data_types import _private
 
-    from bigtrain.cli import main
+    from bigtrain.__main__ import main
 
     folder = Path(asked["files"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

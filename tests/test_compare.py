@@ -17,7 +17,8 @@ import torch
 from conftest import bigtrain, quickest
 
 from bigtrain.engine.flops import PEAKS, flop_counter
-from bigtrain.runs.compare import BY, _thin, curves, read, seed_groups
+from bigtrain.runs.compare import read_run
+from bigtrain.runs.curves import AXES, all_curves, seed_groups, thin_out
 from bigtrain.runs.directory import RunDir, asset
 from bigtrain.runs.metrics_file import read_columns, read_metrics
 from bigtrain.runs.status import goodput
@@ -105,24 +106,24 @@ def test_json_and_csv_say_the_same(six: Path) -> None:
 
 
 def test_seeds_of_one_recipe_are_one_group_with_an_interval(six: Path) -> None:
-    runs = [read(RunDir(path)) for path in sorted((six / "runs").iterdir())]
+    runs = [read_run(RunDir(path)) for path in sorted((six / "runs").iterdir())]
     assert seed_groups(runs) == ["fast-0"] * 3 + ["slow-0"] * 3
-    folded = [curve for curve in curves(runs) if "fold" in curve]
-    mean, low, high = (folded[0]["metrics"]["loss"][key] for key in ("mean", "low", "high"))
-    members = np.stack([run["lines"]["loss"] for run in runs[:3]])
-    assert np.allclose(mean, members.mean(0))
-    assert np.allclose(high - low, 2 * 4.30 * members.std(0, ddof=1) / math.sqrt(3), rtol=1e-2)
+    averaged = [curve_set for curve_set in all_curves(runs) if curve_set.averaged]
+    loss = averaged[0].metrics["loss"]
+    members = np.stack([run.lines["loss"] for run in runs[:3]])
+    assert np.allclose(loss.mean, members.mean(0))
+    assert np.allclose(loss.high - loss.low, 2 * 4.30 * members.std(0, ddof=1) / math.sqrt(3), rtol=1e-2)
 
 
 def test_downsampling_keeps_least_mean_and_greatest() -> None:
     values = np.random.default_rng(0).normal(size=10_000)
     values[1234], values[77] = 50.0, np.nan
-    against = {column: np.arange(10_000) for column in BY.values()}
-    thin = _thin(against, values)
-    assert len(thin["mean"]) <= 800
-    assert thin["high"].max() == 50.0
-    assert thin["low"].min() == np.nanmin(values)
-    assert np.average(thin["mean"], weights=np.full(800, 12.5)) == pytest.approx(
+    lines = {column: np.arange(10_000) for column in AXES.values()}
+    curve = thin_out(lines, values)
+    assert len(curve.mean) <= 800
+    assert curve.high.max() == 50.0
+    assert curve.low.min() == np.nanmin(values)
+    assert np.average(curve.mean, weights=np.full(800, 12.5)) == pytest.approx(
         np.nanmean(values), abs=0.01
     )
 

@@ -14,8 +14,10 @@ from transformers import LlamaConfig
 
 from bigtrain.config.loader import flatten, load_recipe, shipped_recipes, to_yaml
 from bigtrain.config.recipe import Recipe, TokenizerConfig
+from bigtrain.config.renamed_keys import RENAMED_KEYS
+from bigtrain.config.resume_policy import diff_recipes
 from bigtrain.data.examples import PreparedData
-from bigtrain.errors import RecipeError
+from bigtrain.errors import RecipeError, RequestError
 from bigtrain.models.build import build_model
 
 BROKEN = """\
@@ -68,9 +70,12 @@ def test_every_error_is_reported_at_once_with_file_and_line(tmp_path: Path) -> N
         ("seed.x=1", "seed is 0"),
         (
             "data.tokenizer.vocab_siz=9",
-            "unknown key data.tokenizer.vocab_siz; did you mean data.tokenizer.vocab_size?",
+            "1 error\n  override data.tokenizer.vocab_siz=9:"
+            " unknown key data.tokenizer.vocab_siz; did you mean data.tokenizer.vocab_size?",
         ),
         ("engine.micro_batch=none", "expected an integer or 'auto'"),
+        ("engine.micro_batch={int: 1}", "engine.micro_batch: found {'int': 1} (a mapping)"),
+        ("data.tokenizer=5", "expected 'auto' or 'bytes' or a mapping or a string"),
         ("optim.nesterov=true", "nesterov needs"),
         ("optim.lr=[", "not valid YAML"),
     ],
@@ -79,6 +84,51 @@ def test_a_wrong_override_names_the_right_one(override: str, expected: str) -> N
     with pytest.raises(RecipeError, match="error") as caught:
         load_recipe("tiny-lm", ["seed=0", override])
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_renamed_key_is_answered_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    section, _, name = old.partition(".")
+    text = to_yaml(load_recipe("diabetes").recipe).replace(
+        f"{section}:\n", f"{section}:\n  {name}: 1\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    line = text.splitlines().index(f"  {name}: 1") + 1
+    message = f"unknown key {old}; it is called {new} now"
+    for place, load in (
+        (f"{tmp_path}/recipe.yaml:{line}", lambda: load_recipe(tmp_path / "recipe.yaml")),
+        (f"override {old}=1", lambda: load_recipe("diabetes", [f"{old}=1"])),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load()
+        assert f"{place}: {message}" in str(caught.value)
+    recipe = load_recipe("diabetes").recipe
+    with pytest.raises(RequestError, match=f"--allow-change {old}: no such key") as refused:
+        diff_recipes(recipe, recipe, [old])
+    assert f"--allow-change {new}" in str(refused.value)
+
+
+def test_the_recipe_of_a_run_made_before_a_renaming_loads(tmp_path: Path) -> None:
+    """Known by effective.json beside it. An override is the user's: it must have the new name."""
+    recipe = load_recipe(
+        "diabetes",
+        ["data.max_unreadable=3", "train.keep_last=4", "optim.alpha=0.5", "track.extra=[trackio]"],
+    ).recipe
+    text = to_yaml(recipe)
+    for old, new in RENAMED_KEYS.items():
+        text = text.replace(f"  {new.partition('.')[2]}:", f"  {old.partition('.')[2]}:")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="5 errors"):
+        load_recipe(path)
+    (tmp_path / "effective.json").write_text("{}")
+    loaded = load_recipe(path)
+    assert loaded.recipe == recipe
+    line = text.splitlines().index("  keep: 4") + 1
+    assert loaded.origins["train.keep_last"] == f"recipe {path}:{line}"
+    assert load_recipe(path, ["train.keep_last=9"]).recipe.train.keep_last == 9
+    with pytest.raises(RecipeError, match=r"train\.keep; it is called train\.keep_last now"):
+        load_recipe(path, ["train.keep=9"])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ SHORT = ["train.steps=8", "train.eval_every=8", "track.wandb=off"]
 
 def test_a_grid_is_every_combination_with_a_name_of_its_own() -> None:
     runs = expand("digits-mlp", parse(["optim.lr=1e-4,3e-4", "seed=0..2", "train.steps=5"], None))
-    assert len(runs) == 6
-    assert runs["digits-mlp-lr0.0001-seed0"] == [
+    assert len({run.name for run in runs}) == 6
+    assert runs[0].name == "digits-mlp-lr0.0001-seed0"
+    assert runs[0].overrides == [
         "name=digits-mlp-lr0.0001-seed0",
         'track.group="digits-mlp"',
         "optim.lr=0.0001",
@@ -31,9 +32,9 @@ def test_a_grid_is_every_combination_with_a_name_of_its_own() -> None:
 
 def test_a_draw_is_within_its_ranges_and_the_same_each_time() -> None:
     axes = parse(["optim.lr=1e-5..1e-3", "optim.betas=[0.9,0.95],[0.9,0.99]"], 60)
-    found = expand("digits-mlp", axes, 60)
-    assert found == expand("digits-mlp", axes, 60), "the same ones each time"
-    runs = list(found.values())
+    drawn = expand("digits-mlp", axes, 60)
+    assert drawn == expand("digits-mlp", axes, 60), "the same ones each time"
+    runs = [run.overrides for run in drawn]
     rates = [float(run[2].partition("=")[2]) for run in runs]
     assert all(1e-5 <= rate <= 1e-3 for rate in rates)
     assert sum(rate < 1e-4 for rate in rates) in range(15, 46), "evenly in the logarithm"
@@ -115,8 +116,8 @@ def test_the_file_for_wandbs_agents_holds_the_same_runs(tmp_path: Path) -> None:
 def test_odd_values_reach_the_runs_as_they_are() -> None:
     first, _ = expand(
         "digits-mlp", parse(["track.notes='2024-01-01 🚀'", "track.group='7'", "seed=0..1"], None)
-    ).values()
-    recipe = load_recipe("digits-mlp", first).recipe
+    )
+    recipe = load_recipe("digits-mlp", first.overrides).recipe
     assert (recipe.track.notes, recipe.track.group) == ("2024-01-01 🚀", "7")
     assert parse(["track.notes=1.2.3..4,x"], None) == {"track.notes": ["1.2.3..4", "x"]}
 

@@ -1,6 +1,7 @@
-"""From a recipe's name or path and dotted overrides to a frozen Recipe, knowing where each value came from.
+"""From a recipe's name or path and overrides to a frozen Recipe, with the origin of each value.
 
-YAML 1.2 by ruamel: `1e-4` is a number and `no` is a string. Everything wrong with a recipe is reported at once.
+YAML 1.2 by ruamel: `1e-4` is a number and `no` is a string. All that is wrong with a recipe is
+reported at once.
 """
 
 import difflib
@@ -8,36 +9,49 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.recipe_errors import describe_value, explain
+from bigtrain.config.renamed_keys import RENAMED_KEYS
 from bigtrain.config.secrets import refuse_secrets
 from bigtrain.errors import RecipeError
 
-Where = dict[str, str]  # dotted key → "file:line" or "override …"
-# What others call things, so that a newcomer's first guess finds ours.
-_ELSEWHERE = """
-    learning_rate optim.lr, optimizer optim.name, lr_scheduler_type optim.schedule, max_grad_norm optim.clip_norm,
-    gradient_clipping optim.clip_norm, batch_size engine.global_batch, train_batch_size engine.global_batch,
-    gradient_accumulation_steps engine.micro_batch, zero_stage engine.kind, mixed_precision engine.precision,
-    gradient_checkpointing engine.activation_checkpointing, max_steps train.steps, epochs train.steps,
-    save_steps train.checkpoint_every, eval_steps train.eval_every, max_length data.seq_len"""
-SYNONYMS = {pair.split()[0]: pair.split()[1] for pair in _ELSEWHERE.split(",")}
 RECIPES = Path(__file__).parent.parent / "recipes"
+# Keys that hold either text or a section: an override of a key inside replaces the text.
+_TEXT_OR_SECTION = ("data.tokenizer",)
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and, for every leaf of it, who set it."""
+    """A recipe and who set each of its values."""
 
     recipe: Recipe
+    # Dotted key → "recipe FILE:LINE", "override KEY=VALUE" or "default".
     origins: dict[str, str]
+
+
+@dataclass
+class _Draft:
+    """A recipe before it is checked."""
+
+    path: Path
+    values: dict[str, Any]
+    places: dict[str, str]  # dotted key → "file:line" or "override key=value"
+    problems: list[str]
+
+
+class _KeyLine(NamedTuple):
+    """A key of a YAML file, dotted, and its line."""
+
+    key: str
+    line: int
+    first_line: int | None  # of the same key, if this is a duplicate
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -46,59 +60,49 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_path(ref: str) -> Path:
-    """The file that `ref` (a path or a shipped recipe's name) stands for."""
+    """The file of `ref`, a path or a shipped recipe's name. Raises RecipeError if there is none."""
     path = Path(ref)
     if path.is_file():
         return path
-    if ref in shipped_recipes():
-        return shipped_recipes()[ref]
-    near = difflib.get_close_matches(ref, shipped_recipes(), n=1)
+    shipped = shipped_recipes()
+    if ref in shipped:
+        return shipped[ref]
+    near = difflib.get_close_matches(ref, shipped, n=1)
     raise RecipeError(
         f"no recipe {ref!r}: neither a file nor a shipped recipe",
-        f"a YAML file, or one of: {', '.join(shipped_recipes())}",
+        f"a YAML file, or one of: {', '.join(shipped)}",
         f"bigtrain train {near[0]}" if near else "bigtrain recipes",
     )
 
 
-def load_recipe(ref: str, overrides: list[str] | None = None) -> LoadedRecipe:
+def load_recipe(ref: str | Path, overrides: list[str] | None = None) -> LoadedRecipe:
     """Read, override and check a recipe.
 
-    Raises RecipeError naming every unknown key, wrong type and duplicate, each with its file:line.
+    `ref` is a YAML file or a shipped recipe's name; `overrides` are "key=value" with dotted keys,
+    typed as YAML types them. Old keys in a run's own recipe.yaml are translated.
+
+    Raises RecipeError that names every unknown key, wrong type and duplicate with its file:line.
     """
-    refuse_secrets(
-        [
-            ("the recipe's path", ref),
-            *((f"override {each.partition('=')[0]!r}", each) for each in overrides or []),
-        ]
-    )
-    path = recipe_path(ref)
-    raw, where, errors = _read(path)
-    refuse_secrets((f"key {key}", f"{key} {value}") for key, value in flatten(raw).items())
-    for text in overrides or []:
-        errors += _override(raw, where, text)
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as problem:
-        errors += list(_explain(problem, raw, where, path))
-    if errors:
-        many = f"{len(errors)} error{'s' * (len(errors) > 1)}"
-        raise RecipeError("\n  ".join([f"{path}: {many}", *errors]))
-    said = {key: at if at.startswith("override ") else f"recipe {at}" for key, at in where.items()}
-    return LoadedRecipe(
-        recipe, {key: said.get(key, "default") for key in flatten(recipe.model_dump())}
-    )
+    overrides = overrides or []
+    named = [(f"override {text.partition('=')[0]!r}", text) for text in overrides]
+    refuse_secrets([("the recipe's path", str(ref)), *named])
+    draft = _read(recipe_path(str(ref)))
+    refuse_secrets((f"key {key}", f"{key} {value}") for key, value in flatten(draft.values).items())
+    if _belongs_to_run(draft.path):
+        _translate_old_keys(draft)
+    for text in overrides:
+        _apply_override(draft, text)
+    return _check(draft)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys; an empty dictionary is a leaf."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    above = f"{prefix}." if prefix else ""
-    return {
-        leaf: each
-        for key, inner in value.items()
-        for leaf, each in flatten(inner, f"{above}{key}").items()
-    }
+    leaves: dict[str, Any] = {}
+    for key, inner in value.items():
+        leaves |= flatten(inner, f"{prefix}.{key}" if prefix else f"{key}")
+    return leaves
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -116,194 +120,123 @@ def dump(value: Any) -> str:
     return stream.getvalue()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Where, list[str]]:
-    """The file's mapping, the line of each dotted key, and what is wrong with its form."""
+def _read(path: Path) -> _Draft:
+    """The file's values, the line of each key, and what is wrong with its form."""
     try:
-        text = path.read_text(encoding="utf-8")
         yaml = YAML(typ="safe", pure=True)
-        yaml.allow_duplicate_keys = True  # _walk reports them, all of them and with both lines
-        node = yaml.compose(text)
-        keys = list(_walk(node))  # before the mapping is made, which empties the nodes
-        raw = yaml.constructor.construct_document(node) if node is not None else None
+        yaml.allow_duplicate_keys = True  # they are reported below, all of them with both lines
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+        keys = list(_walk(node))  # first, because making the mapping empties the nodes
+        values = yaml.constructor.construct_document(node) if node is not None else None
     except UnicodeDecodeError as problem:
-        raise RecipeError(
-            f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})", "a YAML file"
-        ) from None
+        reason = f"{problem.reason} at byte {problem.start}"
+        raise RecipeError(f"{path}: not UTF-8 text ({reason})", "a YAML file") from None
     except OSError as problem:
         raise RecipeError(f"{path}: cannot be read ({problem.strerror})", "a YAML file") from None
     except MarkedYAMLError as problem:
         line = problem.problem_mark.line + 1 if problem.problem_mark else 1
-        raise RecipeError(
-            f"{path}:{line}: not valid YAML: {problem.problem or problem.context}"
-        ) from None
+        reason = problem.problem or problem.context
+        raise RecipeError(f"{path}:{line}: not valid YAML: {reason}") from None
     except (YAMLError, ValueError, RecursionError) as problem:
         raise RecipeError(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
-    if not isinstance(raw, dict):
+    if not isinstance(values, dict):
         raise RecipeError(
-            f"{path}: found {_kind(raw)}",
+            f"{path}: found {describe_value(values)}",
             "a mapping with name, task, model, data, …",
             "bigtrain init NAME",
         )
-    where = {
-        key: f"{path}:{line}" for key, line, _ in reversed(keys)
-    }  # the first place of a key that is there twice
-    twice = [(key, line, first) for key, line, first in keys if first is not None]
-    return (
-        raw,
-        where,
-        [
-            f"{path}:{line}: duplicate key {key} (first on line {first})"
-            for key, line, first in twice
-        ],
-    )
+    draft = _Draft(path, values, places={}, problems=[])
+    for key, line, first_line in keys:
+        draft.places.setdefault(key, f"{path}:{line}")
+        if first_line is not None:
+            draft.problems.append(
+                f"{path}:{line}: duplicate key {key} (first on line {first_line})"
+            )
+    return draft
 
 
-def _walk(node: Node, prefix: str = "") -> Iterator[tuple[str, int, int | None]]:
-    """Each key below `node` as (dotted key, line, line of an earlier duplicate)."""
+def _walk(node: Node, prefix: str = "") -> Iterator[_KeyLine]:
+    """Every key below `node`, in the order of the file."""
     if isinstance(node, SequenceNode):
         for item in node.value:
             yield from _walk(item, prefix + "[]")
     if not isinstance(node, MappingNode):
         return
-    seen: dict[str, int] = {}
+    first_lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         name = str(key_node.value) if isinstance(key_node, ScalarNode) else "?"
-        key, line = (f"{prefix}.{name}" if prefix else name), key_node.start_mark.line + 1
-        yield key, line, seen.get(name)
-        seen.setdefault(name, line)
+        key = f"{prefix}.{name}" if prefix else name
+        line = key_node.start_mark.line + 1
+        yield _KeyLine(key, line, first_lines.get(name))
+        first_lines.setdefault(name, line)
         yield from _walk(value_node, key)
 
 
-def _override(raw: dict[str, Any], where: Where, text: str) -> list[str]:
-    """Apply one `key=value` to `raw`; returns what is wrong with it."""
-    key, equals, value = text.partition("=")
+def _belongs_to_run(path: Path) -> bool:
+    """Whether the file is a run's own recipe.yaml, which bigtrain wrote beside effective.json."""
+    return path.name == "recipe.yaml" and (path.parent / "effective.json").is_file()
+
+
+def _translate_old_keys(draft: _Draft) -> None:
+    """Give keys that earlier versions wrote their present names."""
+    for old, new in RENAMED_KEYS.items():
+        section_name, _, old_name = old.partition(".")
+        new_name = new.partition(".")[2]
+        section = draft.values.get(section_name)
+        if isinstance(section, dict) and old_name in section and new_name not in section:
+            section[new_name] = section.pop(old_name)
+            draft.places[new] = draft.places.pop(old, str(draft.path))
+
+
+def _apply_override(draft: _Draft, text: str) -> None:
+    """Set what one `key=value` says, or note what is wrong with it."""
+    key, equals, value_text = text.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        return [f"override {text!r}: expected key=value, for example optim.lr=3e-4"]
+        draft.problems.append(f"override {text!r}: expected key=value, for example optim.lr=3e-4")
+        return
     try:
-        parsed = YAML(typ="safe", pure=True).load(value)  # typed as in a file
-        leaves = flatten(parsed, key)
+        value = YAML(typ="safe", pure=True).load(value_text)  # typed as in a file
+        leaves = flatten(value, key)
     except (YAMLError, ValueError, RecursionError):
-        return [f"override {text!r}: the value is not valid YAML"]
-    target = raw
-    for depth, part in enumerate(parts[:-1]):
-        inner = target.get(part)
-        if inner is None or (
-            isinstance(inner, str) and parts[: depth + 1] == ["data", "tokenizer"]
-        ):
-            inner = target[part] = {}
+        draft.problems.append(f"override {text!r}: the value is not valid YAML")
+        return
+    section = draft.values
+    for depth, part in enumerate(parts[:-1], 1):
+        inner = section.get(part)
+        above = ".".join(parts[:depth])
+        if inner is None or (isinstance(inner, str) and above in _TEXT_OR_SECTION):
+            inner = section[part] = {}
         if not isinstance(inner, dict):
-            return [
-                f"override {text!r}: {'.'.join(parts[: depth + 1])} is {_kind(inner)}, not a section"
-            ]
-        target = inner
-    target[parts[-1]] = parsed
-    for stale in [known for known in where if known.startswith(key + ".")]:
-        del where[stale]
-    where |= dict.fromkeys((key, *leaves), f"override {text}")
-    return []
+            draft.problems.append(
+                f"override {text!r}: {above} is {describe_value(inner)}, not a section"
+            )
+            return
+        section = inner
+    section[parts[-1]] = value
+    for known in list(draft.places):
+        if known.startswith(key + "."):  # replaced with the section around it
+            del draft.places[known]
+    draft.places |= dict.fromkeys((key, *leaves), f"override {text}")
 
 
-def _explain(
-    problem: ValidationError, raw: dict[str, Any], where: Where, path: Path
-) -> Iterator[str]:
-    """One line per place that is wrong: where, what was found, what was expected, the nearest valid name."""
-    places: dict[tuple[str, ...], list[Any]] = {}
-    for error in problem.errors(include_url=False):
-        places.setdefault(_place(error["loc"], raw), []).append(error)
-    for loc, errors in places.items():
-        key = ".".join(loc)
-        at = next(
-            (
-                where[".".join(loc[:n])]
-                for n in range(len(loc), 0, -1)
-                if ".".join(loc[:n]) in where
-            ),
-            str(path),
-        )
-        kinds = {error["type"] for error in errors}
-        if kinds == {"extra_forbidden"} or (
-            kinds >= {"extra_forbidden"} and loc[:2] == ("data", "tokenizer")
-        ):
-            yield f"{at}: unknown key {key}{_nearest(loc)}"
-        elif kinds == {"missing"}:
-            yield f"{at}: missing key {key}"
-        elif kinds == {"value_error"}:
-            yield f"{at}: {key or 'recipe'}: {errors[0]['msg'].removeprefix('Value error, ')}"
-        else:
-            expected = " or ".join(dict.fromkeys(_expected(error) for error in errors))
-            yield f"{at}: {key}: found {_kind(errors[0]['input'])}; expected {expected}"
-
-
-def _place(loc: tuple[int | str, ...], raw: Any) -> tuple[str, ...]:
-    """Pydantic's location without the tags it adds for members of a union."""
-    place: list[str] = []
-    value = raw
-    for position, part in enumerate(loc):
-        tag = isinstance(part, str) and (
-            "[" in part or part in ("str", "int", "bool", "TokenizerConfig")
-        )
-        if isinstance(value, dict) and (part in value or (position == len(loc) - 1 and not tag)):
-            place.append(str(part))
-            value = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int):
-            place.append(str(part))
-            value = value[part] if part < len(value) else None
-    return tuple(place)
-
-
-def _nearest(loc: tuple[str, ...]) -> str:
-    """`; did you mean …` among the keys of the section, or of the whole recipe, else the section's keys."""
-    section: Any = Recipe
-    for part in loc[:-1]:
-        section = _section(section.model_fields[part])
-    here = {name: ".".join([*loc[:-1], name]) for name in section.model_fields}
-    sections = {key: _section(field) for key, field in Recipe.model_fields.items()}
-    everywhere = SYNONYMS | {
-        name: f"{key}.{name}"
-        for key, each in sections.items()
-        if each
-        for name in each.model_fields
-    }
-    for known in (here, everywhere):
-        if near := difflib.get_close_matches(loc[-1], known, n=1):
-            return f"; did you mean {known[near[0]]}?"
-    return f"; expected one of: {', '.join(here)}"
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, by itself or as one of several; None for a plain value."""
-    options = [field.annotation, *get_args(field.annotation)]
-    return next(
-        (each for each in options if isinstance(each, type) and issubclass(each, BaseModel)), None
+def _check(draft: _Draft) -> LoadedRecipe:
+    """The frozen recipe with its origins. Raises RecipeError with all problems."""
+    problems = list(draft.problems)
+    try:
+        recipe = Recipe.model_validate(draft.values)
+    except ValidationError as error:
+        problems += explain(error, draft.values, draft.places, draft.path)
+    if problems:
+        count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+        raise RecipeError("\n  ".join([f"{draft.path}: {count}", *problems]))
+    return LoadedRecipe(
+        recipe, {key: _origin(draft.places.get(key)) for key in flatten(recipe.model_dump())}
     )
 
 
-def _expected(error: Any) -> str:
-    if error["type"] == "string_pattern_mismatch":
-        if error["loc"] == ("name",):
-            return (
-                "letters, digits, '.', '_' and '-', beginning with a letter or digit (100 at most)"
-            )
-        return f"text like {error['ctx']['pattern']} (no spaces, no quotes)"
-    if error["type"] == "model_type":
-        return "a mapping"
-    message: str = error["msg"].removeprefix("Input should be ")
-    kind = message.removeprefix("a valid ")
-    return message if kind == message else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
-def _kind(value: Any) -> str:
-    """A value as an error shows it: itself and its type."""
-    names = {
-        str: "text",
-        bool: "true/false",
-        int: "a whole number",
-        float: "a number",
-        dict: "a mapping",
-        list: "a list",
-    }
-    if value is None:
-        return "nothing (null)"
-    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "…"
-    return f"{shown} ({names.get(type(value), type(value).__name__)})"
+def _origin(place: str | None) -> str:
+    """Who set a value, as effective.json has it."""
+    if place is None:
+        return "default"
+    return place if place.startswith("override ") else f"recipe {place}"

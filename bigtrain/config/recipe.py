@@ -1,6 +1,6 @@
 """The recipe: every choice a user can make, with its type, its default and one line of meaning.
 
-Frozen once loaded. A number derived from it lives in the plan (plan.py), never here.
+Frozen once loaded. A number derived from it belongs into the plan (engine/plan.py), never here.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,12 +12,15 @@ from bigtrain.config.task_specs import TaskName
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-# What may stand in a line that sbatch reads: nothing that could end the line, the word or a quotation.
+# What a line for sbatch may contain: nothing that could end the line, the word or a quotation.
 SlurmValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;@%/+=&|*?~()\[\]-]+$")]
 
 
 class Section(BaseModel):
-    """A part of the recipe: frozen, typed strictly (an int may stand for a float), closed to unknown keys."""
+    """A part of the recipe: frozen, strictly typed, closed to unknown keys.
+
+    The one conversion is from an int to a float.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
@@ -31,13 +34,13 @@ class ModelConfig(Section):
         description="a key of MODELS, a transformers model type, or package.module:Class"
     )
     args: dict[str, Any] = Field(
-        default={}, description="arguments of the model's config or constructor"
+        default={}, description="arguments of the model's configuration or constructor"
     )
     pretrained: str | None = Field(
         default=None, description="a local folder or hub id to start from (safetensors)"
     )
     dropout: Fraction | None = Field(
-        default=None, description="sets every dropout of the model; null keeps its own"
+        default=None, description="sets every dropout of the model; null keeps the model's own"
     )
 
 
@@ -64,7 +67,7 @@ class DataConfig(Section):
 
     train: str = Field(description="a built-in source, files (glob), an image folder, or a hub id")
     eval: str | None = Field(
-        default=None, description="the same for evaluation; null holds a part of train out"
+        default=None, description="the same for evaluation; null holds out a part of train"
     )
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.1, description="the part held out when eval is null"
@@ -74,17 +77,19 @@ class DataConfig(Section):
     )
     tokenizer: Literal["auto", "bytes"] | TokenizerConfig | str = Field(
         default="auto",
-        description="bytes, {train: bpe, …}, a folder or hub id; auto: the pretrained model's, else bytes",
+        description="bytes, {train: bpe, …}, a folder or hub id;"
+        " auto: the pretrained model's tokenizer, else bytes",
     )
     seq_len: PositiveInt = Field(
-        default=256, description="tokens per sample (packed) or at most (cut)"
+        default=256,
+        description="tokens per sample: exactly (packed text), or at most (longer ones are cut)",
     )
     image_size: PositiveInt | None = Field(
         default=None, description="pixels per side; null keeps the images' own"
     )
     augment: AugmentConfig = AugmentConfig()
     max_unreadable: Count = Field(
-        default=0, description="samples that cannot be read, and may be left out"
+        default=0, description="how many unreadable samples may be left out; one more ends the run"
     )
     workers: Count = Field(default=0, description="data loading processes per rank")
 
@@ -100,7 +105,7 @@ class OptimConfig(Section):
         default=0.0, description="L2; decoupled for adamw"
     )
     l1: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="L1: l1 × sign(w) joins the clipped gradient"
+        default=0.0, description="L1: l1 × sign(w) is added to the gradient after clipping"
     )
     decay_norms_and_biases: bool = Field(
         default=False, description="decay one-dimensional parameters too"
@@ -113,25 +118,28 @@ class OptimConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-8, description="adam, adamw, rmsprop, adagrad"
     )
-    alpha: Fraction = Field(default=0.99, description="rmsprop's decay of squared gradients")
+    alpha: Fraction = Field(
+        default=0.99, description="rmsprop: decay of the average of squared gradients"
+    )
     schedule: Literal["constant", "linear", "cosine", "step", "exponential", "wsd"] = Field(
-        default="constant", description="learning rate after warm-up; wsd is warmup-stable-decay"
+        default="constant", description="learning rate after warm-up; wsd: warm-up, stable, decay"
     )
     warmup_steps: Count = Field(default=0, description="linear warm-up from 0, with any schedule")
     final_lr_ratio: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="last rate ÷ peak rate (linear, cosine, wsd)"
+        default=0.0, ge=0.0, le=1.0, description="linear, cosine, wsd: last rate ÷ peak rate"
     )
     decay_every: PositiveInt = Field(
-        default=100, description="steps per multiplication by decay_factor (step, exponential)"
+        default=100,
+        description="step, exponential: steps until the rate is multiplied by decay_factor",
     )
     decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.5, description="(step, exponential)"
+        default=0.5, description="step, exponential: what the rate is multiplied by"
     )
     decay_steps: Count | None = Field(
-        default=None, description="wsd: length of the decay; null is a fifth of the run"
+        default=None, description="wsd: length of the decay; null: a fifth of the run"
     )
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(
-        default=1.0, description="largest gradient norm; 0 is off"
+        default=1.0, description="largest gradient norm; 0: no clipping"
     )
 
     @model_validator(mode="after")
@@ -147,29 +155,32 @@ class EngineConfig(Section):
     """What runs it."""
 
     kind: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = Field(
-        default="auto", description="auto is ddp for now"
+        default="auto",
+        description="auto: what the launcher asks for, else what offload needs"
+        " (optimizer: zero2, params: zero3), else ddp",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: CUDA where it is"
+        default="auto", description="auto: cuda if there is a GPU, else cpu"
     )
     offload: Literal["none", "optimizer", "params"] = Field(
         default="none",
         description="keep in host memory: optimizer (zero1-3), params and optimizer (zero3)",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where it is fast"
+        default="auto",
+        description="auto: what the launcher asks for, else bf16 where it is fast, else fp32",
     )
     global_batch: PositiveInt | Literal["all"] = Field(
         default=64,
-        description="samples per optimizer step on all ranks together; all is full-batch",
+        description="samples per optimizer step on all ranks together; all: the whole training set",
     )
     micro_batch: PositiveInt | Literal["auto"] = Field(
-        default="auto", description="samples per rank and forward pass"
+        default="auto", description="samples per rank and forward pass; auto: about 16k tokens"
     )
     activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="recompute in backward"
+        default="auto", description="recompute activations in the backward pass; auto: off"
     )
-    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile")
+    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile; auto: off")
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":
@@ -183,7 +194,7 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, and what happens on the way."""
+    """How long it trains, and what happens on the way."""
 
     steps: PositiveInt = Field(default=300, description="optimizer steps")
     eval_every: PositiveInt = Field(
@@ -192,7 +203,9 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = Field(
         default=50, description="steps between checkpoints (and one at the end)"
     )
-    keep_last: PositiveInt = Field(default=2, description="newest checkpoints kept")
+    keep_last: PositiveInt = Field(
+        default=2, description="how many of the newest checkpoints are kept"
+    )
     keep_best: (
         Literal[
             "loss",
@@ -216,14 +229,17 @@ class TrainConfig(Section):
     log_every: PositiveInt = Field(default=1, description="steps between lines in metrics.jsonl")
     hang_timeout: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
         default="auto",
-        description="seconds without progress until a run ends with 76; auto: 600, or 50 of its steps",
+        description="seconds without progress after which the run ends with code 76;"
+        " auto: 600, or the time of 50 steps if that is more",
     )
     max_skipped_steps: PositiveInt = Field(
-        default=10, description="steps in a row with a loss or gradient that is not finite"
+        default=10,
+        description="steps skipped in a row (loss or gradient not finite) that end the run",
     )
     on_spike: Literal["warn", "skip", "rewind"] = Field(
         default="warn",
-        description="a loss far above the last ones: say so, leave the step out, or go back and round it",
+        description="on a loss far above the last ones: `warn`; `skip` the step; `rewind` to the"
+        " last checkpoint and skip the data that caused it",
     )
     label_smoothing: Fraction = Field(
         default=0.0, description="for losses over classes or tokens, in training only"
@@ -231,18 +247,18 @@ class TrainConfig(Section):
 
 
 class TrackConfig(Section):
-    """Who is told."""
+    """Where metrics are sent, beside the run directory."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         default="auto", description="auto: online when logged in, else offline"
     )
     extra: list[Literal["tensorboard", "trackio"]] = Field(
-        default=[], description="trackers told the same; each is an extra"
+        default=[], description="further trackers; each is an optional dependency"
     )
     project: str = Field(
         default="bigtrain", pattern=r"^[^/\\#?%:]{1,128}$", description="W&B (and Trackio) project"
     )
-    group: str | None = Field(default=None, description="W&B group; null is the recipe's name")
+    group: str | None = Field(default=None, description="W&B group; null: the recipe's name")
     tags: list[str] = Field(default=[], description="W&B tags")
     notes: str | None = Field(default=None, description="W&B notes: what this run is for")
 
@@ -255,17 +271,17 @@ class SlurmConfig(Section):
         default=8, description="GPUs, and ranks, per machine; 0: one rank on each machine's CPUs"
     )
     cpus_per_gpu: PositiveInt | None = Field(
-        default=None, description="processor cores per rank; null is the cluster's default"
+        default=None, description="processor cores per rank; null: the cluster's default"
     )
     time: PositiveInt | Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$")] = Field(
         default="24:00:00",
         description="wall time limit: minutes, hours:minutes:seconds or days-hours",
     )
     grace_seconds: PositiveInt = Field(
-        default=120, description="how long before the limit the ranks are told to save"
+        default=120, description="how long before the time limit the ranks get the signal to save"
     )
-    partition: SlurmValue | None = Field(default=None, description="null is the cluster's default")
-    account: SlurmValue | None = Field(default=None, description="who pays")
+    partition: SlurmValue | None = Field(default=None, description="null: the cluster's default")
+    account: SlurmValue | None = Field(default=None, description="the account that pays")
     qos: SlurmValue | None = Field(default=None, description="quality of service")
     constraint: SlurmValue | None = Field(
         default=None, description="features of the machines, e.g. h200&ib"
@@ -284,7 +300,7 @@ class SlurmConfig(Section):
     )
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] | None = Field(
         default=None,
-        description="environment variables, by name, that the job gets; null is all of them",
+        description="names of the environment variables that the job gets; null: all of them",
     )
 
 
@@ -295,7 +311,9 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="the run directory's name below runs/",
     )
-    seed: Count = Field(default=0, description="decides weights, data order, split and dropout")
+    seed: Count = Field(
+        default=0, description="decides weights, data order, augmentation and dropout"
+    )
     task: TaskName = Field(description="what the model learns to do")
     model: ModelConfig
     data: DataConfig

@@ -68,8 +68,17 @@ def keep_freed_memory() -> None:
 
 def make_accelerator(device: Device, **settings: Any) -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import InitProcessGroupKwargs
 
+    # Accelerate keeps its choices for the process; a second training in it may want another engine.
+    if PartialState._shared_state and world_from_environment()[1] > 1:
+        raise RequestError(
+            "a second training on several ranks in one process",
+            "one training in each process that the launcher starts",
+            "a script that trains one recipe, started once for each",
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
     # The backend is named because Accelerate's guess leaves each CPU rank alone with itself (world size 1);
     # one bare process, which has no group, must not name one.
     # Its time limit lies above every one of the watchdog's (watch.py), which says more before it ends a run.

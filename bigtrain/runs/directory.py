@@ -6,20 +6,21 @@ The run directory is the source of truth: everything a later command shows is re
 import json
 import math
 import os
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from bigtrain.config.renamed_keys import RENAMED_KEYS
 from bigtrain.errors import RequestError
 
 RUNS = Path("runs")
 
 
 def asset(folder: str, name: str) -> Path:
-    """A shipped file: beside the package in a checkout, inside it once installed."""
-    here = Path(__file__).parent.parent
-    for root in (here, here.parent):
-        if (path := root / folder / name).is_file():
+    """A file that comes with bigtrain: beside the package in a checkout, else inside it."""
+    package = Path(__file__).parent.parent
+    for root in (package, package.parent):
+        path = root / folder / name
+        if path.is_file():
             return path
     raise FileNotFoundError(f"{folder}/{name} is missing from this installation of bigtrain")
 
@@ -49,14 +50,28 @@ class RunDir:
     """The files of one run below `runs/NAME`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
-        self.recipe, self.effective = path / "recipe.yaml", path / "effective.json"
-        self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
-        self.checkpoints, self.export, self.logs = (
-            path / "checkpoints",
-            path / "export",
-            path / "logs",
-        )
+        self.path = path
+        self.name = path.name
+        self.recipe = path / "recipe.yaml"
+        self.effective = path / "effective.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self.logs = path / "logs"
+
+    def settings(self) -> dict[str, Any]:
+        """Setting → the value in force, from effective.json; empty where that cannot be read.
+
+        Keys that had another name in an earlier version have their new one.
+        """
+        settings = {}
+        try:
+            for key, setting in json.loads(self.effective.read_text()).items():
+                settings[RENAMED_KEYS.get(key, key)] = setting["value"]
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            return {}
+        return settings
 
     def write_json(self, path: Path, value: Any) -> None:
         write_atomic(path, to_json(value, indent=2) + "\n")
@@ -64,23 +79,29 @@ class RunDir:
 
 def run_directory(name: str, fresh: bool = False) -> RunDir:
     """`runs/NAME`, or with `fresh` the first of NAME, NAME-2, NAME-3 … that does not exist."""
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return next(RunDir(RUNS / each) for each in names if not (fresh and (RUNS / each).exists()))
+    path = RUNS / name
+    number = 1
+    while fresh and path.exists():
+        number += 1
+        path = RUNS / f"{name}-{number}"
+    return RunDir(path)
 
 
-def find_run(ref: str, submitted: bool = False) -> RunDir:
-    """The run that `ref` (a name below runs/, or a directory) stands for; with `submitted` one that is only queued counts.
+def find_run(reference: str, submitted: bool = False) -> RunDir:
+    """The run of that name below runs/, or in that directory.
 
-    RequestError if there is none.
+    `submitted`: one that has only been queued counts too.
+    Raises RequestError if there is none.
     """
-    for path in (Path(ref), RUNS / ref):
+    for path in (Path(reference), RUNS / reference):
         if (path / "recipe.yaml").is_file() or (submitted and (path / "jobs.jsonl").is_file()):
             return RunDir(path)
     known = sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml"))
+    expected = "a run directory (there is none below runs/ yet)"
+    if known:
+        expected = f"one of: {', '.join(known)}"
     raise RequestError(
-        f"no run {ref!r}: no recipe.yaml in {ref} or {RUNS / ref}",
-        f"one of: {', '.join(known)}"
-        if known
-        else "a run directory (there is none below runs/ yet)",
+        f"no run {reference!r}: no recipe.yaml in {reference} or {RUNS / reference}",
+        expected,
         "bigtrain train RECIPE",
     )

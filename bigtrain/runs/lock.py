@@ -1,65 +1,113 @@
-"""One process per run: a lock that names its owner, and is taken over from a dead one."""
+"""One process per run: the file `lock` names its owner, and is taken over from a dead one."""
 
 import contextlib
 import json
 import os
 import socket
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RunDir, write_atomic
 
-_guards: dict[Path, Any] = {}  # of the runs that this process owns: a FileLock each
+# The kernel's lock (a FileLock) of each run that this process owns. The kernel drops it when the
+# process ends, and it works across containers on one host, where process numbers say nothing.
+_kernel_locks: dict[Path, Any] = {}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that trains a run, as `lock` names it."""
+
+    host: str
+    pid: int
+    boot: str  # of the host: process numbers are given anew after each boot
+    started: float | None  # when the process began, in seconds since 1970
+    job: str | None  # its Slurm job
 
 
 def take_ownership(run: RunDir) -> None:
-    """Write who runs this run into `runs/NAME/lock`; a dead owner's lock is taken over.
+    """Write who trains this run into `runs/NAME/lock`; a dead owner's lock is taken over.
 
-    Raises RequestError, and writes nothing, when the owner lives, or may live on another host.
+    Raises RequestError, and writes nothing, when the owner is alive, or may be so on another host.
     """
-    from filelock import (
-        FileLock,  # here, as psutil below: an error about a recipe is said a tenth sooner
+    from filelock import FileLock  # only here: an error about a recipe needs no lock
+
+    this_process = Owner(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        boot=_boot_id(),
+        started=_start_time(os.getpid()),
+        job=os.environ.get("SLURM_JOB_ID"),
+    )
+    kernel_lock = FileLock(run.path / ".lock.guard")
+    with contextlib.suppress(TimeoutError):
+        kernel_lock.acquire(timeout=0)
+    owner = read_owner(run)
+    if not kernel_lock.is_locked or not _may_take_over(owner, this_process):
+        kernel_lock.release()
+        raise _refusal(run, owner)
+    write_atomic(run.path / "lock", json.dumps(asdict(this_process)))
+    _kernel_locks[run.path] = kernel_lock
+
+
+def release_ownership(run: RunDir) -> None:
+    """Let another process train the run. Does nothing more where this process does not own it."""
+    (run.path / "lock").unlink(missing_ok=True)
+    kernel_lock = _kernel_locks.pop(run.path, None)
+    if kernel_lock is not None:
+        kernel_lock.release()
+
+
+def read_owner(run: RunDir) -> Owner | None:
+    """Who holds the run's lock; None if nobody does, or if the file is not readable."""
+    try:
+        fields = dict(json.loads((run.path / "lock").read_text()))
+        pid = int(fields.get("pid") or 0)
+    except (OSError, ValueError, TypeError):
+        return None
+    if not fields:
+        return None
+    return Owner(
+        host=fields.get("host", ""),
+        pid=pid,
+        boot=fields.get("boot", ""),
+        started=fields.get("started"),
+        job=fields.get("job"),
     )
 
-    lock = run.path / "lock"
-    me = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "boot": _boot_id(),
-        "started": _started(os.getpid()),
-    }
-    me["job"] = os.environ.get("SLURM_JOB_ID")
-    guard = FileLock(
-        run.path / ".lock.guard"
-    )  # the kernel's, while we live: sees through containers on one host
-    with contextlib.suppress(TimeoutError):
-        guard.acquire(timeout=0)
-    holder, alive = owner(run)
-    # Ours: held by this process already, or on another host by a requeued job, which has its number and is alone with it.
-    ours = holder.get("pid") == me["pid"] if alive else me["job"] and holder.get("job") == me["job"]
-    if not guard.is_locked or (alive is not False and not ours):
-        guard.release()
-        raise RequestError(
-            f"{run.path} is being trained by process {holder.get('pid')} on {holder.get('host')}"
-            + (f", Slurm job {holder['job']}" if holder.get("job") else ""),
-            "one process per run",
-            f"wait for it, --fresh, or if you know that it is dead: rm {lock}",
-        )
-    write_atomic(lock, json.dumps(me))
-    _guards[run.path] = guard
+
+def is_alive(owner: Owner) -> bool | None:
+    """Whether the owner still runs; None if it is on another host, whose processes are unknown."""
+    if owner.host != socket.gethostname():
+        return None
+    started = _start_time(owner.pid)
+    return started is not None and started == owner.started and owner.boot == _boot_id()
 
 
-def owner(run: RunDir) -> tuple[dict[str, Any], bool | None]:
-    """Who holds the run's lock, and whether it lives: None when it is on another host, which cannot be seen from here."""
-    try:
-        holder = dict(json.loads((run.path / "lock").read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}, False
-    if holder.get("host") != socket.gethostname():
-        return holder, None if holder else False
-    alive = _started(int(holder.get("pid") or 0)) == holder.get("started") is not None
-    return holder, alive and holder.get("boot") == _boot_id()
+def _may_take_over(owner: Owner | None, this_process: Owner) -> bool:
+    if owner is None:
+        return True
+    alive = is_alive(owner)
+    if (
+        alive is None
+    ):  # a job that was requeued on another host has its old number, and is alone with it
+        return bool(this_process.job) and owner.job == this_process.job
+    return not alive or owner.pid == this_process.pid
+
+
+def _refusal(run: RunDir, owner: Owner | None) -> RequestError:
+    whose = "another process"
+    if owner is not None:
+        whose = f"process {owner.pid} on {owner.host}"
+        if owner.job:
+            whose += f", Slurm job {owner.job}"
+    return RequestError(
+        f"{run.path} is being trained by {whose}",
+        "one process per run",
+        f"wait for it, or use --fresh; if you know that it is dead: rm {run.path / 'lock'}",
+    )
 
 
 def _boot_id() -> str:
@@ -67,17 +115,11 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _started(pid: int) -> float | None:
-    """When a process began; None if there is none. A number that was given to another process begins later."""
-    import psutil
+def _start_time(pid: int) -> float | None:
+    """When a process began; None if there is none. A later one with the same number began later."""
+    import psutil  # only here, as filelock above
 
     try:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:
         return None
-
-
-def release_ownership(run: RunDir) -> None:
-    (run.path / "lock").unlink(missing_ok=True)
-    if guard := _guards.pop(run.path, None):
-        guard.release()

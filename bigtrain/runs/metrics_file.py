@@ -1,97 +1,125 @@
-"""metrics.jsonl: its writer and its readers, side by side."""
+"""metrics.jsonl: its one writer and its readers, side by side.
 
-import contextlib
+The writer puts `kind` first: every line begins with `{"kind": "KIND"`. So readers can pass over the
+kinds that they do not want without parsing them. A line that begins in another way (another program
+wrote it) is parsed, and counts just the same.
+"""
+
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigtrain.runs.directory import RunDir, to_json
-
-_OTHER = b'{"kind": "e'  # how a line of metrics.jsonl begins that is an event or an evaluation
-
-
-def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl, of one kind or all; a last line cut short by a crash is left out."""
-    start = f'{{"kind": "{kind}"' if kind else "{"
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from records(line for line in file if line.startswith(start))
-
-
-def records(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
-    """The lines that are a JSON object each; others are left out."""
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if isinstance(record := json.loads(line), dict):
-                yield record
-
-
-def read_columns(path: Path, names: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The training lines as numpy arrays of one length (name → float64 or int64), and the other lines as records.
-
-    Absent and null become NaN (0 in int64). Lines that are not whole are left out. A hundred thousand lines take a
-    fifth of a second: training lines go to pyarrow in one piece, which the few others are cut out of.
-    """
-    data = path.read_bytes() if path.is_file() else b""
-    first, *rest = (b"\n" + data).split(b"\n" + _OTHER)
-    parted = [
-        piece.partition(b"\n") for piece in rest
-    ]  # the rest of such a line, and the training lines after it
-    others = records(_OTHER + line for line, _, _ in parted)
-    return _columns(b"\n".join([first, *(lines for _, _, lines in parted)]), names), list(others)
-
-
-def _columns(lines: bytes, names: dict[str, str]) -> dict[str, Any]:
-    import numpy as np
-    import pyarrow as pa
-    from pyarrow import json as arrow
-
-    schema = pa.schema(
-        [(name, pa.float64() if of == "float64" else pa.int64()) for name, of in names.items()]
-    )
-    options = arrow.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    try:
-        table = (
-            arrow.read_json(pa.BufferReader(lines), parse_options=options)
-            if lines.strip()
-            else schema.empty_table()
-        )
-    except (
-        pa.ArrowInvalid
-    ):  # a line that is not whole, or not text, or none of ours: leave such lines out
-        whole = [
-            line
-            for line in lines.split(b"\n")
-            if line.startswith(b'{"kind": "train"') and list(records([line]))
-        ]
-        if len(joined := b"\n".join(whole)) >= len(lines.strip()):
-            raise
-        return _columns(joined, names)
-    filled = {
-        name: table[name].fill_null(float("nan") if of == "float64" else 0)
-        for name, of in names.items()
-    }
-    return {name: np.asarray(column) for name, column in filled.items()}
-
+from bigtrain.runs.events import OLD_EVENT_NAMES
 
 Record = dict[str, Any]
+Columns = dict[str, NDArray[Any]]
+
+_KIND_FIRST = b'{"kind": "'
+_OTHER_THAN_TRAIN = re.compile(rb'\n(?!\{"kind": "train")[^\n]+')
 
 
 class MetricsFile:
-    """metrics.jsonl: append-only, one JSON object a line, on disk after every line."""
+    """The writer: append-only, one JSON object per line, handed to the system after every line."""
 
     def __init__(self, run: RunDir) -> None:
         self.file = run.metrics.open("a", encoding="utf-8")
         if self.file.tell() and not run.metrics.read_bytes().endswith(b"\n"):
-            self.file.write("\n")  # the last run died in the middle of a line
+            self.file.write("\n")  # the process before this one was killed in the middle of a line
 
     def log(self, record: Record) -> None:
-        self.file.write(to_json(record) + "\n")
+        self.file.write(_to_line(record) + "\n")
         self.file.flush()
 
     def samples(self, step: int, rows: list[Record]) -> None:
-        """Tables of examples have no place among numbers."""
+        """Tables of examples are not written here."""
 
     def close(self, summary: Record) -> None:
         self.file.close()
+
+
+def _to_line(record: Record) -> str:
+    return to_json({"kind": record["kind"], **record})
+
+
+def _parse_line(line: bytes) -> Record | None:
+    """The record of a line, with events under today's names; None if it is no whole JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    if record.get("event") in OLD_EVENT_NAMES:
+        record["event"] = OLD_EVENT_NAMES[record["event"]]
+    return record
+
+
+def read_metrics(path: Path, kind: str | None = None) -> Iterator[Record]:
+    """The lines of one kind, or all; one that is not whole (cut short by a crash) is left out."""
+    if not path.is_file():
+        return
+    wanted = f'{{"kind": "{kind}"'.encode()
+    with path.open("rb") as file:
+        for line in file:
+            if kind and line.startswith(_KIND_FIRST) and not line.startswith(wanted):
+                continue
+            record = _parse_line(line)
+            if record is not None and kind in (None, record.get("kind")):
+                yield record
+
+
+def read_columns(path: Path, types: dict[str, str]) -> tuple[Columns, list[Record]]:
+    """The training lines as arrays of one length, and the lines of other kinds as records.
+
+    `types`: the keys to read, each with "float64" or "int64"; what is absent or null becomes NaN,
+    or 0 in int64. Lines that are not a whole JSON object are left out.
+    Raises ValueError where a value is not of its type.
+
+    A hundred thousand lines take a fifth of a second: pyarrow parses the training lines together.
+    """
+    others: list[Record] = []
+
+    def keep_if_training(match: re.Match[bytes]) -> bytes:
+        record = _parse_line(match[0])
+        if record is None:
+            return b""
+        if record.get("kind") == "train":
+            return b"\n" + _to_line(record).encode()
+        others.append(record)
+        return b""
+
+    data = path.read_bytes() if path.is_file() else b""
+    training = _OTHER_THAN_TRAIN.sub(keep_if_training, b"\n" + data)
+    return _parse_columns(training, types), others
+
+
+def _parse_columns(lines: bytes, types: dict[str, str]) -> Columns:
+    import pyarrow as pa
+    from pyarrow import json as arrow
+
+    arrow_types = {"float64": pa.float64(), "int64": pa.int64()}
+    schema = pa.schema([(name, arrow_types[types[name]]) for name in types])
+    options = arrow.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+
+    def parse(text: bytes) -> Any:
+        if not text.strip():
+            return schema.empty_table()
+        return arrow.read_json(pa.BufferReader(text), parse_options=options)
+
+    try:
+        table = parse(lines)
+    except pa.ArrowInvalid:  # a line that is not whole, or not text, or has NaN for a number
+        records = [_parse_line(line) for line in lines.split(b"\n")]
+        whole = [_to_line(record).encode() for record in records if record is not None]
+        table = parse(b"\n".join(whole))
+    columns = {}
+    for name, type_name in types.items():
+        missing = np.nan if type_name == "float64" else 0
+        columns[name] = np.asarray(table[name].fill_null(missing))
+    return columns

@@ -3,11 +3,24 @@
 import shutil
 import subprocess
 from functools import cache
+from typing import NamedTuple
+
+
+class _Row(NamedTuple):
+    """A line of squeue."""
+
+    job: str  # its own number
+    array: str  # the number of the array that it is part of; its own number if of none
+    task: str  # ARRAY_INDEX; its own number if it is part of none
+    state: str  # PENDING, RUNNING …
 
 
 @cache
 def queue() -> dict[str, str]:
-    """Job → its state in the queue (PENDING, RUNNING …), by its own number and by ARRAY_TASK; nothing without Slurm."""
+    """Job → its state in the queue (PENDING, RUNNING …); empty without Slurm, or if it is silent.
+
+    A job is known by its own number and by ARRAY_INDEX; a whole array by its number.
+    """
     if not shutil.which("squeue"):
         return {}
     command = ["squeue", "--noheader", "--array", "--format=%A %F %i %T", "--me"]
@@ -15,9 +28,13 @@ def queue() -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except subprocess.TimeoutExpired:
         return {}
-    rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 4]
-    # An array as a whole runs as long as one of its tasks does.
-    whole = {
-        array: state for _, array, _, state in sorted(rows, key=lambda row: row[3] == "RUNNING")
-    }
-    return whole | {job: state for own, _, task, state in rows for job in (own, task)}
+    fields = [line.split() for line in done.stdout.splitlines()]
+    rows = [_Row(*values) for values in fields if len(values) == 4]
+    states: dict[str, str] = {}
+    for row in rows:
+        if states.get(row.array) != "RUNNING":  # an array runs as long as one of its jobs does
+            states[row.array] = row.state
+    for row in rows:
+        states[row.job] = row.state
+        states[row.task] = row.state
+    return states

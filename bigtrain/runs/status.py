@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,196 +11,242 @@ import numpy as np
 from bigtrain.config.loader import load_recipe
 from bigtrain.errors import BigtrainError
 from bigtrain.runs.directory import RUNS, RunDir
-from bigtrain.runs.lock import owner
-from bigtrain.runs.metrics_file import read_columns, read_metrics
+from bigtrain.runs.lock import Owner, is_alive, read_owner
+from bigtrain.runs.metrics_file import Columns, Record, read_columns, read_metrics
 from bigtrain.runs.slurm_queue import queue
 
-COLUMNS = {"step": "int64", "samples": "int64", "weight": "int64"}
-COLUMNS |= dict.fromkeys(
-    ("loss", "seconds", "time", "tokens_per_s", "samples_per_s", "mfu", "peak_memory_bytes"),
-    "float64",
-)
-_RECENT = 20  # lines that a rate is taken from
+# The keys of training lines that status and compare read.
+COLUMNS = {
+    "step": "int64",
+    "samples": "int64",
+    "weight": "int64",
+    "loss": "float64",
+    "seconds": "float64",
+    "time": "float64",
+    "tokens_per_s": "float64",
+    "samples_per_s": "float64",
+    "mfu": "float64",
+    "peak_memory_bytes": "float64",
+}
+_RECENT = 20  # training lines that a rate is taken from
 # The last event of a run that is not running → its state.
 _ENDS = {"stopped": "stopped", "failed": "FAILED", "lost_peer": "lost a rank", "hang": "HUNG"}
+_STYLES = {
+    "running": "green",
+    "starting": "green",
+    "finished": "",
+    "queued": "cyan",
+    "requeued": "cyan",
+    "stopped": "yellow",
+}
+
+
+@dataclass
+class RunStatus:
+    """What `status` shows of one run."""
+
+    run: str
+    state: str
+    step: int = 0
+    steps: int = 0  # train.steps; 0 if it is not known
+    loss: float | None = None
+    rate: float | None = None  # in units per second
+    unit: str = "samples"  # or tokens
+    left: float | None = None  # seconds until the last step, of a run that is running
+    restarts: int = 0
+    goodput: float | None = None
+    job: str | None = None  # in Slurm
+    health: list[str] = field(default_factory=list)  # what to look at; empty: all is well
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `status --json` prints: the rate has its unit in its key."""
+        values = {}
+        for key, value in vars(self).items():
+            if key == "rate":
+                values[f"{self.unit}_per_s"] = value
+            elif key != "unit":
+                values[key] = value
+        return values
 
 
 def all_runs() -> list[RunDir]:
-    """Every run below runs/, those that were only submitted too, the one that did something last first."""
-    found = {
-        path.parent for name in ("recipe.yaml", "jobs.jsonl") for path in RUNS.glob(f"*/{name}")
-    }
-    return [RunDir(path) for path in sorted(found, key=_last_sign, reverse=True)]
+    """Every run below runs/, also those only queued; the one with the newest files first."""
+    files = [*RUNS.glob("*/recipe.yaml"), *RUNS.glob("*/jobs.jsonl")]
+    folders = {file.parent for file in files}
+    return [RunDir(folder) for folder in sorted(folders, key=_last_change, reverse=True)]
 
 
-def _last_sign(path: Path) -> float:
-    signs = [path / name for name in ("metrics.jsonl", "jobs.jsonl", "recipe.yaml")]
-    return max((sign.stat().st_mtime for sign in signs if sign.exists()), default=0.0)
+def _last_change(folder: Path) -> float:
+    files = [folder / name for name in ("metrics.jsonl", "jobs.jsonl", "recipe.yaml")]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
-def status_or_why_not(run: RunDir) -> dict[str, Any]:
-    """As status_of; a run whose files are not what they should be must not hide the others."""
+def status_or_why_not(run: RunDir) -> RunStatus:
+    """As status_of; but a run whose files cannot be understood must not hide the others."""
     try:
         return status_of(run)
     except (OSError, ValueError, TypeError, KeyError) as problem:
-        unknown = dict.fromkeys(("loss", "samples_per_s", "left", "goodput", "job"))
-        none = dict.fromkeys(("step", "steps", "restarts"), 0)
-        return {
-            "run": run.name,
-            "state": "UNREADABLE",
-            **none,
-            "health": [str(problem)[:100]],
-            **unknown,
-        }
+        return RunStatus(run.name, "UNREADABLE", health=[str(problem)[:100]])
 
 
-def status_of(run: RunDir) -> dict[str, Any]:
-    """One run: its state, how far and how fast, and what is wrong with it."""
-    return derive_status(run, *read_columns(run.metrics, COLUMNS))
+def status_of(run: RunDir) -> RunStatus:
+    """One run: its state, how far and how fast it is, and what is wrong with it."""
+    lines, others = read_columns(run.metrics, COLUMNS)
+    return derive_status(run, lines, others)
 
 
-def derive_status(
-    run: RunDir, lines: dict[str, Any], others: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """As status_of, from what was read of the run already."""
-    events = [event for event in others if event.get("event", "nodes") != "nodes"]
-    try:
-        settings = load_recipe(str(run.recipe)).recipe.train if run.recipe.is_file() else None
-    except BigtrainError:
-        settings = None  # written by another version
-    began = [event for event in events if event["event"] == "started"]
-    step = int(lines["step"][-1]) if len(lines["step"]) else 0
-    steps = settings.steps if settings else 0
-    state, job = _state(run, events, began, step, steps)
-    unit = "tokens" if np.isfinite(lines["tokens_per_s"][-1:]).any() else "samples"
+def derive_status(run: RunDir, lines: Columns, others: list[Record]) -> RunStatus:
+    """As status_of, from the lines of metrics.jsonl: what read_columns returns for COLUMNS."""
+    events = [line for line in others if line.get("event", "nodes") != "nodes"]
+    starts = [event for event in events if event["event"] == "started"]
+    owner = read_owner(run)
+    submitted = [line for line in read_metrics(run.path / "jobs.jsonl") if "job" in line]
+    status = RunStatus(run.name, "", steps=_planned_steps(run))
+    if len(lines["step"]):
+        status.step = int(lines["step"][-1])
+    status.job = _slurm_job(owner, submitted, starts)
+    status.state = _state(status, run, owner, submitted, events)
     recent = {name: values[-_RECENT:] for name, values in lines.items()}
-    result: dict[str, Any] = {"run": run.name, "state": state, "step": step, "steps": steps}
-    result["loss"] = float(lines["loss"][-1]) if step else None
-    result[f"{unit}_per_s"] = float(np.median(recent[f"{unit}_per_s"])) if step else None
-    result["left"] = (steps - step) * _pace(recent) if state == "running" and step else None
-    result["restarts"] = max(len(began) - 1, 0)
-    result["goodput"] = goodput(lines, began, state == "running")
-    result["job"] = job
-    result["health"] = _health(run, recent, events, state)
-    return result
+    if np.isfinite(recent["tokens_per_s"][-1:]).any():
+        status.unit = "tokens"
+    if status.step:
+        status.loss = float(lines["loss"][-1])
+        status.rate = float(np.median(recent[f"{status.unit}_per_s"]))
+        if status.state == "running":
+            status.left = (status.steps - status.step) * _seconds_per_step(recent)
+    status.restarts = max(len(starts) - 1, 0)
+    status.goodput = goodput(lines, starts, status.state == "running")
+    status.health = _health(run, recent, events, status.state)
+    return status
 
 
-def goodput(lines: dict[str, Any], began: list[dict[str, Any]], running: bool) -> float | None:
-    """Seconds spent on steps that count ÷ wall time since the first start, waiting in a queue included.
+def _planned_steps(run: RunDir) -> int:
+    """`train.steps` of a run; 0 if it is not known."""
+    settings = run.settings()
+    if "train.steps" in settings:
+        return int(settings["train.steps"])
+    try:
+        return load_recipe(str(run.recipe)).recipe.train.steps if run.recipe.is_file() else 0
+    except BigtrainError:  # written by another version
+        return 0
 
-    A step that was done again after a kill counts once. The definition is that of Google's "ML Productivity Goodput".
+
+def goodput(lines: Columns, starts: list[Record], running: bool) -> float | None:
+    """Seconds spent on steps that count ÷ wall time since the first start, queueing included.
+
+    A step repeated after a kill counts once. The definition is Google's "ML Productivity Goodput".
     """
-    if not began or not len(lines["step"]):
+    if not starts or not len(lines["step"]):
         return None
-    steps, last = np.unique(
-        lines["step"][::-1], return_index=True
-    )  # each step's last line, a mean since the line before
-    counted = float((lines["seconds"][::-1][last] * np.diff(steps, prepend=0)).sum())
+    # Of each step the last line; its seconds are a mean over the steps since the line before.
+    steps, last = np.unique(lines["step"][::-1], return_index=True)
+    seconds = lines["seconds"][::-1][last]
+    counted = float((seconds * np.diff(steps, prepend=0)).sum())
     end = time.time() if running else float(np.nanmax(lines["time"]))
-    return min(counted / max(end - float(began[0]["time"]), 1e-9), 1.0)
+    wall_time = end - float(starts[0]["time"])
+    return min(counted / max(wall_time, 1e-9), 1.0)
 
 
-def _pace(recent: dict[str, Any]) -> float:
-    """Seconds per step of late, evaluations and checkpoints included."""
+def _seconds_per_step(recent: Columns) -> float:
+    """Over the recent lines, evaluations and checkpoints included."""
     steps = int(recent["step"][-1] - recent["step"][0])
-    passed = float(recent["time"][-1] - recent["time"][0])
-    return (
-        passed / steps
-        if steps > 0 and math.isfinite(passed)
-        else float(np.median(recent["seconds"]))
-    )
+    seconds = float(recent["time"][-1] - recent["time"][0])
+    if steps > 0 and math.isfinite(seconds):
+        return seconds / steps
+    return float(np.median(recent["seconds"]))
 
 
 def _state(
-    run: RunDir, events: list[dict[str, Any]], began: list[Any], step: int, steps: int
-) -> tuple[str, str | None]:
-    """(state, Slurm's job): running, queued, requeued, finished, stopped, FAILED, HUNG, or died: killed, and no word of it."""
-    holder, alive = owner(run)
-    submitted = [line for line in read_metrics(run.path / "jobs.jsonl") if "job" in line]
-    job = (
-        holder.get("job")
-        or (submitted[-1]["job"] if submitted else None)
-        or (began[-1].get("job") if began else None)
-    )
-    queued = queue().get(str(job), "") if job else ""
+    status: RunStatus,
+    run: RunDir,
+    owner: Owner | None,
+    submitted: list[Record],
+    events: list[Record],
+) -> str:
+    """From the run's lock, Slurm's queue, and the last event that begins or ends a run."""
+    alive = is_alive(owner) if owner is not None else False
+    started = any(event["event"] == "started" for event in events)
+    queued = queue().get(status.job, "") if status.job else ""
     if alive or queued in ("RUNNING", "COMPLETING"):
-        return ("running" if holder else "starting"), job
+        return "running" if owner is not None else "starting"
     if queued in ("PENDING", "CONFIGURING", "REQUEUED"):
-        return ("requeued" if began else "queued"), job
-    if alive is None and time.time() - _last_sign(run.path) < 120:
-        return "running", job
-    if run.summary.is_file() and step >= steps > 0:
-        return "finished", job
-    ends = [event["event"] for event in events if event["event"] in (*_ENDS, "started")]
-    if ends and ends[-1] in _ENDS:
-        return _ENDS[ends[-1]], job
-    return ("left the queue" if submitted and not began else "died"), job
+        return "requeued" if started else "queued"
+    if alive is None and time.time() - _last_change(run.path) < 120:
+        return "running"
+    if run.summary.is_file() and status.step >= status.steps > 0:
+        return "finished"
+    names = [event["event"] for event in events]
+    turns = [name for name in names if name == "started" or name in _ENDS]
+    if turns and turns[-1] in _ENDS:
+        return _ENDS[turns[-1]]
+    return "left the queue" if submitted and not started else "died"
 
 
-def _health(
-    run: RunDir, recent: dict[str, Any], events: list[dict[str, Any]], state: str
-) -> list[str]:
-    """What a user should look at, in a few words each; nothing is what it should be."""
-    said = []
+def _slurm_job(owner: Owner | None, submitted: list[Record], starts: list[Record]) -> str | None:
+    """The job of the run's owner, else the last one submitted, else that of the last start."""
+    if owner is not None and owner.job:
+        return owner.job
+    if submitted:
+        return str(submitted[-1]["job"])
+    if starts and starts[-1].get("job"):
+        return str(starts[-1]["job"])
+    return None
+
+
+def _health(run: RunDir, recent: Columns, events: list[Record], state: str) -> list[str]:
+    """What a user should look at, in a few words each; empty: all is well."""
+    problems = []
     if len(recent["loss"]) and not np.isfinite(recent["loss"][-1]):
-        said.append("loss not finite")
+        problems.append("loss not finite")
     saves = [event for event in events if event["event"].startswith("checkpoint")]
     if saves and saves[-1]["event"] == "checkpoint_failed":
-        said.append(f"checkpoint not written: {saves[-1]['reason']}")
-    if spikes := sum(event["event"] == "loss_spike" for event in events):
-        said.append(f"{spikes} loss spike{'s' * (spikes > 1)}")
-    if slow := {event["rank"] for event in events[-10:] if event["event"] == "straggler"}:
-        said.append(f"slow ranks: {', '.join(map(str, sorted(slow)))}")
+        problems.append(f"checkpoint not written: {saves[-1]['reason']}")
+    spikes = sum(event["event"] == "loss_spike" for event in events)
+    if spikes:
+        problems.append("1 loss spike" if spikes == 1 else f"{spikes} loss spikes")
+    slow_ranks = {event["rank"] for event in events[-10:] if event["event"] == "straggler"}
+    if slow_ranks:
+        problems.append(f"slow ranks: {', '.join(map(str, sorted(slow_ranks)))}")
     if state == "running" and len(recent["step"]):
-        silent, usual = time.time() - _last_sign(run.path), _pace(recent)
-        if silent > max(60, 20 * usual):
-            said.append(f"no step for {silent:,.0f} s")
-    if state in _ENDS.values() and (
-        reasons := [event["reason"] for event in events if "reason" in event]
-    ):
-        said.append(str(reasons[-1]))
-    return said
+        silence = time.time() - _last_change(run.path)
+        if silence > max(60, 20 * _seconds_per_step(recent)):
+            problems.append(f"no step for {silence:,.0f} s")
+    reasons = [event["reason"] for event in events if "reason" in event]
+    if state in _ENDS.values() and reasons:
+        problems.append(str(reasons[-1]))
+    return problems
 
 
-def show(found: list[dict[str, Any]]) -> None:
+def show(statuses: list[RunStatus]) -> None:
     """A table on the terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    styles = {
-        "running": "green",
-        "starting": "green",
-        "finished": "",
-        "queued": "cyan",
-        "requeued": "cyan",
-        "stopped": "yellow",
-    }
-    table = Table(
-        *["run", "state", "step", "loss", "rate", "left", "restarts", "goodput", "health"], box=None
-    )
-    for one in found:
-        unit = next(name for name in one if name.endswith("_per_s"))
+    if not statuses:
+        Console().print("no runs below runs/ yet: bigtrain train RECIPE")
+        return
+    heads = ["run", "state", "step", "loss", "rate", "left", "restarts", "goodput", "health"]
+    table = Table(*heads, box=None)
+    for status in statuses:
         table.add_row(
-            Text(one["run"]),
-            Text(one["state"], style=styles.get(one["state"], "bold red")),
-            f"{one['step']:,}/{one['steps']:,}",
-            "" if one["loss"] is None else f"{one['loss']:.4f}",
-            "" if one[unit] is None else f"{one[unit]:,.0f} {unit.removesuffix('_per_s')}/s",
-            "" if one["left"] is None else _duration(one["left"]),
-            f"{one['restarts']}",
-            "" if one["goodput"] is None else f"{one['goodput']:.0%}",
-            Text("; ".join(one["health"]) or "ok", style="red" if one["health"] else ""),
+            Text(status.run),
+            Text(status.state, style=_STYLES.get(status.state, "bold red")),
+            f"{status.step:,}/{status.steps:,}",
+            "" if status.loss is None else f"{status.loss:.4f}",
+            "" if status.rate is None else f"{status.rate:,.0f} {status.unit}/s",
+            "" if status.left is None else _duration(status.left),
+            f"{status.restarts}",
+            "" if status.goodput is None else f"{status.goodput:.0%}",
+            Text("; ".join(status.health) or "ok", style="red" if status.health else ""),
         )
-    Console().print(table if found else "no runs below runs/ yet: bigtrain train RECIPE")
+    Console().print(table)
 
 
 def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min"
-        if minutes
-        else f"{seconds:.0f} s"
-    )
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    if minutes:
+        return f"{minutes} min"
+    return f"{seconds:.0f} s"
