@@ -27,6 +27,7 @@ from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.models.export import export_model
 from bigtrain.runs.directory import RunDir, run_directory, write_atomic
+from bigtrain.runs.events import Event
 from bigtrain.runs.lock import release_ownership, take_ownership
 from bigtrain.runs.metrics_file import MetricsFile, read_metrics
 from bigtrain.tasks.base import Task
@@ -202,7 +203,7 @@ def _carry_out(t: TrainContext, run: RunDir, summary: dict[str, Any]) -> dict[st
         summary |= done
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
-            event = "lost_peer" if lost_a_peer(problem) else "failed"
+            event: Event = "lost_peer" if lost_a_peer(problem) else "failed"
             t.tracker.event(
                 t.state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__
             )
@@ -222,7 +223,7 @@ def _news(
     path: Path | None,
     changed: dict[str, str],
     moved: str,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[Event, dict[str, Any]]]:
     """What there is to say of a start: (event, details)."""
     if "normalisation" in settings:
         yield "normalisation", settings["normalisation"]

@@ -25,6 +25,7 @@ import torch
 
 from bigtrain.engine.base import Engine
 from bigtrain.errors import LOST_PEERS
+from bigtrain.runs.events import Event
 
 Place = Literal[
     "data", "meeting", "forward", "backward", "update", "evaluation", "checkpoint", "end"
@@ -45,7 +46,7 @@ class Watchdog:
         self.rank, self.ranks, self.timeout = engine.rank, engine.world_size, timeout
         self.report: Callable[..., None] = lambda event, **details: None
         self.step, self.place, self.passed, self.first = 0, "start", 0, True
-        self.since, self.news = time.monotonic(), list[tuple[str, dict[str, Any]]]()
+        self.since, self.news = time.monotonic(), list[tuple[Event, dict[str, Any]]]()
         self._seconds, self._busy = deque[float](maxlen=_RECENT), deque[float](maxlen=_RECENT)
         self._posts, self._slow_before, self._named = 0, set[int](), set[int]()
         self._told = 0.0  # when of the machines last
