@@ -17,6 +17,7 @@ class Tracker(Protocol):
 
     def samples(self, step: int, rows: list[Record]) -> None:
         """Held-out examples with what the model made of them; most trackers cannot show them."""
+        return None
 
     def close(self, summary: Record) -> None:
         """`summary`: the numbers of the finished run; of a run that ended early, without `step`."""

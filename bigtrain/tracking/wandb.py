@@ -137,7 +137,7 @@ class WandB(Tracker):
                 self.failed = True  # later actions are still tried: it may be one bad table only
 
     def _start(self, mode: str, arguments: dict[str, Any], step: int) -> None:
-        """Start W&B, offline if its server does not answer; log what earlier processes could not."""
+        """Start W&B, offline if its server is silent; log what earlier processes could not."""
         # What waits to be uploaded stays with the run.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.run_dir.path / "wandb"))
         import wandb
