@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import bigtrain, quickest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bigtrain.config.renamed_keys import RENAMED_KEYS
 from bigtrain.engine.flops import PEAKS, flop_counter
 from bigtrain.runs.compare import read_run
 from bigtrain.runs.curves import AXES, all_curves, seed_groups, thin_out
 from bigtrain.runs.directory import RunDir, asset
-from bigtrain.runs.metrics_file import read_columns, read_metrics
-from bigtrain.runs.status import goodput
+from bigtrain.runs.metrics_file import MetricsFile, Record, read_columns, read_metrics
+from bigtrain.runs.status import RunStatus, goodput
 from bigtrain.training.doctor_checks import RankReport, check_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
@@ -112,7 +115,9 @@ def test_seeds_of_one_recipe_are_one_group_with_an_interval(six: Path) -> None:
     loss = averaged[0].metrics["loss"]
     members = np.stack([run.lines["loss"] for run in runs[:3]])
     assert np.allclose(loss.mean, members.mean(0))
-    assert np.allclose(loss.high - loss.low, 2 * 4.30 * members.std(0, ddof=1) / math.sqrt(3), rtol=1e-2)
+    assert np.allclose(
+        loss.high - loss.low, 2 * 4.30 * members.std(0, ddof=1) / math.sqrt(3), rtol=1e-2
+    )
 
 
 def test_downsampling_keeps_least_mean_and_greatest() -> None:
@@ -264,6 +269,25 @@ def test_status_says_what_each_run_does(six: Path, tmp_path: Path) -> None:
     assert "it burnt" in bigtrain("status", cwd=tmp_path, COLUMNS="160").stdout
 
 
+def test_status_has_the_same_keys_for_every_run(tmp_path: Path) -> None:
+    """Other programs read them. Of a run whose files are not readable too."""
+    make_run(tmp_path, "good", 0, 0.01)
+    (make_run(tmp_path, "bad", 0, 0.01) / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": []}\n'
+    )
+    statuses = json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)
+    assert {status["run"]: status["state"] for status in statuses} == {
+        "good": "finished",
+        "bad": "UNREADABLE",
+    }
+    keys = "run state step steps loss samples_per_s left restarts goodput job health".split()
+    for status in statuses:
+        assert list(status) == keys
+    tokens = RunStatus("text", "running", rate=5.0, unit="tokens").as_dict()
+    assert list(tokens) == [key.replace("samples", "tokens") for key in keys]
+    assert tokens["tokens_per_s"] == 5.0
+
+
 def test_steps_done_twice_count_once_in_goodput() -> None:
     lines = {
         "step": np.array([1, 2, 3, 2, 3]),
@@ -275,10 +299,78 @@ def test_steps_done_twice_count_once_in_goodput() -> None:
 
 def test_lines_are_read_alike_in_both_ways(six: Path) -> None:
     path = six / "runs" / "fast-0" / "metrics.jsonl"
-    slow = [line["loss"] for line in read_metrics(path, "train")]
+    losses = [line["loss"] for line in read_metrics(path, "train")]
     columns, others = read_columns(path, {"loss": "float64"})
-    assert columns["loss"].tolist() == slow
+    assert columns["loss"].tolist() == losses
     assert others == [line for line in read_metrics(path) if line["kind"] != "train"]
+
+
+@st.composite
+def written_lines(draw: st.DrawFn) -> tuple[Record, str]:
+    """A record, and its line as some program may have written it: any order of keys, any spacing."""
+    kind = draw(st.sampled_from(["train", "eval", "event"]))
+    record: Record = {"kind": kind, "step": draw(st.integers(0, 9)), "loss": draw(st.floats(0, 9))}
+    if kind == "event":
+        record["event"] = "started"
+    keys = draw(st.permutations(list(record)))
+    separators = draw(st.sampled_from([(", ", ": "), (",", ":"), (" , ", " :  ")]))
+    margin = draw(st.sampled_from(["", " ", "\t"]))
+    line = json.dumps({key: record[key] for key in keys}, separators=separators)
+    return record, margin + line + margin
+
+
+@settings(max_examples=200, deadline=None)
+@given(lines=st.lists(written_lines(), min_size=1, max_size=8), cut=st.integers(0, 4))
+def test_a_line_counts_whatever_the_order_of_its_keys(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[Record, str]], cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
+    records = [record for record, _ in lines]
+    text = "\n".join(line for _, line in lines)
+    if cut:  # as a crash leaves the last line
+        text = text.rstrip()[:-cut]
+        records.pop()
+    path.write_text(text)
+    assert list(read_metrics(path)) == records
+    for kind in ("train", "eval", "event"):
+        expected = [record for record in records if record["kind"] == kind]
+        assert list(read_metrics(path, kind)) == expected
+    columns, others = read_columns(path, {"step": "int64", "loss": "float64"})
+    training = [record for record in records if record["kind"] == "train"]
+    assert columns["step"].tolist() == [record["step"] for record in training]
+    assert columns["loss"].tolist() == [record["loss"] for record in training]
+    assert others == [record for record in records if record["kind"] != "train"]
+
+
+def test_the_writer_puts_the_kind_first(tmp_path: Path) -> None:
+    file = MetricsFile(RunDir(tmp_path))
+    file.log({"step": 1, "kind": "train", "loss": math.inf})
+    file.close({})
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"kind": "train", "step": 1, "loss": null}\n'
+
+
+def test_a_run_of_an_earlier_version_is_read_with_todays_names(tmp_path: Path) -> None:
+    """Its events had free texts for names, and some of its settings other keys."""
+    old = make_run(tmp_path, "old", 0, 0.01)
+    new = make_run(tmp_path, "new", 0, 0.01)
+    (old / "summary.json").unlink()
+    with (old / "metrics.jsonl").open("a") as file:
+        for event in ("loss spike", "checkpoint FAILED", "lost a peer"):
+            record = {"kind": "event", "step": 200, "event": event, "reason": "it was so"}
+            file.write(json.dumps(record) + "\n")
+    for folder, keys in ((old, RENAMED_KEYS.keys()), (new, RENAMED_KEYS.values())):
+        effective = json.loads((folder / "effective.json").read_text())
+        effective |= {key: {"value": 3, "origin": "recipe"} for key in keys}
+        (folder / "effective.json").write_text(json.dumps(effective))
+    names = [line["event"] for line in read_metrics(old / "metrics.jsonl", "event")]
+    assert names == ["started", "loss_spike", "checkpoint_failed", "lost_peer"]
+    (status,) = json.loads(bigtrain("status", "old", "--json", cwd=tmp_path).stdout)
+    assert status["state"] == "lost a rank"
+    assert status["health"] == ["checkpoint not written: it was so", "1 loss spike", "it was so"]
+    compared = json.loads(bigtrain("compare", "old", "new", "--json", cwd=tmp_path).stdout)
+    assert compared["settings"] == {}
 
 
 def healthy(rank: int) -> RankReport:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -16,15 +17,20 @@ import termios
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
 import pytest
 from conftest import bigtrain, on_ranks, start, start_ranks, wait_for
 from PIL import Image
+from rich.console import Console
 
 from bigtrain.config.secrets import redact
+from bigtrain.runs.events import EVENT_TEXTS, OLD_EVENT_NAMES, Event
 from bigtrain.runs.metrics_file import read_metrics
+from bigtrain.tracking.base import TrackerGroup
+from bigtrain.tracking.terminal import Terminal
 
 STEPS = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "engine.kind=ddp"]
 CNN = ["digits-cnn", *STEPS]
@@ -458,3 +464,34 @@ def test_a_secret_of_the_environment_is_in_no_output(tmp_path: Path) -> None:
     for secret in secrets.values():
         assert secret not in said
         assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_every_event_has_a_text_and_the_terminal_shows_it() -> None:
+    assert set(EVENT_TEXTS) == set(get_args(Event))
+    assert set(OLD_EVENT_NAMES.values()) <= set(EVENT_TEXTS)
+    shown = io.StringIO()
+    terminal = Terminal(steps=9, unit="tokens", console=Console(file=shown, width=200))
+    tracker = TrackerGroup(terminal)
+    for event in EVENT_TEXTS:
+        tracker.event(3, event, machines={}, reason="so it is")
+    lines = shown.getvalue().splitlines()
+    texts = [text for event, text in EVENT_TEXTS.items() if event != "nodes"]
+    assert [line.split("  ")[:2] for line in lines] == [["step 3", text] for text in texts]
+    assert all(line.endswith("reason so it is") for line in lines)
+    assert terminal.saved == "step 3"
+
+
+def test_a_tracker_gets_the_time_and_the_caller_keeps_its_record() -> None:
+    shown = io.StringIO()
+    terminal = Terminal(steps=9, unit="tokens", console=Console(file=shown, width=200))
+    record = {"kind": "train", "step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "applied": True}
+    record |= {"tokens_per_s": 10.0, "mfu": 0.5, "peak_memory_bytes": 2**30}
+    before = dict(record)
+    TrackerGroup(terminal).log(record)
+    assert record == before
+    assert terminal.record is not None and terminal.record["time"] == pytest.approx(
+        time.time(), abs=60
+    )
+    assert (
+        shown.getvalue() == "step 1/9  loss 2.0000  lr 1.00e-01  10 tokens/s  mfu 50.0%  1.0 GiB\n"
+    )

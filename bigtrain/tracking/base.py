@@ -6,70 +6,66 @@ from typing import Any, Protocol
 
 from bigtrain.config.secrets import redact
 from bigtrain.runs.directory import to_json
+from bigtrain.runs.events import Event
 from bigtrain.runs.metrics_file import Record
 
 
 class Tracker(Protocol):
-    """Somewhere records go."""
+    """Something that takes the records of a run: training lines, evaluations and events."""
 
     def log(self, record: Record) -> None: ...
 
     def samples(self, step: int, rows: list[Record]) -> None:
-        """Held-out examples with what the model made of them; most trackers have no room for them."""
+        """Held-out examples with what the model made of them; most trackers cannot show them."""
         return None
 
-    def close(self, summary: Record) -> None: ...
+    def close(self, summary: Record) -> None:
+        """`summary`: the numbers of the finished run; of a run that ended early, without `step`."""
 
 
 def numbers_of(record: Record) -> dict[str, float]:
-    """What can be drawn over steps, under the names that a tracker shows; of events, what each machine was doing."""
+    """What can be drawn over steps, under the names that a tracker shows.
+
+    Of events only `nodes` has such numbers: how busy each machine was.
+    """
     kind = record["kind"]
-    if kind == "event":
-        nodes = record["machines"] if record["event"] == "nodes" else {}
+    if kind != "event":
         return {
-            f"nodes/{node}/{name}": value
-            for node, values in nodes.items()
-            for name, value in values.items()
+            f"{kind}/{name}": value
+            for name, value in record.items()
+            if isinstance(value, int | float) and name not in ("step", "time")
         }
-    return {
-        f"{kind}/{k}": v
-        for k, v in record.items()
-        if isinstance(v, int | float) and k not in ("step", "time")
-    }
-
-
-def line_of(record: Record) -> str:
-    values = {
-        key: value for key, value in record.items() if key not in ("kind", "step", "event", "time")
-    }
-    shown = "  ".join(
-        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
-    )
-    return f"step {record['step']}  {record.get('event', 'evaluation')}  {shown}"
+    numbers = {}
+    if record["event"] == "nodes":
+        for node, values in record["machines"].items():
+            for name, value in values.items():
+                numbers[f"nodes/{node}/{name}"] = value
+    return numbers
 
 
 class TrackerGroup:
-    """Records to all trackers, in order; ranks other than the first have none."""
+    """Passes records to all trackers, in order; on ranks other than the first there are none."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self.trackers = list(trackers)
 
     def log(self, record: Record) -> None:
-        record["time"] = time.time()
+        """Pass on a record, with the time of now."""
+        timed = {**record, "time": time.time()}
         for tracker in self.trackers:
-            tracker.log(record)
+            tracker.log(timed)
 
-    def event(self, step: int, event: str, **details: Any) -> None:
-        """Something that happened, with what it takes to be understood; no secret that an error may have named."""
-        self.log(
-            {"kind": "event", "step": step, "event": event, **json.loads(redact(to_json(details)))}
-        )
+    def event(self, step: int, event: Event, **details: Any) -> None:
+        """Something that happened; secrets in its details (an error may name one) are redacted."""
+        clean = json.loads(redact(to_json(details)))
+        self.log({"kind": "event", "step": step, "event": event, **clean})
 
     def samples(self, step: int, rows: list[Record]) -> None:
-        """Examples for those trackers that have room for them."""
+        """Held-out examples with what the model made of them, if there are any."""
+        if not rows:
+            return
         for tracker in self.trackers:
-            if rows:
-                tracker.samples(step, rows)
+            tracker.samples(step, rows)
 
     def close(self, summary: Record) -> None:
         for tracker in self.trackers:

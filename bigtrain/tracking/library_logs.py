@@ -9,53 +9,62 @@ import warnings
 from bigtrain.config.secrets import redact
 from bigtrain.runs.directory import RunDir
 
+# Libraries that write to the terminal themselves unless they are stopped from it.
+_LOUD = ("accelerate", "DeepSpeed", "torch.distributed", "transformers")
+_STDLIB = re.escape(sysconfig.get_paths()["stdlib"])
+_LIBRARY_PATH = re.compile(rf"site-packages|dist-packages|^{_STDLIB}")
+
 
 class _Redacted(logging.Formatter):
-    """Without secrets, also in a traceback. (A filter would not do: what fails in one, fails in who logs.)"""
+    """Without secrets, also in a traceback.
+
+    Not a filter: an error in a formatter is only printed; one in a filter ends what was logging.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
+class _OnlyOnce(logging.Filter):
+    """Each message once. Python's own memory of warnings is cleared whenever its filters change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.seen
+        self.seen.add(message)
+        return is_new
+
+
+def _is_of_user(record: logging.LogRecord) -> bool:
+    """Whether the code that logged or warned is in none of the installed libraries."""
+    # The text of a warning begins with the path of the code that it is about.
+    source = record.getMessage() if record.name == "py.warnings" else record.pathname
+    return not _LIBRARY_PATH.search(source)
+
+
 def keep_warnings(run: RunDir, rank: int) -> None:
-    """What libraries warn of goes to `runs/NAME/logs/rank-N.log`; what the user's own code does, to rank 0's terminal too."""
-    shown, seen = logging.StreamHandler(), set[str]()
-    kept: logging.Handler = logging.NullHandler()
-    with contextlib.suppress(
-        OSError
-    ):  # a disk that shows this rank no run directory must not end the run
+    """From now on, write warnings and logs to `runs/NAME/logs/rank-N.log`.
+
+    Those of the user's own code are shown on rank 0's terminal too.
+    """
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(_Redacted())
+    terminal.addFilter(_is_of_user)
+    file: logging.Handler = logging.NullHandler()
+    with contextlib.suppress(OSError):  # a disk that does not show this rank the run directory
         run.logs.mkdir(parents=True, exist_ok=True)
-        kept = logging.FileHandler(run.logs / f"rank-{rank}.log")
-    kept.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    shown.setFormatter(_Redacted())
-    theirs = re.compile(
-        rf"site-packages|dist-packages|^{re.escape(sysconfig.get_paths()['stdlib'])}"
-    )
-
-    def is_new(
-        record: logging.LogRecord,
-    ) -> bool:  # Python forgets what it has warned of whenever a filter changes
-        known = record.getMessage() in seen
-        seen.add(record.getMessage())
-        return not known
-
-    shown.addFilter(
-        lambda record: (
-            not theirs.search(
-                record.getMessage() if record.name == "py.warnings" else record.pathname
-            )
-        )
-    )
-    logging.getLogger().handlers = [kept, shown] if rank == 0 else [kept]
+        file = logging.FileHandler(run.logs / f"rank-{rank}.log")
+    file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().handlers = [file, terminal] if rank == 0 else [file]
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addFilter(is_new)
+    logging.getLogger("py.warnings").addFilter(_OnlyOnce())
     warnings.resetwarnings()
-    for name in (
-        "accelerate",
-        "DeepSpeed",
-        "torch.distributed",
-        "transformers",
-    ):  # which speak to the terminal themselves
+    for name in _LOUD:
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [], True
+        logger.handlers = []
+        logger.propagate = True
         logger.setLevel(logging.WARNING)

@@ -10,92 +10,119 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from bigtrain.runs.events import EVENT_TEXTS
 from bigtrain.runs.metrics_file import Record
-from bigtrain.tracking.base import Tracker, line_of
+from bigtrain.tracking.base import Tracker
 
-_TREND = 40  # columns of the panel's bar, and losses of its trend
+_WIDTH = 40  # columns of the panel's bar, and losses in its trend
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 class Terminal(Tracker):
-    """A live panel on a terminal; elsewhere a plain line every few seconds. Evaluations and events are a line each."""
+    """A live panel on a terminal; elsewhere a plain line every few seconds.
+
+    Evaluations and events are a line each. `every`: seconds between two plain lines.
+    """
 
     def __init__(self, steps: int, unit: str, console: Console, every: float = 5.0) -> None:
-        self.steps, self.unit, self.console, self.every = steps, unit, console, every
-        self.last, self.began = (
-            -math.inf,
-            (0, 0.0),
-        )  # when a line was printed last; the first step seen, and when
-        self.record: Record = {}
-        self.saved, self.skipped = "none yet", 0
-        self.trend = deque[float](maxlen=_TREND)
-        self.live = (
-            Live(get_renderable=self._panel, console=console)
-            if console.is_terminal and not console.quiet
-            else None
-        )
-        if self.live is not None:
+        self.steps = steps
+        self.unit = unit  # of the rate: tokens or samples
+        self.console = console
+        self.every = every
+        self.printed = -math.inf  # when the last plain line was, by the monotonic clock
+        self.first: Record | None = None  # training line of this process
+        self.record: Record | None = None  # the newest training line
+        self.saved = "none yet"  # where the newest checkpoint is
+        self.skipped = 0
+        self.trend = deque[float](maxlen=_WIDTH)  # the last finite losses
+        self.live: Live | None = None
+        if console.is_terminal and not console.quiet:
+            self.live = Live(get_renderable=self._panel, console=console)
             self.live.start()
 
     def log(self, record: Record) -> None:
-        if record["kind"] != "train":
-            self.saved = (
-                f"step {record['step']:,}" if record.get("event") == "checkpoint" else self.saved
-            )
-            if record.get("event") != "nodes":
-                self.console.print(line_of(record), highlight=False, markup=False)
+        if record["kind"] == "train":
+            self._log_step(record)
             return
-        self.record, self.skipped = record, self.skipped + (not record["applied"])
-        self.began = self.began if self.began[0] else (record["step"], record["time"])
-        if self.live is None and (
-            time.monotonic() - self.last >= self.every or record["step"] == self.steps
-        ):
-            self.last = time.monotonic()
-            text = (
-                f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-                f"  {self._speed()}" + ("" if record["applied"] else "  SKIPPED")
-            )
-            self.console.print(text, highlight=False, markup=False)
-        elif self.live is not None and math.isfinite(record["loss"]):
-            self.trend.append(record["loss"])
+        if record.get("event") == "checkpoint":
+            self.saved = f"step {record['step']:,}"
+        if record.get("event") != "nodes":
+            self.console.print(_describe(record), highlight=False, markup=False)
 
-    def _speed(self) -> str:
-        found = self.record
-        rate = f"{found[self.unit + '_per_s']:,.0f} {self.unit}/s"
-        return f"{rate}  mfu {found['mfu']:.1%}  {found['peak_memory_bytes'] / 2**30:.1f} GiB"
+    def _log_step(self, record: Record) -> None:
+        self.record = record
+        self.first = self.first or record
+        self.skipped += not record["applied"]
+        if self.live is not None:
+            if math.isfinite(record["loss"]):
+                self.trend.append(record["loss"])
+            return
+        now = time.monotonic()
+        if now - self.printed >= self.every or record["step"] == self.steps:
+            self.printed = now
+            self.console.print(self._plain_line(record), highlight=False, markup=False)
+
+    def _plain_line(self, record: Record) -> str:
+        digits = len(str(self.steps))
+        parts = [
+            f"step {record['step']:>{digits}}/{self.steps}",
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.2e}",
+            self._speed(record),
+        ]
+        if not record["applied"]:
+            parts.append("SKIPPED")
+        return "  ".join(parts)
+
+    def _speed(self, record: Record) -> str:
+        rate = record[f"{self.unit}_per_s"]
+        memory = record["peak_memory_bytes"] / 2**30
+        return f"{rate:,.0f} {self.unit}/s  mfu {record['mfu']:.1%}  {memory:.1f} GiB"
 
     def _panel(self) -> RenderableType:
         """Drawn by rich's own thread, so that training never waits for a terminal."""
-        found, (first, began) = self.record, self.began
-        if not found:
+        record, first = self.record, self.first
+        if record is None or first is None:
             return "waiting for the first step …"
-        pace = (found["time"] - began) / max(
-            found["step"] - first, 1
-        )  # evaluations and checkpoints included
-        trend = list(self.trend)  # training goes on meanwhile
-        low, high = min(trend, default=0.0), max(trend, default=1.0)
-        bars = "".join(
-            "▁▂▃▄▅▆▇█"[int(7 * (value - low) / max(high - low, 1e-12))] for value in trend
-        )
+        step = record["step"]
+        # Evaluations and checkpoints are part of the time that is left.
+        seconds = (record["time"] - first["time"]) / max(step - first["step"], 1)
+        left = timedelta(seconds=round(seconds * (self.steps - step)))
+        kept = f"checkpoint {self.saved}"
+        if self.skipped:
+            kept += f"  [red]SKIPPED {self.skipped}[/]"
         table = Table.grid(padding=(0, 2))
-        left = timedelta(seconds=round(pace * (self.steps - found["step"])))
-        table.add_row(
-            "step",
-            f"{found['step']:,} of {self.steps:,}  {found['step'] / self.steps:.0%}  {left} left",
-        )
-        table.add_row("", ProgressBar(self.steps, found["step"], width=_TREND))
-        table.add_row("loss", f"{found['loss']:.4f}  {bars}")
-        table.add_row("speed", self._speed())
-        table.add_row("", f"lr {found['lr']:.2e}  gradient norm {found['grad_norm']:.3g}")
-        table.add_row(
-            "kept",
-            f"checkpoint {self.saved}"
-            + (f"  [red]SKIPPED {self.skipped}[/]" if self.skipped else ""),
-        )
+        table.add_row("step", f"{step:,} of {self.steps:,}  {step / self.steps:.0%}  {left} left")
+        table.add_row("", ProgressBar(self.steps, step, width=_WIDTH))
+        table.add_row("loss", f"{record['loss']:.4f}  {_trend_bars(list(self.trend))}")
+        table.add_row("speed", self._speed(record))
+        table.add_row("", f"lr {record['lr']:.2e}  gradient norm {record['grad_norm']:.3g}")
+        table.add_row("kept", kept)
         return table
 
     def close(self, summary: Record) -> None:
         if self.live is not None:
             self.live.stop()
+
+
+def _describe(record: Record) -> str:
+    """One line about an evaluation or an event."""
+    title = "evaluation"
+    if record["kind"] == "event":
+        title = EVENT_TEXTS.get(record["event"], str(record["event"]))
+    parts = [f"step {record['step']}", title]
+    for name, value in record.items():
+        if name not in ("kind", "step", "event", "time"):
+            parts.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    return "  ".join(parts)
+
+
+def _trend_bars(losses: list[float]) -> str:
+    """A bar for each loss, between the lowest and the highest of them."""
+    low = min(losses, default=0.0)
+    high = max(losses, default=1.0)
+    spread = max(high - low, 1e-12)
+    return "".join(_BARS[int(7 * (loss - low) / spread)] for loss in losses)
 
 
 def console(as_json: bool = False, quiet: bool = False) -> Console:

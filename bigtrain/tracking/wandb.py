@@ -1,4 +1,4 @@
-"""Weights & Biases: one W&B run per bigtrain run, told by a thread of its own."""
+"""Weights & Biases: one W&B run per bigtrain run, written by a thread of its own."""
 
 import contextlib
 import importlib
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psutil
@@ -16,211 +17,227 @@ import requests
 
 from bigtrain.config.recipe import TrackConfig
 from bigtrain.runs.directory import RunDir
+from bigtrain.runs.events import EVENT_TEXTS
 from bigtrain.runs.metrics_file import Record, read_metrics
 from bigtrain.tracking.base import Tracker, numbers_of
 from bigtrain.tracking.wandb_sync import logged_in, logged_offline, wandb_server
 
-# Events that someone should be woken for → the title of the alert.
-_ALERTS = {
-    "failed": "training failed",
-    "stopped": "stopped early",
-    "hang": "no progress",
-    "checkpoint_failed": "no checkpoint",
+# Events that W&B sends an alert for.
+_ALERTS = ("failed", "stopped", "hang", "checkpoint_failed")
+# Metrics whose best value W&B shows beside the last.
+_BEST = {
+    "eval/loss": "min",
+    "train/loss": "min",
+    "eval/accuracy": "max",
+    "eval/f1": "max",
 }
-_START, _END = (
-    5.0,
-    10.0,
-)  # seconds that W&B may take to start and to finish: training waits for neither
+# Seconds that W&B may take to start and to finish, so that training waits for neither.
+_START_TIMEOUT = 5.0
+_FINISH_TIMEOUT = 10.0
+_LINES_PER_SECOND = 200  # that W&B takes, at least
 
 
 class WandB(Tracker):
-    """One W&B run per bigtrain run, whatever ended it on the way; steps are our own, so that a resumed run continues its
-    curves. What an earlier life has told W&B is not told again; what it had no time to tell is told first.
+    """One W&B run per bigtrain run, however often it was killed and resumed.
 
-    All of it happens in a thread of its own: to begin takes W&B seconds and a line two milliseconds, mostly of waiting.
+    Lines have our own steps, so that a resumed run continues its curves. What W&B has from an
+    earlier process is not logged again; what that process had no time to log is logged first.
+
+    All of it happens in a thread: W&B takes seconds to start and two milliseconds for a line, most
+    of it waiting.
     """
 
     def __init__(
         self,
         track: TrackConfig,
-        run: RunDir,
+        run_dir: RunDir,
         recipe_name: str,
         config: dict[str, Any],
         known_id: str,
         step: int,
     ) -> None:
-        """`known_id`: from the checkpoint, should the run directory have lost its own; `step`: where the run goes on."""
-        importlib.import_module(
-            "wandb"
-        )  # here: a data worker that is forked while a thread imports could wait for ever
-        self.files, self.skipped, self.lost, self.told, self.began = (
-            run,
-            False,
-            False,
-            set[tuple[str, int]](),
-            time.time(),
-        )
-        self.run: Any = None
-        id_file = run.path / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(
-                known_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-            )  # a W&B sweep has its own
-        self.id = id_file.read_text().strip()
-        known: dict[str, Any] = {
+        """Start the thread, which starts W&B.
+
+        `known_id`: from the checkpoint, in case the run directory has lost its own.
+        `step`: where training starts.
+        """
+        # Imported before any thread starts: a data worker that is forked while another thread
+        # imports could wait for ever.
+        importlib.import_module("wandb")
+        self.run_dir = run_dir
+        self.run: Any = None  # W&B's, once it has started
+        self.id = _wandb_id(run_dir, known_id)
+        self.logged = set[tuple[str, int]]()  # (kind, step) of what W&B has from earlier processes
+        self.began = time.time()  # lines before this are of earlier processes
+        self.skip_alerted = False  # an alert for the first skipped step is enough
+        self.failed = False  # W&B has raised an error
+        self.actions: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        arguments = {
             "project": track.project,
             "group": track.group or recipe_name,
             "tags": track.tags,
             "id": self.id,
-        }
-        known |= {
             "notes": track.notes,
             "job_type": "train",
-            "name": run.name,
+            "name": run_dir.name,
             "config": config,
-            "dir": str(run.path),
+            "dir": str(run_dir.path),
         }
-        self.todo: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self.todo.put(lambda: self._start(track.wandb, step, known))
+        self.actions.put(partial(self._start, track.wandb, arguments, step))
         self.thread = threading.Thread(target=self._work, daemon=True, name="W&B")
         self.thread.start()
 
-    def _start(self, mode: str, step: int, known: dict[str, Any]) -> None:
-        """Begin, offline where W&B's server does not answer in time; and tell what earlier lives had no time to tell."""
-        os.environ.setdefault(
-            "WANDB_DATA_DIR", str(self.files.path / "wandb")
-        )  # what is to be uploaded stays with the run
-        import wandb
-
-        asked = wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=_START,
-            finish_timeout=_END,
-            finish_timeout_raises=True,
-        )
-        self.told = logged_offline(self.files)
-        if mode == "online" or (mode == "auto" and logged_in()):
-            try:
-                requests.head(
-                    wandb_server(), timeout=_START
-                )  # W&B itself would hold up the end of a run that could not begin
-                self.run = wandb.init(mode="online", resume="allow", settings=asked, **known)
-            except Exception as problem:
-                self._say(f"does not answer ({type(problem).__name__}): logging offline")
-            else:
-                last = int(self.run.summary.get("step", 0) or 0)
-                self.told |= {
-                    (kind, known_step)
-                    for kind in ("train", "eval")
-                    for known_step in range(last + 1)
-                }
-        if self.run is None:
-            os.environ.setdefault(
-                "WANDB_ERROR_REPORTING", "false"
-            )  # at the end it would be waited for where nobody answers
-        self.run = self.run or wandb.init(mode="offline", settings=asked, **known)
-        self.run.define_metric("*", step_metric="step")
-        for name, goal in (
-            ("eval/loss", "min"),
-            ("train/loss", "min"),
-            ("eval/accuracy", "max"),
-            ("eval/f1", "max"),
-        ):
-            self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
-        lines = (
-            line
-            for line in read_metrics(self.files.metrics)
-            if line.get("kind") in ("train", "eval")
-        )
-        earlier = (
-            line
-            for line in lines
-            if line.get("step", 0) <= step and line.get("time", 0.0) < self.began
-        )
-        for record in {(line["kind"], line["step"]): line for line in earlier}.values():
-            self._tell(
-                record
-            )  # a step that was done twice as it was done last; its alerts are of an earlier life
-
     def log(self, record: Record) -> None:
-        kind, step = record["kind"], record["step"]
-        if kind == "event" and record["event"] in _ALERTS:
-            text = str(record.get("reason") or record.get("places") or "")
-            self.todo.put(
-                lambda: self.run.alert(
-                    f"{self.files.name}: {_ALERTS[record['event']]}", f"step {step}. {text}"
-                )
-            )
-        if not self.skipped and (
-            record.get("event") == "step_skipped" or not record.get("applied", True)
-        ):
-            self.skipped = True
-            self.todo.put(
-                lambda: self.run.alert(
-                    f"{self.files.name}: step skipped", f"step {step}: not finite, or a spike"
-                )
-            )
-        self.todo.put(lambda: self._tell(record))
-
-    def _tell(self, record: Record) -> None:
-        if (numbers := numbers_of(record)) and (record["kind"], record["step"]) not in self.told:
-            self.run.log({"step": record["step"], **numbers})
+        event = record.get("event")
+        if event in _ALERTS:
+            details = record.get("reason") or record.get("places") or ""
+            self._alert(EVENT_TEXTS[event], f"step {record['step']}. {details}")
+        skipped = event == "step_skipped" or not record.get("applied", True)
+        if skipped and not self.skip_alerted:
+            self.skip_alerted = True
+            self._alert("step skipped", f"step {record['step']}: not finite, or a spike")
+        self.actions.put(partial(self._log, record))
 
     def samples(self, step: int, rows: list[Record]) -> None:
-        """A table of what the model made of some held-out examples; arrays are images."""
-        self.todo.put(lambda: self.run.log({"step": step, "samples/eval": self._table(rows)}))
-
-    def _table(self, rows: list[Record]) -> Any:
-        import wandb
-
-        shown = [
-            [wandb.Image(value) if hasattr(value, "shape") else value for value in row.values()]
-            for row in rows
-        ]
-        return wandb.Table(columns=list(rows[0]), data=shown)
+        """A table of what the model made of some held-out examples; arrays become images."""
+        self.actions.put(partial(self._log_table, step, rows))
 
     def close(self, summary: Record) -> None:
-        self.todo.put(lambda: self._finish(summary))
-        self.todo.put(None)
-        self.thread.join(2 * _END + self.todo.qsize() / 200)  # a line takes it two milliseconds
-        if self.thread.is_alive():
-            self._say(f"has not taken the last {self.todo.qsize() + 1} lines in time")
-        if self.thread.is_alive() or self.lost:
-            with contextlib.suppress(Exception):  # one that has ended meanwhile
-                for service in [
-                    child
-                    for child in psutil.Process().children()
-                    if child.name().startswith("wandb")
-                ]:
-                    service.kill()  # at the end of the program W&B would wait for it without a limit
-                importlib.import_module("wandb").teardown()
+        """Finish the run in W&B, and wait for it, but not for longer than it needs."""
+        self.actions.put(partial(self._finish, summary))
+        self.actions.put(None)
+        self.thread.join(2 * _FINISH_TIMEOUT + self.actions.qsize() / _LINES_PER_SECOND)
+        late = self.thread.is_alive()
+        if late:
+            self._warn(f"has not taken the last {self.actions.qsize() + 1} lines in time")
+        if late or self.failed:
+            _end_service()
+
+    def _alert(self, title: str, text: str) -> None:
+        self.actions.put(partial(self._send_alert, f"{self.run_dir.name}: {title}", text))
+
+    def _warn(self, problem: str) -> None:
+        later = f"later: bigtrain sync {self.run_dir.name}"
+        print(f"bigtrain: W&B {problem}; {later}", file=sys.stderr)
+
+    # The methods below are called in the thread only.
+
+    def _work(self) -> None:
+        """Do what `actions` has, until None.
+
+        W&B's service is a process of its own, which a cluster may end: that must not end training.
+        """
+        for action in iter(self.actions.get, None):
+            try:
+                action()
+            except Exception as problem:
+                if not self.failed:
+                    name = type(problem).__name__
+                    self._warn(f"failed ({name}: {problem}); metrics.jsonl has everything")
+                self.failed = True  # later actions are still tried: it may be one bad table only
+
+    def _start(self, mode: str, arguments: dict[str, Any], step: int) -> None:
+        """Start W&B, offline if its server is silent; log what earlier processes could not."""
+        # What waits to be uploaded stays with the run.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.run_dir.path / "wandb"))
+        import wandb
+
+        arguments["settings"] = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=_START_TIMEOUT,
+            finish_timeout=_FINISH_TIMEOUT,
+            finish_timeout_raises=True,
+        )
+        self.logged = logged_offline(self.run_dir)
+        if mode == "online" or (mode == "auto" and logged_in()):
+            self._start_online(arguments)
+        if self.run is None:
+            # Reporting its own errors, W&B would wait at the end for a server that does not answer.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+            self.run = wandb.init(mode="offline", **arguments)
+        self.run.define_metric("*", step_metric="step")
+        for name, goal in _BEST.items():
+            self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
+        self._log_earlier(step)
+
+    def _start_online(self, arguments: dict[str, Any]) -> None:
+        """Leaves `run` as it is where W&B's server does not answer."""
+        import wandb
+
+        try:
+            # Asked first: a run that W&B could not start would delay the end of training.
+            requests.head(wandb_server(), timeout=_START_TIMEOUT)
+            self.run = wandb.init(mode="online", resume="allow", **arguments)
+        except Exception as problem:
+            self._warn(f"does not answer ({type(problem).__name__}): logging offline")
+            return
+        last_step = int(self.run.summary.get("step", 0) or 0)
+        for known_step in range(last_step + 1):
+            self.logged |= {("train", known_step), ("eval", known_step)}
+
+    def _log_earlier(self, step: int) -> None:
+        """Log the lines up to `step` that earlier processes wrote to metrics.jsonl.
+
+        A step that was repeated is logged as it was done last.
+        """
+        earlier: dict[tuple[str, int], Record] = {}
+        for line in read_metrics(self.run_dir.metrics):
+            of_earlier = line.get("step", 0) <= step and line.get("time", 0.0) < self.began
+            if line.get("kind") in ("train", "eval") and of_earlier:
+                earlier[line["kind"], line["step"]] = line
+        for record in earlier.values():
+            self._log(record)
+
+    def _log(self, record: Record) -> None:
+        numbers = numbers_of(record)
+        if numbers and (record["kind"], record["step"]) not in self.logged:
+            self.run.log({"step": record["step"], **numbers})
+
+    def _log_table(self, step: int, rows: list[Record]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]))
+        for row in rows:
+            values = [
+                wandb.Image(each) if hasattr(each, "shape") else each for each in row.values()
+            ]
+            table.add_data(*values)
+        self.run.log({"step": step, "samples/eval": table})
+
+    def _send_alert(self, title: str, text: str) -> None:
+        self.run.alert(title, text)
 
     def _finish(self, summary: Record) -> None:
-        """The exported model becomes an artifact, by reference (nothing of it is uploaded or hashed), with its recipe."""
+        """The exported model becomes an artifact with its recipe.
+
+        By reference: nothing of the model is uploaded or hashed.
+        """
         import wandb
 
         self.run.summary.update(summary)
-        if (self.files.export / "bigtrain.json").is_file():
-            artifact = wandb.Artifact(f"{self.files.name}-model", type="model")
-            artifact.add_reference(self.files.export.resolve().as_uri(), checksum=False)
-            artifact.add_file(str(self.files.recipe))
+        export = self.run_dir.export
+        if (export / "bigtrain.json").is_file():
+            artifact = wandb.Artifact(f"{self.run_dir.name}-model", type="model")
+            artifact.add_reference(export.resolve().as_uri(), checksum=False)
+            artifact.add_file(str(self.run_dir.recipe))
             self.run.log_artifact(artifact)
-        self.run.finish(exit_code=int("step" not in summary))  # of a run that ended before its end
+        finished = "step" in summary  # not so if training ended before its last step
+        self.run.finish(exit_code=0 if finished else 1)
 
-    def _work(self) -> None:
-        """W&B's service is a process of its own, which a cluster may end before us: that must not end the run."""
-        while (act := self.todo.get()) is not None:
-            try:
-                act()
-            except Exception as problem:
-                if not self.lost:
-                    self._say(
-                        f"is lost ({type(problem).__name__}: {problem}); metrics.jsonl has it all"
-                    )
-                self.lost = (
-                    True  # and what comes is tried all the same: one bad table is not the end
-                )
 
-    def _say(self, what: str) -> None:
-        print(f"bigtrain: W&B {what}; later: bigtrain sync {self.files.name}", file=sys.stderr)
+def _wandb_id(run_dir: RunDir, known_id: str) -> str:
+    """The run's id in W&B, kept in the run directory; a W&B sweep brings its own."""
+    file = run_dir.path / "wandb_id"
+    if not file.exists():
+        file.write_text(known_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+def _end_service() -> None:
+    """Kill W&B's process: at the end of the program W&B would wait for it without a limit."""
+    with contextlib.suppress(Exception):  # it may end by itself at the same time
+        for child in psutil.Process().children():
+            if child.name().startswith("wandb"):
+                child.kill()
+        importlib.import_module("wandb").teardown()

@@ -1,6 +1,5 @@
 """What W&B logged offline: read back, and uploaded."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -14,59 +13,61 @@ from bigtrain.runs.directory import RunDir
 
 
 def _segments(run: RunDir) -> list[Path]:
-    """W&B's folders of a run, one per life, in their order."""
-    return sorted(
-        path
-        for path in (run.path / "wandb").glob("*run-*-*")
-        if path.is_dir() and not path.is_symlink()
-    )
+    """W&B's folders of a run, in order: each process that trained the run has written one."""
+    folders = sorted((run.path / "wandb").glob("*run-*-*"))
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
-def _wandb(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _run_wandb(*arguments: str) -> subprocess.CompletedProcess[str]:
     """W&B's own command line."""
-    return subprocess.run(
-        [sys.executable, "-m", "wandb", *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "wandb", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def logged_offline(run: RunDir) -> set[tuple[str, int]]:
-    """(kind, step) of what earlier offline segments hold, as W&B's own reader finds it: a killed one may lack its end."""
-    told = set()
-    for file in (file for folder in _segments(run) for file in folder.glob("*.wandb")):
-        for line in _wandb("leet", "inspect", "--json", str(file)).stdout.splitlines():
-            with contextlib.suppress(ValueError):
-                item = json.loads(line).get("history", {}).get("item", {})
-                told |= {
-                    (key.split("/")[0], item["step"])
-                    for key in item
-                    if "/" in key and "step" in item
-                }
-    return told
+    """(kind, step) of every line in the run's offline segments, as W&B's own reader finds them.
+
+    The segment of a process that was killed may lack its end.
+    """
+    logged: set[tuple[str, int]] = set()
+    for folder in _segments(run):
+        for file in folder.glob("*.wandb"):
+            for line in _run_wandb("leet", "inspect", "--json", str(file)).stdout.splitlines():
+                logged |= _kinds_and_step(line)
+    return logged
+
+
+def _kinds_and_step(line: str) -> set[tuple[str, int]]:
+    """(kind, step) of what one line of W&B's reader is about: names in it are `KIND/METRIC`."""
+    try:
+        values = json.loads(line).get("history", {}).get("item", {})
+    except ValueError:
+        return set()
+    if "step" not in values:
+        return set()
+    return {(name.split("/")[0], values["step"]) for name in values if "/" in name}
 
 
 def sync(run: RunDir) -> str:
-    """Upload what was logged offline, every segment once and in order, by W&B's own sync; what it said.
+    """Upload what was logged offline, every segment once and in order; returns W&B's output.
 
     Raises RequestError when there is nothing, or W&B refuses.
     """
     folders = [str(path) for path in _segments(run)]
     if not folders:
         raise RequestError(f"{run.path}/wandb holds nothing to sync", "a run with track.wandb on")
-    # One id: then W&B appends the segments in order of their start, where it would overwrite (wandb#3841).
-    done = _wandb(
-        "sync",
-        "--yes",
-        "--include-online",
-        "--id",
-        (run.path / "wandb_id").read_text().strip(),
-        *folders,
-    )
-    said = (done.stdout + done.stderr).strip()
-    if done.returncode != 0 or "error" in said.lower():
+    # With one id for all, W&B appends the segments in order of their start; without, a later one
+    # overwrites an earlier one (wandb#3841).
+    run_id = (run.path / "wandb_id").read_text().strip()
+    done = _run_wandb("sync", "--yes", "--include-online", "--id", run_id, *folders)
+    output = (done.stdout + done.stderr).strip()
+    if done.returncode != 0 or "error" in output.lower():
         raise RequestError(
-            f"wandb sync: {said[-500:]}", "W&B's server to answer", "the same command, later"
+            f"wandb sync: {output[-500:]}",
+            "W&B's server to answer",
+            "the same command, later",
         )
-    return said
+    return output
 
 
 def wandb_server() -> str:
@@ -75,7 +76,6 @@ def wandb_server() -> str:
 
 def logged_in() -> bool:
     """Whether W&B has a key for its server, in the environment or in netrc."""
-    return (
-        bool(os.environ.get("WANDB_API_KEY"))
-        or requests.utils.get_netrc_auth(wandb_server()) is not None
-    )
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    return requests.utils.get_netrc_auth(wandb_server()) is not None
