@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,7 +182,7 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
     )
     ranks.prepare(
         build_model(recipe, prepared, ranks.shard),
-        lambda module: make_optimizer(module, recipe.optim),
+        partial(make_optimizer, optim=recipe.optim, whole_shape=ranks.whole_shape),
     )
     task, collect = TASKS[recipe.task](recipe.task, prepared), Collect()
     run, state = RunDir(folder), TrainState()
@@ -189,7 +190,7 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
         recipe,
         ranks,
         task,
-        train_batches(prepared.train, task.collate, recipe, ranks.plan, ranks.rank, 0),
+        train_batches(prepared.train, task.collate, recipe, ranks.plan, ranks.data_rank, 0),
         TrackerGroup(collect),
         state,
         SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
@@ -212,7 +213,7 @@ def go_on(training: TrainContext, path: Path) -> str:
     ranks = training.engine
     task, first = training.task, training.state.samples
     training.batches = train_batches(
-        task.data.train, task.collate, training.recipe, ranks.plan, ranks.rank, first
+        task.data.train, task.collate, training.recipe, ranks.plan, ranks.data_rank, first
     )
     return moved
 

@@ -12,7 +12,6 @@ import tempfile
 import time
 import uuid
 from datetime import timedelta
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,12 @@ import torch
 from torch import distributed
 from torch.distributed.elastic.utils.store import barrier
 
+from bigtrain.config.versions import installed_versions
 from bigtrain.engine.flops import product_rate
 from bigtrain.runs.directory import RUNS, to_json
 from bigtrain.tracking.wandb_sync import logged_in
 from bigtrain.training.watchdog import attempt
 
-PACKAGES = (
-    "bigtrain",
-    "torch",
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "datasets",
-    "wandb",
-    "numpy",
-)
 _SHM, _DISK, _SKEW = 1 << 30, 10 << 30, 2.0  # bytes free, bytes free, seconds apart
 _SLOW = 0.7  # of the median matrix-multiply rate
 _PATIENCE = timedelta(seconds=60)
@@ -245,11 +235,7 @@ def _this_rank(rank: int, port: int) -> Report:
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         torch.cuda.set_device(local % torch.cuda.device_count())
     report: Report = {"rank": rank, "host": os.environ.get("SLURMD_NODENAME", socket.gethostname())}
-    installed = {
-        name: next((found.version for found in distributions(name=name)), "missing")
-        for name in PACKAGES
-    }
-    report["versions"] = {"python": sys.version.split()[0]} | installed
+    report["versions"] = {"python": sys.version.split()[0]} | installed_versions()
     report["versions"] |= (
         {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
         if cuda

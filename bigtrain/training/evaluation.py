@@ -44,7 +44,7 @@ def evaluate(
     evaluator = task.evaluator(engine.device)
     first: dict[str, torch.Tensor] = {}
     for number, micro_batch in enumerate(
-        eval_batches(task.data.eval, task.collate, engine.plan, engine.rank)
+        eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank)
     ):
         if training is not None:
             training.watch.at("evaluation")

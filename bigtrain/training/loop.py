@@ -42,6 +42,8 @@ def train(t: TrainContext) -> dict[str, float]:
         last = stopping or state.step == settings.steps
         t.watch.at("checkpoint")
         if last or wishes.save or regular or state.best_step == state.step:
+            if not t.checkpoints.has(state.step):
+                state.rewinds = 0  # they are counted since the last checkpoint
             report_checkpoints(t, t.checkpoints.begin(state))
             if last or wishes.save or not settings.async_save:
                 report_checkpoints(t, t.checkpoints.finish())

@@ -1,21 +1,20 @@
 """Checks before anything is written: all ranks alike, and the model fits the data."""
 
 import contextlib
-from importlib.metadata import version
 
 import numpy as np
 import torch
 
+from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import flop_counter
 from bigtrain.errors import RequestError
 from bigtrain.tasks.base import Task, outputs
-from bigtrain.training.settings import PACKAGES
 
 
 def refuse_other_ranks(ranks: Engine, task: Task) -> None:
     """Every rank has its own installation and reads the data for itself: all must have the same."""
-    versions = ranks.gather([f"{package} {version(package)}" for package in PACKAGES])
+    versions = ranks.gather([f"{name} {version}" for name, version in installed_versions().items()])
     for rank, seen in enumerate(versions):
         if pairs := [
             (theirs, ours) for theirs, ours in zip(seen, versions[0], strict=True) if theirs != ours

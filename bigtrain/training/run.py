@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bigtrain.data.loader import train_batches
 from bigtrain.engine.base import Engine
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import read_launcher, refuse_contradictions
+from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.plan import make_plan
 from bigtrain.engine.runtime import find_device, world_from_environment
 from bigtrain.engine.start import start_engine
@@ -38,7 +40,6 @@ from bigtrain.tracking.terminal import Terminal
 from bigtrain.tracking.wandb import WandB
 from bigtrain.tracking.wandb_sync import logged_in
 from bigtrain.training.context import TrainContext
-from bigtrain.training.endings import lost_a_peer
 from bigtrain.training.evaluation import evaluate
 from bigtrain.training.loop import train
 from bigtrain.training.optimizers import make_optimizer
@@ -102,7 +103,8 @@ def run_recipe(
     watch = Watchdog(ranks, recipe.train.hang_timeout)
     try:
         model = build_model(recipe, prepared, ranks.shard)
-        ranks.prepare(model, lambda module: make_optimizer(module, recipe.optim))
+        whole_shape = ranks.whole_shape
+        ranks.prepare(model, partial(make_optimizer, optim=recipe.optim, whole_shape=whole_shape))
         refuse_other_ranks(ranks, task)
         flops = try_forward(ranks, task)
         settings = settings_in_force(loaded, plan, planned, ds_config, launcher.source) | facts_of(
@@ -162,7 +164,7 @@ def _train(
     for event, details in _news(settings, lines, prepared.bad, path, changed, moved):
         tracker.event(state.step, event, **details)
     batches = train_batches(
-        prepared.train, task.collate, recipe, ranks.plan, ranks.rank, state.samples
+        prepared.train, task.collate, recipe, ranks.plan, ranks.data_rank, state.samples
     )
     state.bad = sorted({*state.bad, *prepared.bad})
     checkpoints = CheckpointWriter(ranks, run, recipe, state)
@@ -202,7 +204,7 @@ def _carry_out(t: TrainContext, run: RunDir, summary: dict[str, Any]) -> dict[st
         summary |= done
     except BaseException as problem:
         if not isinstance(problem, StoppedEarly):  # which is an event already
-            event = "lost_peer" if lost_a_peer(problem) else "failed"
+            event = "lost_peer" if lost_a_peer(problem, t.engine.world_size) else "failed"
             t.tracker.event(
                 t.state.step, event, reason=str(problem).split("\n")[0] or type(problem).__name__
             )

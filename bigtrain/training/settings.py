@@ -5,13 +5,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from bigtrain.config.loader import LoadedRecipe, flatten
+from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import peak_flops
 from bigtrain.engine.plan import Plan
@@ -20,7 +20,6 @@ from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Task
 
 Settings = dict[str, dict[str, Any]]
-PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets")
 
 
 def set_by(origin: str, values: dict[str, Any]) -> Settings:
@@ -35,7 +34,7 @@ def facts_of(model: torch.nn.Module, flops: float, ranks: Engine, device: Device
     (PaLM, arXiv 2204.02311, appendix B).
     """
     facts = set_by(
-        "model", {"parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())}
+        "model", {"parameters": sum(ranks.num_elements(p) for p in model.parameters())}
     )
     if found := sorted(
         {type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}
@@ -72,7 +71,7 @@ def settings_in_force(
     origin = source if source.endswith(".json") else f"ds_configs for {plan.kind}"
     settings |= set_by(origin, flatten(ds_config, "deepspeed") if ds_config else {})
     settings |= set_by(
-        "installed", {f"versions.{package}": version(package) for package in PACKAGES}
+        "installed", {f"versions.{name}": version for name, version in installed_versions().items()}
     )
     return settings | set_by("OMP_NUM_THREADS or the machine", {"threads": torch.get_num_threads()})
 
