@@ -373,6 +373,23 @@ def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"none": training.engine.gather(evaluate(training.engine, training.task, training))}
 
 
+def run_rates(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Groups with rates of their own: half of the schedule's, and none at all."""
+    training, collect = build(case)
+    matrices, others = training.engine.optimizer.param_groups
+    matrices["lr_scale"], others["lr_scale"] = 0.5, 0.0
+    before = training.engine.whole_weights()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    _step(training)
+    after = training.engine.whole_weights()
+    return {
+        "schedule": collect.lines[0]["lr"],
+        "rates": [group["lr"] for group in training.engine.optimizer.param_groups],
+        "names": [matrices["names"], others["names"]],
+        "moved": [name for name in before if not torch.equal(before[name], after[name])],
+    }
+
+
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The starting weights, by a checksum per tensor."""
     training, _ = build(case)
@@ -391,6 +408,7 @@ RUN = {
     "lazy": run_lazy,
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
+    "rates": run_rates,
     "weights": run_weights,
 }
 

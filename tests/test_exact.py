@@ -105,6 +105,9 @@ def _deeds() -> dict[str, dict[str, Any]]:
             "optim": optim,
         }
         cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
+    for engine in ("ddp", "zero1", "zero2", "zero3"):
+        case = {"run": "rates", "model": "twice", "precision": "fp32", "micro_batch": 4}
+        cases[f"rates/{engine}"] = case | ENGINES[engine]
     case = {"run": "stop_evaluation", "model": "cnn", "precision": "fp32", "micro_batch": 4}
     return cases | {"stop_evaluation": case | ENGINES["zero3"]}
 
@@ -329,6 +332,18 @@ def test_a_loss_spike_is_left_out_or_gone_back_from(engine: str, results: dict[s
 
 def test_a_stop_within_an_evaluation_is_obeyed_by_all_ranks(results: dict[str, Any]) -> None:
     assert results["stop_evaluation"] == {"none": [None, None]}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_group_of_parameters_has_a_rate_of_its_own(engine: str, results: dict[str, Any]) -> None:
+    found = results[f"rates/{engine}"]
+    matrices = ["embedding.weight", "block.1.weight", "block.3.weight"]
+    others = ["block.0.weight", "block.0.bias", "block.1.bias", "block.3.bias"]
+    assert found["names"] == [matrices, others]
+    assert found["schedule"] == 5e-3
+    assert found["rates"] == [2.5e-3, 0.0]
+    # head.weight is the embedding's, tied
+    assert found["moved"] == [*matrices, "head.weight"]
 
 
 def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_same(
