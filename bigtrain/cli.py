@@ -1,6 +1,5 @@
 """The `bigtrain` command. Each command imports what it needs inside, so that help and errors answer at once."""
 
-import contextlib
 import gc
 import json
 import os
@@ -404,9 +403,10 @@ def _table(result: dict[str, Any]) -> None:
 
 def _leave(code: int) -> NoReturn:
     """End; and tell slurm/train.sbatch of a code that must not be requeued: srun only knows the highest of all ranks."""
-    if code in (2, 3) and (verdict := os.environ.get("BIGTRAIN_VERDICT")):
-        with contextlib.suppress(OSError):
-            Path(verdict).write_text(f"{code}")
+    from bigtrain.training.verdict import write_verdict
+
+    if code in (2, 3):
+        write_verdict(f"{code}")
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""What test_exact.py launches with torchrun: many training cases in one process group, results as JSON.
+"""What test_exact.py launches with torchrun: many training cases in one process group.
 
 torchrun --nproc_per_node 2 tests/distributed_cases.py OUT.json CASES.json
 """
@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import traceback
+from collections import deque
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
 from bigtrain.checkpoint.reader import load_checkpoint
 from bigtrain.checkpoint.state import TrainState
-from bigtrain.checkpoint.writer import CheckpointWriter
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.examples import Example, PreparedData
 from bigtrain.data.loader import train_batches
@@ -38,9 +38,12 @@ from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.registry import TASKS
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.context import TrainContext
-from bigtrain.training.evaluation import evaluate
-from bigtrain.training.loop import _step
+from bigtrain.training.evaluation import evaluate, evaluate_in_training
+from bigtrain.training.loop import train_step
 from bigtrain.training.optimizers import make_optimizer
+from bigtrain.training.run import build_training
+from bigtrain.training.signals import StopFlag
+from bigtrain.training.watchdog import Phase, Watchdog
 
 SAMPLES, GLOBAL_BATCH, VOCABULARY = 40, 15, 61  # 15 does not divide by 2: shares of 8 and 7
 
@@ -166,6 +169,37 @@ class Collect:
         pass
 
 
+class FixedStop(StopFlag):
+    """Asks for a stop, or never; listens to no signal."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.stop = stop
+        self.received = None
+        self.grace_seconds = 30.0
+
+    def requested(self) -> bool:
+        return self.stop
+
+    def save_requested(self) -> bool:
+        return False
+
+
+class NoWatchdog(Watchdog):
+    """Watches nothing: no thread, no store."""
+
+    def __init__(self) -> None:
+        self.pending_events = deque()
+
+    def report_to(self, tracker: TrackerGroup, step: int) -> None:
+        pass
+
+    def enter(self, phase: Phase) -> None:
+        pass
+
+    def step_done(self, step: int, seconds: float, busy: float) -> None:
+        pass
+
+
 def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainContext, Collect]:
     """A run whose checkpoints go to `folder`, ready to step."""
     from accelerate.state import AcceleratorState, PartialState
@@ -173,31 +207,32 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     recipe, prepared = recipe_for(case), data_for(case["model"])
-    world = world_from_environment()[1]
     plan, _ = make_plan(
-        recipe.engine, world_size=world, samples=SAMPLES, tokens_per_sample=16, bf16_is_fast=False
+        recipe.engine,
+        world_size=world_from_environment()[1],
+        samples=SAMPLES,
+        tokens_per_sample=16,
+        bf16_is_fast=False,
     )
     config = {} if plan.kind == "ddp" else render_deepspeed_config(plan, recipe.optim.clip_norm)
-    ranks = start_engine(
-        plan, Device(case.get("device", "cpu"), False), config, recipe.optim.clip_norm
+    device = Device(case.get("device", "cpu"), False)
+    engine = start_engine(plan, device, config, recipe.optim.clip_norm)
+    model = build_model(recipe, prepared, engine.shard)
+    engine.prepare(
+        model, partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
     )
-    ranks.prepare(
-        build_model(recipe, prepared, ranks.shard),
-        partial(make_optimizer, optim=recipe.optim, whole_shape=ranks.whole_shape),
+    collect = Collect()
+    training = build_training(
+        recipe=recipe,
+        engine=engine,
+        task=TASKS[recipe.task](recipe.task, prepared),
+        run=RunDir(folder),
+        state=TrainState(),
+        tracker=TrackerGroup(collect),
+        stop=FixedStop(),
+        watchdog=NoWatchdog(),
     )
-    task, collect = TASKS[recipe.task](recipe.task, prepared), Collect()
-    run, state = RunDir(folder), TrainState()
-    return TrainContext(
-        recipe,
-        ranks,
-        task,
-        train_batches(prepared.train, task.collate, recipe, ranks.plan, ranks.data_rank, 0),
-        TrackerGroup(collect),
-        state,
-        SimpleNamespace(received=None, grace=30.0, wanted=lambda: (False, False)),  # type: ignore[arg-type]
-        CheckpointWriter(ranks, run, recipe, state),
-        SimpleNamespace(at=lambda place: None, stepped=lambda *_: None, news=[]),  # type: ignore[arg-type]
-    ), collect
+    return training, collect
 
 
 def save(training: TrainContext) -> Path:
@@ -223,7 +258,7 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train; losses and norms, and an evaluation where one is asked for."""
     training, collect = build(case)
     for _ in range(training.recipe.train.steps):
-        _step(training)
+        train_step(training)
     return {
         "lines": collect.lines,
         "eval": evaluate(training.engine, training.task) if case.get("evaluate") else None,
@@ -233,19 +268,19 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run_resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train 8 steps straight; again 4, save, build anew, load, 4 more. Final weights must be the same bits."""
+    """Train 8 steps straight; again 4, save, build anew, load, 4 more: the same final bits."""
     straight, lines = build(case)
     for _ in range(8):
-        _step(straight)
+        train_step(straight)
     expected = straight.engine.whole_weights()
     half, _ = build(case, folder)
     for _ in range(4):
-        _step(half)
+        train_step(half)
     path = save(half)
     resumed, more = build(case)
     moved = go_on(resumed, path)
     for _ in range(4):
-        _step(resumed)
+        train_step(resumed)
     found = resumed.engine.whole_weights()
     return {
         "problems": verify_checkpoint(path),
@@ -259,7 +294,7 @@ def run_save(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train 4 steps and save where another world size finds it."""
     training, _ = build(case, Path(case["folder"]))
     for _ in range(4):
-        _step(training)
+        train_step(training)
     save(training)
     return {}
 
@@ -270,7 +305,7 @@ def run_go_on(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     (path,) = committed_checkpoints(RunDir(Path(case["folder"])))
     moved = go_on(training, path)
     for _ in range(4):
-        _step(training)
+        train_step(training)
     return {"lines": collect.lines, "moved": moved}
 
 
@@ -292,7 +327,7 @@ def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     training, collect = build(case)
     poison(training)
     for _ in range(3):
-        _step(training)
+        train_step(training)
     weights = training.engine.whole_weights()
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     return {
@@ -313,8 +348,10 @@ class HostReads(TorchDispatchMode):
 
 
 def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Seven steps, the second not finite, with a line of metrics every step and then every third: the same weights, and
-    the host waits for the device in the steps that log alone. (On CUDA torch itself raises where anything else would wait.)
+    """Seven steps, the second not finite, with a line of metrics every step, then every third.
+
+    The same weights; and the host waits for the device in the steps that log alone. (On CUDA torch
+    itself raises where anything else would wait.)
     """
     found, reads = [], []
     for every in (1, 3):
@@ -327,7 +364,7 @@ def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             if training.engine.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error" if quiet else "default")
             with HostReads() as counted:
-                _step(training)
+                train_step(training)
             reads += [counted.count] * quiet
         found.append((collect.lines, training.engine.whole_weights()))
     (lines, weights), (few, other_weights) = found
@@ -353,7 +390,7 @@ def run_spike(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     training.task.loss_sum = scaled  # type: ignore[method-assign]
     training.state.recent = [4.0 + 0.01 * (i % 5) for i in range(32)]
     for number in range(3):
-        _step(training)
+        train_step(training)
         seen.append((training.state.step, training.state.samples // GLOBAL_BATCH))
         if number == 0:
             save(training)
@@ -370,18 +407,19 @@ def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank is told to stop while all evaluate: all leave together."""
     training, _ = build(case)
     mine = training.engine.rank == training.engine.world_size - 1
-    training.stop = SimpleNamespace(wanted=lambda: (mine, False))  # type: ignore[assignment]
-    return {"none": training.engine.gather(evaluate(training.engine, training.task, training))}
+    training.stop = FixedStop(mine)
+    return {"none": training.engine.gather(evaluate_in_training(training))}
 
 
 def run_rates(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Groups with rates of their own: half of the schedule's, and none at all."""
     training, collect = build(case)
     matrices, others = training.engine.optimizer.param_groups
-    matrices["lr_scale"], others["lr_scale"] = 0.5, 0.0
-    before = training.engine.whole_weights()
-    before = {name: tensor.clone() for name, tensor in before.items()}
-    _step(training)
+    matrices["lr_scale"] = 0.5
+    others["lr_scale"] = 0.0
+    weights = training.engine.whole_weights()
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    train_step(training)
     after = training.engine.whole_weights()
     return {
         "schedule": collect.lines[0]["lr"],

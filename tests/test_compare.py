@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bigtrain.runs.compare import BY, _thin, curves, read, seed_groups
 from bigtrain.runs.directory import RunDir, asset
 from bigtrain.runs.metrics_file import read_columns, read_metrics
 from bigtrain.runs.status import goodput
-from bigtrain.training.doctor import compare as judge
+from bigtrain.training.doctor_checks import RankReport, check_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
 
@@ -279,10 +280,22 @@ def test_lines_are_read_alike_in_both_ways(six: Path) -> None:
     assert others == [line for line in read_metrics(path) if line["kind"] != "train"]
 
 
-def healthy(rank: int) -> dict[str, Any]:
-    return {"rank": rank, "host": f"node{rank}", "versions": {"torch": "2.13.0"}, "device": "cpu", "devices": 0, "memory": 1e11,
-            "used": 0, "blind": False, "shm": 1e11, "disk": 1e12, "unwritable": "", "shared": True, "write": 1e9, "skew": 0.0,
-            "busy_port": 0, "latency": 1e-5, "bandwidth": 1e9, "flops": 1e12, "wandb": True}  # fmt: skip
+def healthy(rank: int) -> RankReport:
+    return RankReport(
+        rank=rank,
+        host=f"node{rank}",
+        versions={"torch": "2.13.0"},
+        device="cpu",
+        devices=0,
+        memory=1e11,
+        used=0,
+        blind=False,
+        shm=1e11,
+        disk=1e12,
+        flops=1e12,
+        wandb=True,
+        write=1e9,
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,10 +306,10 @@ def healthy(rank: int) -> dict[str, Any]:
      ({"blind": True}, "CUDA")],
 )  # fmt: skip
 def test_the_doctor_names_the_sick_rank(sick: dict[str, Any], check: str | None) -> None:
-    rows = judge([healthy(0), healthy(1), healthy(2) | sick])
-    red = [row for row in rows if not row["ok"]]
-    assert [row["check"] for row in red] == ([check] if check else [])
-    assert all("2" in row["found"] and row["advice"] for row in red)
+    rows = check_ranks([healthy(0), healthy(1), replace(healthy(2), **sick)])
+    wrong = [row for row in rows if not row.ok]
+    assert [row.check for row in wrong] == ([check] if check else [])
+    assert all("2" in row.found and row.advice for row in wrong)
 
 
 def test_no_accelerator_is_taken_for_another() -> None:

@@ -98,7 +98,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(
     shard.write_bytes(shard.read_bytes()[:-7])
     done = bigtrain("train", *CNN, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on from step-00000008" in done.stdout
+    assert "resuming from step-00000008" in done.stdout
     assert "step-00000012 does not verify and is set aside" in done.stdout
     assert (run.checkpoints / "broken-step-00000012").is_dir()
     assert losses(tmp_path) == losses(whole)
@@ -630,13 +630,13 @@ def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
                 "SILENT" if silent else "does not answer"
             )[0]
         )
-        assert "in _step" in end.stderr, "where it waits: Python's stack"
+        assert "in train_step" in end.stderr, "where it waits: Python's stack"
     said = events(tmp_path, "silent-1")["hang"]
     assert said["silent"] == [1]
     assert said["places"][0] == "step 9: meeting"
     again = on_ranks(2, "train", *recipe, "train.steps=12", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "going on from step-" in again.stdout
+    assert "resuming from step-" in again.stdout
 
 
 def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> None:

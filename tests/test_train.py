@@ -168,7 +168,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> 
     assert process.wait().returncode == 75
     again = bigtrain(*arguments, cwd=stopped)
     assert again.returncode == 0
-    assert "going on from step-" in again.stdout
+    assert "resuming from step-" in again.stdout
     assert losses(stopped / "runs" / "digits-cnn") == losses(straight / "runs" / "digits-cnn")
     weights = [
         load_file(f / "runs" / "digits-cnn" / "export" / "model.safetensors")

@@ -1,8 +1,8 @@
-"""The proof that a run resumes exactly, made with real processes and a real kill, on the user's own machine.
+"""The proof that a run resumes exactly, with real processes and a real kill on the user's machine.
 
-The same recipe straight through, and again with one rank killed (SIGKILL, no warning) at a random step of the second
-half; that run is resumed on as many ranks, and a copy of it on half of them. Sample ids, learning rates, losses and
-final weights must be those of the first.
+The same recipe straight through, and again with one rank killed (SIGKILL, no warning) at a random
+step of the second half. That run is resumed on as many ranks, and a copy of it on half of them.
+Sample ids, learning rates, losses and final weights must be those of the first.
 """
 
 import json
@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,151 +24,203 @@ from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.runs.directory import RUNS, RunDir
 from bigtrain.runs.metrics_file import read_metrics
 
-TOLERANCE = {
-    "fp32": 1e-5,
-    "bf16": 5e-3,
-}  # of losses, where another number of ranks adds up in another order
+# Relative, of losses, by precision: another number of ranks adds up in another order.
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+# Weights drift further apart than losses: each step multiplies what differs.
+_WEIGHTS_FACTOR = 100
 
 
-def _train(launcher: str, arguments: list[str], ranks: int, path: Path, fault: str = "") -> RunDir:
-    """A run from where it stands to its end, or to the fault; `launcher` with {ranks} in it.
+@dataclass(frozen=True)
+class Comparison:
+    """How a resumed run's values compare to those of the straight one."""
 
-    Raises TrainingFailed with its last words.
-    """
-    command = [
-        *shlex.split(launcher.format(ranks=ranks)),
-        "-m",
-        "bigtrain",
-        "train",
-        *arguments,
-        f"name={path.name}",
-    ]
-    environment = os.environ | {"BIGTRAIN_FAULT": fault}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if bool(done.returncode) != bool(fault):
-        raise TrainingFailed(
-            f"{shlex.join(command)} ended with {done.returncode}\n{done.stderr[-2000:]}"
-        )
-    return RunDir(path)
+    text: str
+    equal: bool  # within the tolerance
+
+
+@dataclass(frozen=True)
+class ProofRow:
+    """A resumed run beside the straight one."""
+
+    run: str
+    from_step: int
+    sample_ids: Comparison
+    learning_rates: Comparison
+    losses: Comparison
+    final_weights: Comparison
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of it is what it should be."""
+        compared = (self.sample_ids, self.learning_rates, self.losses, self.final_weights)
+        return all(comparison.equal for comparison in compared)
+
+    def printed(self) -> dict[str, str]:
+        """The row as `bigtrain prove` prints it."""
+        return {
+            "run": self.run,
+            "from step": str(self.from_step),
+            "sample ids": self.sample_ids.text,
+            "learning rates": self.learning_rates.text,
+            "losses": self.losses.text,
+            "final weights": self.final_weights.text,
+        }
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Trains the recipe as a user would. `launcher`: a command with {ranks} in it."""
+
+    launcher: str
+    arguments: list[str]
+
+    def train(self, path: Path, ranks: int, fault: str = "") -> RunDir:
+        """Train the run at `path` to its end, or to the fault.
+
+        Raises TrainingFailed, with the end of what it printed, if it ends in another way.
+        """
+        launcher = shlex.split(self.launcher.format(ranks=ranks))
+        program = ["-m", "bigtrain", "train", *self.arguments, f"name={path.name}"]
+        command = [*launcher, *program]
+        environment = os.environ | {"BIGTRAIN_FAULT": fault}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        failed = done.returncode != 0
+        if failed != bool(fault):
+            raise TrainingFailed(
+                f"{shlex.join(command)} ended with {done.returncode}\n{done.stderr[-2000:]}"
+            )
+        return RunDir(path)
 
 
 def prove(
     loaded: LoadedRecipe, ref: str, overrides: list[str], ranks: int, steps: int, launcher: str
 ) -> dict[str, Any]:
-    """Run the legs and compare; `rows` for a table, and `verdict`. The runs are removed, unless something differs.
+    """Train straight through, kill, resume and compare: `rows` for a table, and `verdict`.
 
-    Raises RequestError where a run of that name is in the way.
+    The runs are removed, unless something differs. Raises RequestError where a run of that name
+    is in the way, and TrainingFailed if a run ends otherwise than it should.
     """
-    name = f"{loaded.recipe.name}-prove"
-    settings = [
+    straight_path, resumed_path, half_path = _free_paths(f"{loaded.recipe.name}-prove")
+    arguments = [
         ref,
         *overrides,
         f"train.steps={steps}",
         f"train.eval_every={steps}",
         "train.log_every=1",
+        f"train.checkpoint_every={steps // 4}",
+        "track.wandb=off",
     ]
-    settings += [f"train.checkpoint_every={steps // 4}", "track.wandb=off"]
-    legs = [RUNS / f"{name}-{leg}" for leg in ("straight", "resumed", "half")]
-    if there := [str(path) for path in legs if path.exists()]:
-        raise RequestError(
-            f"{', '.join(there)}: left from an earlier proof",
-            "nothing there",
-            f"rm -r {' '.join(there)}",
-        )
-    straight = _train(launcher, settings, ranks, legs[0])
+    straight = _Runner(launcher, arguments).train(straight_path, ranks)
     effective = json.loads(straight.effective.read_text())
-    # The pieces of a global batch stay the same on any number of ranks; so do the draws of dropout.
-    settings += [
-        f"engine.{key}={effective[f'engine.{key}']['value']}"
-        for key in ("micro_batch", "precision")
-    ]
+    micro_batch = effective["engine.micro_batch"]["value"]
+    precision = effective["engine.precision"]["value"]
+    # The same micro-batches on any number of ranks; and so the same draws of dropout.
+    fixed = [f"engine.micro_batch={micro_batch}", f"engine.precision={precision}"]
+    runner = _Runner(launcher, [*arguments, *fixed])
+
     kill_at = random.randrange(steps // 2, steps) + 1
-    killed = _train(launcher, settings, ranks, legs[1], fault=f"kill@{ranks - 1}:{kill_at}")
-    reached = max((line["step"] for line in read_metrics(killed.metrics, "train")), default=0)
-    if reached != kill_at - 1:
-        raise TrainingFailed(
-            f"{legs[1]} ended after step {reached}, not by the kill in step {kill_at}"
-        )
-    runs = {f"killed in step {kill_at}, resumed on {ranks}": legs[1]}
+    _train_until_killed(runner, resumed_path, ranks, kill_at)
     if ranks > 1:
-        shutil.copytree(legs[1], legs[2])
-        (legs[2] / "lock").unlink(missing_ok=True)
-        runs[f"the same, resumed on {ranks // 2}"] = legs[2]
-    rows = []
-    for leg, path in runs.items():
-        exact = path == legs[1]
-        done = _train(launcher, settings, ranks if exact else ranks // 2, path)
-        tolerance = 0.0 if exact else TOLERANCE[effective["engine.precision"]["value"]]
-        rows.append(
-            {"run": leg, "from step": _resumed_at(done), **_compare(straight, done, tolerance)}
-        )
-    if rows[0]["from step"] == "0":
+        shutil.copytree(resumed_path, half_path)
+        (half_path / "lock").unlink(missing_ok=True)
+
+    resumed = runner.train(resumed_path, ranks)
+    title = f"killed in step {kill_at}, resumed on {ranks}"
+    rows = [_compare(title, straight, resumed, tolerance=0.0)]
+    if ranks > 1:
+        half = runner.train(half_path, ranks // 2)
+        title = f"the same, resumed on {ranks // 2}"
+        rows.append(_compare(title, straight, half, TOLERANCE[precision]))
+    if rows[0].from_step == 0:
         raise TrainingFailed(
-            f"{legs[1]} was not resumed: it had no checkpoint when it was killed",
+            f"{resumed_path} was not resumed: it had no checkpoint when it was killed",
             "one",
             "more --steps",
         )
-    good = all(
-        value == "same" or value.startswith("within")
-        for row in rows
-        for value in list(row.values())[2:]
-    )
-    for path in legs if good else []:
-        shutil.rmtree(path, ignore_errors=True)
-    return {"rows": rows, "steps": steps, "ranks": ranks, "verdict": "PASS" if good else "FAIL"}
-
-
-def _resumed_at(run: RunDir) -> str:
-    return next(
-        (
-            str(line["step"])
-            for line in read_metrics(run.metrics, "event")
-            if line["event"] == "resumed"
-        ),
-        "0",
-    )
-
-
-def _compare(one: RunDir, other: RunDir, tolerance: float) -> dict[str, str]:
-    """What differs between two runs, by the later line of every step."""
-    curves = [
-        {line["step"]: line for line in read_metrics(run.metrics, "train")} for run in (one, other)
-    ]
-    result = {}
-    columns = {
-        "sample ids": ("samples_digest", 0.0),
-        "learning rates": ("lr", 0.0),
-        "losses": ("loss", tolerance),
+    exact = all(row.exact for row in rows)
+    if exact:
+        for path in (straight_path, resumed_path, half_path):
+            shutil.rmtree(path, ignore_errors=True)
+    return {
+        "rows": [row.printed() for row in rows],
+        "steps": steps,
+        "ranks": ranks,
+        "verdict": "PASS" if exact else "FAIL",
     }
-    for title, (key, allowed) in columns.items():
-        values = [
-            np.asarray([curve[step][key] for step in sorted(curve)], float) for curve in curves
-        ]
-        result[title] = _verdict(values[0], values[1], allowed)
-    weights = [_weights(run) for run in (one, other)]
-    # Weights drift further apart than losses: each step multiplies what differs.
-    result["final weights"] = _verdict(weights[0], weights[1], 100 * tolerance)
-    return result
+
+
+def _free_paths(name: str) -> list[Path]:
+    """Where the three runs go. Raises RequestError if one is there already."""
+    paths = [RUNS / f"{name}-{leg}" for leg in ("straight", "resumed", "half")]
+    existing = [str(path) for path in paths if path.exists()]
+    if existing:
+        raise RequestError(
+            f"{', '.join(existing)}: left from an earlier proof",
+            "nothing there",
+            f"rm -r {' '.join(existing)}",
+        )
+    return paths
+
+
+def _train_until_killed(runner: _Runner, path: Path, ranks: int, kill_at: int) -> None:
+    """Train until the last rank is killed in step `kill_at`. Raises TrainingFailed otherwise."""
+    killed = runner.train(path, ranks, fault=f"kill@{ranks - 1}:{kill_at}")
+    reached = max((line["step"] for line in read_metrics(killed.metrics, "train")), default=0)
+    if reached != kill_at - 1:
+        raise TrainingFailed(
+            f"{path} ended after step {reached}, not by the kill in step {kill_at}"
+        )
+
+
+def _resumed_at(run: RunDir) -> int:
+    """The step of the first checkpoint that the run was resumed from; 0 if it never was."""
+    for event in read_metrics(run.metrics, "event"):
+        if event["event"] == "resumed":
+            return int(event["step"])
+    return 0
+
+
+def _compare(title: str, straight: RunDir, resumed: RunDir, tolerance: float) -> ProofRow:
+    return ProofRow(
+        run=title,
+        from_step=_resumed_at(resumed),
+        sample_ids=_compare_curves("samples_digest", straight, resumed, 0.0),
+        learning_rates=_compare_curves("lr", straight, resumed, 0.0),
+        losses=_compare_curves("loss", straight, resumed, tolerance),
+        final_weights=_compare_values(
+            _weights(straight), _weights(resumed), _WEIGHTS_FACTOR * tolerance
+        ),
+    )
+
+
+def _compare_curves(metric: str, straight: RunDir, resumed: RunDir, tolerance: float) -> Comparison:
+    return _compare_values(_curve(straight, metric), _curve(resumed, metric), tolerance)
+
+
+def _curve(run: RunDir, metric: str) -> Any:
+    """[steps] of a metric; where a step was done twice, the later line counts."""
+    by_step = {line["step"]: line[metric] for line in read_metrics(run.metrics, "train")}
+    return np.asarray([by_step[step] for step in sorted(by_step)], float)
 
 
 def _weights(run: RunDir) -> Any:
-    """All of the export's, one after the other."""
-    tensors = {
-        n: t
-        for file in sorted(run.export.glob("*.safetensors"))
-        for n, t in load_file(file).items()
-    }
-    return np.concatenate(
-        [tensors[name].float().numpy().ravel() for name in sorted(tensors)]
-    )  # numpy has no bf16
+    """All of the export's weights, one after the other, in order of their names."""
+    tensors = {}
+    for file in sorted(run.export.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    # As fp32: numpy has no bf16.
+    flat = [tensors[name].float().numpy().ravel() for name in sorted(tensors)]
+    return np.concatenate(flat)
 
 
-def _verdict(one: Any, other: Any, allowed: float) -> str:
-    if one.shape != other.shape:
-        return f"DIFFERENT: {len(one)} and {len(other)} of them"
-    if np.array_equal(one, other, equal_nan=True):
-        return "same"
-    difference = float(
-        np.abs(one - other).max() / max(float(np.abs(one).max()), sys.float_info.min)
-    )
-    return f"within {difference:.1e}" if difference <= allowed else f"DIFFERENT by {difference:.1e}"
+def _compare_values(expected: Any, values: Any, tolerance: float) -> Comparison:
+    """Compare two arrays; the tolerance is relative to the largest expected value."""
+    if expected.shape != values.shape:
+        return Comparison(f"DIFFERENT: {len(expected)} and {len(values)} of them", False)
+    if np.array_equal(expected, values, equal_nan=True):
+        return Comparison("same", True)
+    largest = max(float(np.abs(expected).max()), sys.float_info.min)
+    difference = float(np.abs(expected - values).max() / largest)
+    if difference <= tolerance:
+        return Comparison(f"within {difference:.1e}", True)
+    return Comparison(f"DIFFERENT by {difference:.1e}", False)

@@ -1,12 +1,11 @@
-"""All that the loop moves."""
+"""What the training loop works on, and what it keeps from one step to the next."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bigtrain.checkpoint.format import committed_checkpoints
 from bigtrain.checkpoint.state import TrainState
-from bigtrain.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from bigtrain.checkpoint.writer import CheckpointWriter
 from bigtrain.config.recipe import Recipe, TrainConfig
 from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
@@ -16,31 +15,70 @@ from bigtrain.training.signals import StopFlag
 from bigtrain.training.watchdog import Watchdog
 
 
+class RankRequests(NamedTuple):
+    """What the ranks want of each other, as counts that are added up over ranks once per step."""
+
+    stop: float = 0.0  # ranks that were asked to stop
+    save: float = 0.0  # ranks that were asked to save a checkpoint
+    unreadable: float = 0.0  # samples that could not be read
+    written: float = 0.0  # ranks whose part of the checkpoint in progress is on disk
+
+    def or_those_of(self, other: "RankRequests") -> "RankRequests":
+        """The larger of the two counts, for each request."""
+        return RankRequests(*map(max, self, other))
+
+
+class StepNumbers(NamedTuple):
+    """The numbers of one step, summed over ranks where they differ per rank.
+
+    They come from the device as one vector, put together by `train_step` in the order of these
+    fields; the requests come last, in their own order.
+    """
+
+    loss_sum: float  # NaN in a step that is not logged
+    applied: bool
+    grad_norm: float
+    num_targets: float
+    samples_digest: float
+    requests: RankRequests
+
+    @classmethod
+    def from_vector(cls, values: list[float]) -> "StepNumbers":
+        """The one place where the order of the vector is read."""
+        loss_sum, applied, grad_norm, num_targets, samples_digest, *requests = values
+        return cls(
+            loss_sum=loss_sum,
+            applied=bool(applied),
+            grad_norm=grad_norm,
+            num_targets=num_targets,
+            samples_digest=samples_digest,
+            requests=RankRequests(*requests),
+        )
+
+
 @dataclass
 class LogInterval:
-    """The steps since the last line of metrics: seconds that the loop spent in them, their number, and what they weighed."""
+    """The steps since the last line of metrics."""
 
-    seconds: float = 0.0
-    began: float = 0.0  # when the one under way did
     steps: int = 0
-    weight: float = 0.0
+    num_targets: float = 0.0  # of these steps, over all ranks
+    seconds: float = 0.0  # that the loop spent in the steps before the current one
+    step_began: float = 0.0  # when the current step began (time.perf_counter)
 
 
 class InFlightStep(NamedTuple):
     """A step that the device may not have finished yet."""
 
-    rate: float
+    learning_rate: float
     micro_batches: list[MicroBatch]
-    spiked: bool
+    spiked: bool  # left out because of its loss
     logged: bool
-    numbers: Callable[
-        [], list[float]
-    ]  # waits: loss, applied, gradient norm, weight, digest, wishes
+    read_vector: Callable[[], list[float]]  # waits for the device; see StepNumbers
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainContext:
-    """All that the loop moves; built by run.py."""
+    """What the training loop works on; `build_training` in run.py builds it."""
 
     recipe: Recipe
     engine: Engine
@@ -50,44 +88,16 @@ class TrainContext:
     state: TrainState
     stop: StopFlag
     checkpoints: CheckpointWriter
-    watch: Watchdog
-    work: float = 0.0  # seconds that one unit of weight would take if all devices ran at their peak
-    failed: str = ""  # why the last checkpoint could not be written
-    pending: InFlightStep | None = None  # the step that was begun last, until it is settled
-    lap: LogInterval = field(default_factory=LogInterval)
-
-
-class RankRequests(NamedTuple):
-    """What any rank was asked to do, and what each has done: numbers that ranks add up once per step."""
-
-    stop: float = 0.0
-    save: float = 0.0
-    bad: float = 0.0  # samples that could not be read
-    written: float = 0.0  # ranks whose part of the checkpoint under way is on disk
-
-
-def last_good_checkpoint(t: TrainContext) -> str:
-    good = [path.name for path in committed_checkpoints(t.checkpoints.run)][-1:] or ["none"]
-    return f"the last good checkpoint is {good[0]}"
-
-
-def report_checkpoints(t: TrainContext, all_saved: list[SavedCheckpoint]) -> None:
-    """A checkpoint that could not be written is reported, and training goes on: the one before is still there."""
-    for saved in all_saved:
-        t.failed = saved.problem
-        if saved.problem:
-            t.tracker.event(saved.step, "checkpoint_failed", reason=saved.problem)
-            continue
-        times = {"seconds": saved.seconds, "blocked": saved.blocked, "writing": saved.writing}
-        t.tracker.event(saved.step, "checkpoint", path=str(saved.path), **times)
-        if (needed := saved.blocked + saved.writing) > t.stop.grace:
-            t.tracker.event(
-                saved.step,
-                "checkpoint_slow",
-                seconds=needed,
-                reason=f"a signal leaves {t.stop.grace:.0f} s: ask for more (sbatch --signal=USR1@SECONDS)",
-            )
+    watchdog: Watchdog
+    # Seconds for one target if all devices ran at their peak; 0 where nothing is known.
+    peak_seconds_per_target: float = 0.0
+    # Why the last checkpoint could not be written; empty if it was.
+    checkpoint_problem: str = ""
+    # The last step whose numbers have not been read.
+    in_flight: InFlightStep | None = None
+    interval: LogInterval = field(default_factory=LogInterval)
 
 
 def is_due(step: int, settings: TrainConfig, every: int) -> bool:
+    """Whether something that happens `every` so many steps, and at the end, happens at `step`."""
     return step % every == 0 or step == settings.steps

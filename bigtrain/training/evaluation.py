@@ -3,63 +3,97 @@
 import math
 
 import torch
+from torch import Tensor
 
 from bigtrain.config.task_specs import LOWER_IS_BETTER
 from bigtrain.data.loader import eval_batches
 from bigtrain.engine.base import Engine
-from bigtrain.tasks.base import Task
+from bigtrain.tasks.base import Evaluator, Task
 from bigtrain.training.context import TrainContext, is_due
 
-
-def evaluate_if_due(t: TrainContext) -> bool:
-    """Evaluate at the steps that are for it, once; returns whether ranks were asked to stop before it was done."""
-    state, settings = t.state, t.recipe.train
-    if state.evaluated == state.step or not is_due(
-        state.step, settings, settings.eval_every
-    ):  # at step 0 it counts as done
-        return False
-    results = evaluate(t.engine, t.task, t)
-    if results is None:
-        return True
-    state.evaluated, state.results = state.step, results
-    t.tracker.log({"kind": "eval", "step": state.step, **results})
-    if settings.keep_best:
-        value = results[settings.keep_best] * (1 if settings.keep_best in LOWER_IS_BETTER else -1)
-        fresh = state.best is None or state.best_metric != settings.keep_best
-        if math.isfinite(value) and (fresh or value < (state.best or 0.0)):
-            state.best, state.best_step, state.best_metric = value, state.step, settings.keep_best
-    return False
+_STOP_EVERY = 8  # micro-batches between two looks at whether a rank was asked to stop
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, task: Task, training: TrainContext | None = None
-) -> dict[str, float] | None:
-    """The task's metrics over the held-out set, each example counted once. A collective.
+def evaluate(engine: Engine, task: Task) -> dict[str, float]:
+    """The task's metrics over the held-out set, each example counted once. A collective."""
+    evaluator = _start(engine, task)
+    for micro_batch in eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank):
+        batch = engine.to_device(micro_batch.batch)
+        _update(engine, evaluator, batch, micro_batch.has_samples)
+    return evaluator.compute()
 
-    None if a stop came first, of the `training` that this belongs to.
+
+@torch.no_grad()
+def evaluate_in_training(ctx: TrainContext) -> dict[str, float] | None:
+    """As `evaluate`, within a run: its trackers get a table of samples, and a stop ends it early.
+
+    Returns None, on all ranks, if one of them was asked to stop. A collective.
     """
+    engine, task = ctx.engine, ctx.task
+    evaluator = _start(engine, task)
+    first_batch: dict[str, Tensor] = {}
+    micro_batches = eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank)
+    for number, micro_batch in enumerate(micro_batches):
+        ctx.watchdog.enter("evaluation")
+        if number % _STOP_EVERY == 0 and engine.sum(ctx.stop.requested()) > 0:
+            return None
+        batch = engine.to_device(micro_batch.batch)
+        if number == 0:
+            first_batch = batch
+        _update(engine, evaluator, batch, micro_batch.has_samples)
+    if ctx.recipe.track.wandb != "off":
+        with engine.autocast():
+            rows = evaluator.samples(engine.model, first_batch)
+        ctx.tracker.samples(ctx.state.step, rows)
+    return evaluator.compute()
+
+
+def evaluate_if_due(ctx: TrainContext) -> bool:
+    """Evaluate once at each step that is due for it; True if a stop came before it was done.
+
+    Step 0 counts as evaluated.
+    """
+    state, settings = ctx.state, ctx.recipe.train
+    due = is_due(state.step, settings, settings.eval_every)
+    if not due or state.evaluated == state.step:
+        return False
+    results = evaluate_in_training(ctx)
+    if results is None:
+        return True
+    state.evaluated = state.step
+    state.results = results
+    ctx.tracker.log({"kind": "eval", "step": state.step, **results})
+    if settings.keep_best:
+        _remember_best(ctx, settings.keep_best)
+    return False
+
+
+def _start(engine: Engine, task: Task) -> Evaluator:
     engine.sync_buffers()
     engine.model.eval()
-    evaluator = task.evaluator(engine.device)
-    first: dict[str, torch.Tensor] = {}
-    for number, micro_batch in enumerate(
-        eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank)
-    ):
-        if training is not None:
-            training.watch.at("evaluation")
-            if number % 8 == 0 and engine.sum(training.stop.wanted()[0]) > 0:
-                return None
-        batch = engine.to_device(micro_batch.batch)
-        first = first or batch
-        with engine.autocast():
-            if micro_batch.has_samples:
-                evaluator.update(engine.model, batch)
-            else:
-                task.loss_sum(
-                    engine.model, batch
-                )  # sharded engines gather weights together, so all ranks run along
-    if training is not None and training.recipe.track.wandb != "off":
-        with engine.autocast():
-            training.tracker.samples(training.state.step, evaluator.samples(engine.model, first))
-    return evaluator.compute()
+    return task.evaluator(engine.device)
+
+
+def _update(
+    engine: Engine, evaluator: Evaluator, batch: dict[str, Tensor], has_samples: bool
+) -> None:
+    with engine.autocast():
+        if has_samples:
+            evaluator.update(engine.model, batch)
+        else:
+            # Sharded engines gather weights together, so every rank makes each forward pass.
+            evaluator.task.loss_sum(engine.model, batch)
+
+
+def _remember_best(ctx: TrainContext, metric: str) -> None:
+    """Note the step whose `metric` is the best so far; its checkpoint is kept."""
+    state = ctx.state
+    value = state.results[metric]
+    if metric not in LOWER_IS_BETTER:
+        value = -value
+    is_first = state.best is None or state.best_metric != metric
+    if math.isfinite(value) and (is_first or value < (state.best or 0.0)):
+        state.best = value
+        state.best_step = state.step
+        state.best_metric = metric

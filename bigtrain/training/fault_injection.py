@@ -1,6 +1,6 @@
-"""Faults on request, to prove what a run survives: BIGTRAIN_FAULT=KIND@RANK:STEP, e.g. kill@1:15.
+"""Faults on request, to prove what a run survives: BIGTRAIN_FAULT=KIND@RANK:STEP, as kill@1:15.
 
-`kill` is SIGKILL, `stop` SIGSTOP (a rank that hangs); both strike before the step begins.
+`kill` is SIGKILL; `stop` is SIGSTOP, a rank that hangs. Both come before the step begins.
 """
 
 import os
@@ -10,7 +10,11 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def maybe_inject_fault(rank: int, step: int) -> None:
-    """Do to this process what the environment asks for at this step."""
-    kind, _, where = os.environ.get("BIGTRAIN_FAULT", "").partition("@")
-    if where == f"{rank}:{step}" and kind in _SIGNALS:
-        os.kill(os.getpid(), _SIGNALS[kind])
+    """Send this process the signal that BIGTRAIN_FAULT names, if it names this rank and step."""
+    fault = os.environ.get("BIGTRAIN_FAULT", "")
+    kind, _, place = fault.partition("@")
+    if place != f"{rank}:{step}":
+        return
+    number = _SIGNALS.get(kind)
+    if number is not None:
+        os.kill(os.getpid(), number)

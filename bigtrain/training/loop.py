@@ -1,23 +1,26 @@
 """The one loop: every task, every engine."""
 
+import itertools
 import math
 import random
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bigtrain.data.loader import MicroBatch
 from bigtrain.data.order import key, mix
 from bigtrain.errors import StoppedEarly, TrainingFailed
+from bigtrain.training.checkpointing import finish_checkpoint, last_good_checkpoint, save_if_due
 from bigtrain.training.context import (
     InFlightStep,
     LogInterval,
     RankRequests,
+    StepNumbers,
     TrainContext,
     is_due,
-    last_good_checkpoint,
-    report_checkpoints,
 )
 from bigtrain.training.evaluation import evaluate_if_due
 from bigtrain.training.fault_injection import maybe_inject_fault
@@ -25,230 +28,268 @@ from bigtrain.training.loss_spikes import handle_loss_spike, is_spike
 from bigtrain.training.schedules import learning_rate
 
 
-def train(t: TrainContext) -> dict[str, float]:
-    """Steps from where the state stands to the end; returns the last evaluation.
+class GradientPass(NamedTuple):
+    """What forward and backward passes over a rank's micro-batches came to."""
 
-    Raises StoppedEarly after a signal, once a checkpoint is committed.
+    loss_sum: Tensor  # this rank's part of the summed loss, a scalar on the device
+    spiked: bool  # the loss is a spike, and the gradients are NaN so that the step is left out
+    forward_seconds: float  # of this host, in forward passes
+
+
+def train(ctx: TrainContext) -> dict[str, float]:
+    """Train from the state's step to the last one; returns the last evaluation.
+
+    Raises StoppedEarly after a signal, once a checkpoint is committed, and TrainingFailed where
+    another try would end the same way.
     """
-    settings, state = t.recipe.train, t.state
-    stopping = evaluate_if_due(t)  # a run may have been stopped before its last evaluation
-    while state.step < settings.steps and not stopping:
-        wishes = _step(t)
-        stopping = wishes.stop > 0
-        # Who is told to stop has seconds, not minutes: evaluation comes after the restart.
-        stopping = stopping or evaluate_if_due(t)
-        # While steps are skipped, the checkpoint before them is the one to keep.
-        regular = is_due(state.step, settings, settings.checkpoint_every) and not state.skips
-        last = stopping or state.step == settings.steps
-        t.watch.at("checkpoint")
-        if last or wishes.save or regular or state.best_step == state.step:
-            if not t.checkpoints.has(state.step):
-                state.rewinds = 0  # they are counted since the last checkpoint
-            report_checkpoints(t, t.checkpoints.begin(state))
-            if last or wishes.save or not settings.async_save:
-                report_checkpoints(t, t.checkpoints.finish())
-            t.stop.granted(False, wishes.save > 0)
-        elif wishes.written == t.engine.world_size:
-            report_checkpoints(t, t.checkpoints.finish())
-    if stopping and state.evaluated < settings.steps:
-        t.stop.granted(True, False)
-        if t.failed:
-            raise TrainingFailed(
-                f"stopped at step {state.step}, but its checkpoint was not written: {t.failed}",
-                last_good_checkpoint(t),
-            )
-        t.tracker.event(
-            state.step, "stopped", reason=t.stop.received or "asked for on another rank"
-        )
-        raise StoppedEarly(
-            f"stopped at step {state.step} of {settings.steps}; the same command goes on from there"
-        )
-    return state.results
+    steps = ctx.recipe.train.steps
+    # A run may have been stopped before its last evaluation.
+    stopping = evaluate_if_due(ctx)
+    while ctx.state.step < steps and not stopping:
+        requests = train_step(ctx)
+        # A rank that was asked to stop has seconds, not minutes: evaluation waits for the restart.
+        stopping = requests.stop > 0 or evaluate_if_due(ctx)
+        save_if_due(ctx, requests, stopping)
+    if stopping and ctx.state.evaluated < steps:
+        _end_early(ctx)
+    return ctx.state.results
 
 
-def _refuse_to_go_on_in_vain(t: TrainContext) -> None:
-    """Raises TrainingFailed after too many steps in a row that came to nothing."""
-    state, most = t.state, t.recipe.train.max_skipped_steps
-    if max(state.skips, state.rewinds) < most:
-        return
-    t.watch.at("checkpoint")
-    report_checkpoints(t, t.checkpoints.finish())
-    raise TrainingFailed(
-        f"{most} steps in a row had a loss or gradient that is not finite, or far too high (step {state.step})"
-        if state.skips >= most
-        else f"the loss rose {most} times since the last checkpoint (step {state.step})",
-        "finite numbers",
-        f"a lower optim.lr, or other data; {last_good_checkpoint(t)}",
+def _end_early(ctx: TrainContext) -> None:
+    """Raises StoppedEarly, or TrainingFailed if there is no checkpoint to resume from."""
+    step = ctx.state.step
+    ctx.stop.acknowledge()
+    if ctx.checkpoint_problem:
+        raise TrainingFailed(
+            f"stopped at step {step}, but its checkpoint was not written: {ctx.checkpoint_problem}",
+            last_good_checkpoint(ctx),
+        )
+    ctx.tracker.event(step, "stopped", reason=ctx.stop.received or "requested on another rank")
+    raise StoppedEarly(
+        f"stopped at step {step} of {ctx.recipe.train.steps}; the same command resumes from there"
     )
 
 
-def _step(t: TrainContext) -> RankRequests:
-    """One optimizer step; returns what all ranks together wish, as far as it is known.
+def train_step(ctx: TrainContext) -> RankRequests:
+    """One optimizer step; returns the requests of all ranks that are known by now.
 
-    A step that nothing depends on at once (a line of metrics, an evaluation, a checkpoint) is left to the device, and
-    settled within the next, once that one keeps the device busy: so the host never waits for an idle device.
+    A step that nothing depends on at once (a line of metrics, an evaluation, a checkpoint) is left
+    to the device. Its numbers are read within the next step, once that one keeps the device busy:
+    so the host never waits for an idle device.
     """
-    began = t.lap.began = time.perf_counter()
-    engine, task, state, settings = t.engine, t.task, t.state, t.recipe.train
-    maybe_inject_fault(engine.rank, state.step + 1)
-    t.watch.at("data")
-    micro_batches = next(t.batches)
-    fetched = time.perf_counter() - began
-    t.watch.at("meeting")
-    local = sum(
-        task.num_targets(micro_batch.batch)
-        for micro_batch in micro_batches
-        if micro_batch.has_samples
+    began = time.perf_counter()
+    engine, settings = ctx.engine, ctx.recipe.train
+    ctx.interval.step_began = began
+    maybe_inject_fault(engine.rank, ctx.state.step + 1)
+    ctx.watchdog.enter("data")
+    micro_batches = next(ctx.batches)
+    fetch_seconds = time.perf_counter() - began
+
+    ctx.watchdog.enter("meeting")
+    # The end of StepNumbers' vector, from the number of targets on.
+    sums = engine.sum(
+        _num_targets(ctx, micro_batches),
+        _samples_digest(micro_batches),
+        *_own_requests(ctx, micro_batches),
     )
-    mine = RankRequests(
-        *t.stop.wanted(),
-        sum(len(micro_batch.unreadable) for micro_batch in micro_batches),
-        t.checkpoints.written(),
-    )
-    sums = engine.sum(local, _digest(micro_batches), *mine)
-    loss, spiked, forward = _gradients(t, micro_batches, sums[0].clamp(min=1))
-    t.watch.at("update")
-    before = _finish_previous_step(t)
-    rate = learning_rate(state.applied, settings.steps, t.recipe.optim)
+    gradients = _compute_gradients(ctx, micro_batches, sums[0].clamp(min=1))
+
+    ctx.watchdog.enter("update")
+    before = _finish_previous_step(ctx)
+    state = ctx.state
+    rate = learning_rate(state.applied, settings.steps, ctx.recipe.optim)
     result = engine.step(rate)
     state.step += 1
     state.samples += engine.plan.global_batch
-    logged = spiked or is_due(state.step, settings, settings.log_every)
-    total = engine.sum(loss)[0] if logged else math.nan
-    t.pending = InFlightStep(
-        rate,
-        micro_batches,
-        spiked,
-        logged,
-        engine.read(torch.cat([engine.put(total, *result), sums])),
-    )
-    at_once = logged or any(
-        is_due(state.step, settings, every)
-        for every in (settings.eval_every, settings.checkpoint_every)
-    )
-    after = _finish_previous_step(t) if at_once or before.stop or before.save else RankRequests()
+    logged = gradients.spiked or is_due(state.step, settings, settings.log_every)
+    loss_sum = engine.sum(gradients.loss_sum)[0] if logged else math.nan
+    vector = torch.cat([engine.put(loss_sum, *result), sums])
+    ctx.in_flight = InFlightStep(rate, micro_batches, gradients.spiked, logged, engine.read(vector))
+
+    after = RankRequests()
+    if logged or before.stop or before.save or _has_evaluation_or_checkpoint(ctx):
+        after = _finish_previous_step(ctx)
     seconds = time.perf_counter() - began
-    t.lap.seconds += 0.0 if logged else seconds
-    t.watch.stepped(state.step, seconds, fetched + forward)
-    return RankRequests(*map(max, before, after))
+    if not logged:
+        ctx.interval.seconds += seconds
+    ctx.watchdog.step_done(ctx.state.step, seconds, fetch_seconds + gradients.forward_seconds)
+    return before.or_those_of(after)
 
 
-def _finish_previous_step(t: TrainContext) -> RankRequests:
-    """Wait for the step that was begun last, if it is not settled yet: what became of it, and what the ranks wished."""
-    step, t.pending = t.pending, None
-    if step is None:
-        return RankRequests()
-    state, lap = t.state, t.lap
-    loss, applied, grad_norm, weight, digest, *others = step.numbers()
-    state.applied += int(applied)
-    state.skips = 0 if applied else state.skips + 1
-    state.weight += int(weight)
-    lap.steps, lap.weight = lap.steps + 1, lap.weight + weight
-    if step.logged:
-        found = {
-            "loss": loss / max(weight, 1),
-            "lr": step.rate,
-            "grad_norm": grad_norm,
-            "applied": bool(applied),
-        }
-        _log(t, {"samples_digest": int(digest), "weight": state.weight, **found})
-        handle_loss_spike(t, found["loss"], step.spiked)
-    elif not applied:
-        t.tracker.event(state.step, "step_skipped", grad_norm=grad_norm)
-    while t.watch.news:
-        event, details = t.watch.news.pop(0)
-        t.tracker.event(state.step, event, **details)
-    if RankRequests(*others).bad:
-        _count_bad(t, step.micro_batches)
-    _refuse_to_go_on_in_vain(t)
-    return RankRequests(*others)
+def _num_targets(ctx: TrainContext, micro_batches: list[MicroBatch]) -> int:
+    """Target tokens (or images, or rows) that this rank's micro-batches count."""
+    counted = [micro_batch for micro_batch in micro_batches if micro_batch.has_samples]
+    return sum(ctx.task.num_targets(micro_batch.batch) for micro_batch in counted)
 
 
-def _log(t: TrainContext, found: dict[str, float]) -> None:
-    """A line of metrics; its seconds and rates are means over the steps since the last one."""
-    lap, t.lap = t.lap, LogInterval()
-    seconds = lap.seconds + time.perf_counter() - lap.began
-    rates = {
-        f"{t.task.unit}_per_s": lap.weight / seconds,
-        "mfu": t.work * lap.weight / seconds,
-        "seconds": seconds / lap.steps,
-        "peak_memory_bytes": t.engine.peak_memory(),
-    }
-    t.tracker.log(
-        {"kind": "train", "step": t.state.step, "samples": t.state.samples, **found, **rates}
+def _samples_digest(micro_batches: list[MicroBatch]) -> float:
+    """A number made of the micro-batches' samples.
+
+    Those of all ranks add up to the same on any number of ranks.
+    """
+    samples: list[int] = []
+    for micro_batch in micro_batches:
+        if micro_batch.has_samples:
+            samples += micro_batch.samples
+    hashes = mix(np.asarray(samples, np.uint64))
+    return float((hashes >> np.uint64(40)).sum())
+
+
+def _own_requests(ctx: TrainContext, micro_batches: list[MicroBatch]) -> RankRequests:
+    """What this rank wants of the others."""
+    return RankRequests(
+        stop=ctx.stop.requested(),
+        save=ctx.stop.save_requested(),
+        unreadable=sum(len(micro_batch.unreadable) for micro_batch in micro_batches),
+        written=ctx.checkpoints.written(),
     )
 
 
-def _gradients(
-    t: TrainContext, micro_batches: list[MicroBatch], weight: torch.Tensor
-) -> tuple[torch.Tensor, bool, float]:
-    """Forward and backward over this rank's micro-batches.
+def _has_evaluation_or_checkpoint(ctx: TrainContext) -> bool:
+    step, settings = ctx.state.step, ctx.recipe.train
+    return is_due(step, settings, settings.eval_every) or is_due(
+        step, settings, settings.checkpoint_every
+    )
 
-    Returns its part of the summed loss, whether the step is spoilt, and this host's seconds in forward passes.
+
+def _compute_gradients(
+    ctx: TrainContext, micro_batches: list[MicroBatch], global_targets: Tensor
+) -> GradientPass:
+    """Forward and backward passes over this rank's micro-batches.
+
+    `global_targets`: a scalar on the device, the targets of the whole global batch.
     """
-    engine, task, spiked, forward = t.engine, t.task, False, 0.0
+    engine, task = ctx.engine, ctx.task
+    policy = ctx.recipe.train.on_spike
     engine.model.train()
-    loss = torch.zeros((), device=engine.device)
+    loss_sum = torch.zeros((), device=engine.device)
+    spiked = False
+    forward_seconds = 0.0
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
-        _seed_draws(t.recipe.seed, micro_batch.first)
+        _seed_random_draws(ctx.recipe.seed, micro_batch.first)
         with engine.micro_batch(last):
-            t.watch.at("forward")
+            ctx.watchdog.enter("forward")
             began = time.perf_counter()
             with engine.autocast():
-                loss_sum = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
-            forward += time.perf_counter() - began
-            loss_sum = loss_sum if micro_batch.has_samples else loss_sum * 0.0
-            loss += loss_sum.detach()
-            if last and t.recipe.train.on_spike != "warn":
-                spiked = is_spike(t.state.recent, float(engine.sum(loss)[0] / weight))
-                # Every engine leaves a step out when its gradient is not finite; so no engine needs another way.
-                loss_sum = loss_sum * math.nan if spiked else loss_sum
-            t.watch.at("backward")
-            # An infinite loss may have a finite gradient; times NaN it has none, and all ranks leave the step out.
-            engine.backward(loss_sum * (1.0 + 0.0 * loss_sum.detach()), weight)
-    return loss, spiked, forward
+                loss = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
+            forward_seconds += time.perf_counter() - began
+            if not micro_batch.has_samples:
+                loss = loss * 0.0
+            loss_sum += loss.detach()
+            if last and policy != "warn":
+                mean_loss = float(engine.sum(loss_sum)[0] / global_targets)
+                spiked = is_spike(ctx.state.recent, mean_loss)
+                if spiked:
+                    # Every engine leaves a step out if its gradient is not finite.
+                    loss = loss * math.nan
+            ctx.watchdog.enter("backward")
+            # An infinite loss may have a finite gradient. Times NaN it has none, and all ranks
+            # leave the step out.
+            engine.backward(loss * (1.0 + 0.0 * loss.detach()), global_targets)
+    return GradientPass(loss_sum, spiked, forward_seconds)
 
 
-def _seed_draws(seed: int, position: int) -> None:
-    """Dropout's draws are a function of (seed, the micro-batch's position in the stream of samples).
+def _seed_random_draws(seed: int, position: int) -> None:
+    """Make dropout's draws a function of the seed and the micro-batch's position in the stream.
 
-    A resumed run draws what the undisturbed one would, and so does another number of ranks that cuts the global
-    batch into the same micro-batches.
+    A resumed run draws what the undisturbed one would, and so does another number of ranks that
+    cuts the global batch into the same micro-batches.
     """
-    drawn = int(key(seed, position)) >> 1
-    torch.manual_seed(drawn)
-    random.seed(drawn)
-    np.random.seed(drawn & 0xFFFFFFFF)
+    micro_batch_seed = int(key(seed, position)) >> 1
+    torch.manual_seed(micro_batch_seed)
+    random.seed(micro_batch_seed)
+    np.random.seed(micro_batch_seed & 0xFFFFFFFF)
 
 
-def _digest(micro_batches: list[MicroBatch]) -> float:
-    """A number made of which samples the micro_batches hold; those of all ranks add up to the same on any number of ranks."""
-    samples = [
-        sample
-        for micro_batch in micro_batches
-        if micro_batch.has_samples
-        for sample in micro_batch.samples
-    ]
-    return float((mix(np.asarray(samples, np.uint64)) >> np.uint64(40)).sum())
+def _finish_previous_step(ctx: TrainContext) -> RankRequests:
+    """Wait for the numbers of the step in flight, and act on them; returns its requests.
+
+    Without a step in flight there is nothing to do.
+    """
+    step = ctx.in_flight
+    ctx.in_flight = None
+    if step is None:
+        return RankRequests()
+    numbers = StepNumbers.from_vector(step.read_vector())
+    state = ctx.state
+    state.applied += int(numbers.applied)
+    state.skips = 0 if numbers.applied else state.skips + 1
+    state.weight += int(numbers.num_targets)
+    ctx.interval.steps += 1
+    ctx.interval.num_targets += numbers.num_targets
+    if step.logged:
+        mean_loss = numbers.loss_sum / max(numbers.num_targets, 1)
+        _log(ctx, numbers, mean_loss, step.learning_rate)
+        handle_loss_spike(ctx, mean_loss, step.spiked)
+    elif not numbers.applied:
+        ctx.tracker.event(state.step, "step_skipped", grad_norm=numbers.grad_norm)
+    while ctx.watchdog.pending_events:
+        event = ctx.watchdog.pending_events.popleft()
+        ctx.tracker.event(ctx.state.step, event.name, **event.details)
+    if numbers.requests.unreadable:
+        _report_unreadable_samples(ctx, step.micro_batches)
+    _refuse_to_repeat_failures(ctx)
+    return numbers.requests
 
 
-def _count_bad(t: TrainContext, micro_batches: list[MicroBatch]) -> None:
-    """Name the samples that no rank could read. Raises TrainingFailed beyond `data.max_unreadable`."""
-    met = {
-        text
-        for texts in t.engine.gather(
-            [text for micro_batch in micro_batches for text in micro_batch.unreadable]
-        )
-        for text in texts
-    }
-    if new := sorted(met.difference(t.state.bad)):
-        t.state.bad = sorted({*t.state.bad, *new})
-        t.tracker.event(t.state.step, "samples_unreadable", samples=new)
-    if len(t.state.bad) > t.recipe.data.max_unreadable:
-        t.watch.at("checkpoint")
-        report_checkpoints(t, t.checkpoints.finish())
+def _log(ctx: TrainContext, numbers: StepNumbers, mean_loss: float, rate: float) -> None:
+    """A line of metrics; its seconds and rates are means over the steps since the last one."""
+    interval = ctx.interval
+    ctx.interval = LogInterval()
+    seconds = interval.seconds + time.perf_counter() - interval.step_began
+    ctx.tracker.log(
+        {
+            "kind": "train",
+            "step": ctx.state.step,
+            "samples": ctx.state.samples,
+            "samples_digest": int(numbers.samples_digest),
+            "weight": ctx.state.weight,
+            "loss": mean_loss,
+            "lr": rate,
+            "grad_norm": numbers.grad_norm,
+            "applied": numbers.applied,
+            f"{ctx.task.unit}_per_s": interval.num_targets / seconds,
+            "mfu": ctx.peak_seconds_per_target * interval.num_targets / seconds,
+            "seconds": seconds / interval.steps,
+            "peak_memory_bytes": ctx.engine.peak_memory(),
+        }
+    )
+
+
+def _report_unreadable_samples(ctx: TrainContext, micro_batches: list[MicroBatch]) -> None:
+    """Name the samples that could not be read, on any rank. A collective.
+
+    Raises TrainingFailed beyond `data.max_unreadable`.
+    """
+    state, allowed = ctx.state, ctx.recipe.data.max_unreadable
+    mine = [name for micro_batch in micro_batches for name in micro_batch.unreadable]
+    unreadable = set(itertools.chain.from_iterable(ctx.engine.gather(mine)))
+    new = sorted(unreadable.difference(state.bad))
+    if new:
+        state.bad = sorted({*state.bad, *new})
+        ctx.tracker.event(state.step, "samples_unreadable", samples=new)
+    if len(state.bad) > allowed:
+        finish_checkpoint(ctx)
         raise TrainingFailed(
-            t.state.bad[-1],
-            f"at most data.max_unreadable={t.recipe.data.max_unreadable} samples that cannot be read",
+            state.bad[-1], f"at most data.max_unreadable={allowed} samples that cannot be read"
         )
+
+
+def _refuse_to_repeat_failures(ctx: TrainContext) -> None:
+    """Raises TrainingFailed after too many skipped steps, or rewinds, in a row."""
+    state, allowed = ctx.state, ctx.recipe.train.max_skipped_steps
+    if max(state.skips, state.rewinds) < allowed:
+        return
+    finish_checkpoint(ctx)
+    if state.skips >= allowed:
+        problem = (
+            f"{allowed} steps in a row had a loss or gradient that is not finite, or far too high"
+        )
+    else:
+        problem = f"the loss rose {allowed} times since the last checkpoint"
+    raise TrainingFailed(
+        f"{problem} (step {state.step})",
+        "finite numbers",
+        f"a lower optim.lr, or other data; {last_good_checkpoint(ctx)}",
+    )

@@ -1,86 +1,132 @@
-"""Checks before anything is written: all ranks alike, and the model fits the data."""
+"""Checks before anything is written.
+
+What the recipe needs is installed, all ranks are alike, the model fits the data.
+"""
 
 import contextlib
+import importlib.util
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from bigtrain.config.recipe import TrackConfig
 from bigtrain.config.versions import installed_versions
+from bigtrain.data.examples import Examples
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import flop_counter
 from bigtrain.errors import RequestError
 from bigtrain.tasks.base import Task, outputs
+from bigtrain.tracking.wandb_sync import logged_in
+
+_LONGEST_OF = 512  # examples that the longest text is looked for in
 
 
-def refuse_other_ranks(ranks: Engine, task: Task) -> None:
-    """Every rank has its own installation and reads the data for itself: all must have the same."""
-    versions = ranks.gather([f"{name} {version}" for name, version in installed_versions().items()])
-    for rank, seen in enumerate(versions):
-        if pairs := [
-            (theirs, ours) for theirs, ours in zip(seen, versions[0], strict=True) if theirs != ours
-        ]:
+def refuse_unusable_trackers(track: TrackConfig) -> None:
+    """Raises RequestError for a tracker that is not installed, or has no key."""
+    if track.wandb == "online" and not logged_in():
+        raise RequestError(
+            "track.wandb is online, but W&B has no key",
+            "a login",
+            "wandb login, or track.wandb=offline",
+        )
+    for name in track.extra:
+        if importlib.util.find_spec(name) is None:
             raise RequestError(
-                "; ".join(f"rank {rank} has {theirs}, rank 0 {ours}" for theirs, ours in pairs),
+                f"track.extra has {name}, which is not installed",
+                "its extra",
+                f"pip install {name}",
+            )
+
+
+def refuse_different_ranks(engine: Engine, task: Task) -> None:
+    """Raises RequestError unless all ranks have the same packages and read the same data.
+
+    Every rank has its own installation and reads the data for itself. A collective.
+    """
+    packages = [f"{package} {version}" for package, version in installed_versions().items()]
+    installed = engine.gather(packages)
+    expected = installed[0]
+    for rank, versions in enumerate(installed):
+        if versions != expected:
+            pairs = zip(versions, expected, strict=True)
+            problems = [
+                f"rank {rank} has {other}, rank 0 {own}" for other, own in pairs if other != own
+            ]
+            raise RequestError(
+                "; ".join(problems),
                 "the same versions on every rank",
                 "bigtrain doctor on every rank shows them all",
             )
-    found = ranks.gather([len(task.data.train), len(task.data.eval), task.data.bad])
-    if different := [rank for rank, seen in enumerate(found) if seen != found[0]]:
-        raise RequestError(
-            f"rank {different[0]} sees other data than rank 0: (training, held out, bad) {found[different[0]]}, not {found[0]}",
-            "the same files on every node",
-        )
+    data = engine.gather([len(task.data.train), len(task.data.eval), task.data.bad])
+    for rank, seen in enumerate(data):
+        if seen != data[0]:
+            raise RequestError(
+                f"rank {rank} sees other data than rank 0: (training, held out, bad) {seen},"
+                f" not {data[0]}",
+                "the same files on every node",
+            )
 
 
-def try_forward(ranks: Engine, task: Task) -> float:
-    """Two examples through the model before anything is written: it must fit the data and the task. A collective.
+def try_forward(engine: Engine, task: Task) -> float:
+    """Run two examples through the model: it must fit the data and the task. A collective.
 
-    Returns the floating-point operations of a forward pass per unit of weight (token, image, row).
+    Returns the floating-point operations of a forward pass per target (token, image, row).
+    Raises RequestError if the model does not fit.
     """
     train = task.data.train
-    if task.data.tokenizer is not None:  # the longest text: positions may run out
-        size = lambda i: sum(
-            len(value) for value in train[i].values() if isinstance(value, np.ndarray)
-        )  # noqa: E731
-        longest = max(range(min(512, len(train))), key=size)
-    else:
-        longest = len(train) - 1
-    batch = ranks.to_device(task.collate([train[longest], train[0]]))
-    name = type(ranks.module).__name__
-    ranks.model.eval()
+    batch = engine.to_device(task.collate([train[_longest(task, train)], train[0]]))
+    model_name = type(engine.module).__name__
+    engine.model.eval()
     try:
-        with torch.no_grad(), ranks.autocast():
-            # What is compiled cannot be counted; and to say so imports torch._dynamo, which takes seconds.
-            eager = (
-                torch.compiler.set_stance("force_eager")
-                if ranks.plan.compile
-                else contextlib.nullcontext()
-            )
-            with flop_counter() as counted, eager:
-                task.loss_sum(ranks.model, batch)
-            looks_ahead = task.name == "causal_lm" and _looks_ahead(ranks, task, batch)
+        with torch.no_grad(), engine.autocast():
+            with flop_counter() as counted, _without_compiling(engine):
+                task.loss_sum(engine.model, batch)
+            looks_ahead = task.name == "causal_lm" and _looks_ahead(engine, task, batch)
     except RequestError:
         raise
     except Exception as problem:  # whatever a model says of an input that does not fit it
-        given = ", ".join(
-            f"{key} {list(tensor.shape)}" for key, tensor in batch.items() if key != "labels"
-        )
+        inputs = [f"{key} {list(x.shape)}" for key, x in batch.items() if key != "labels"]
         raise RequestError(
-            f"{name}.forward does not fit task {task.name}: {type(problem).__name__}: {problem}",
-            f"forward({given}) → logits",
+            f"{model_name}.forward does not fit task {task.name}:"
+            f" {type(problem).__name__}: {problem}",
+            f"forward({', '.join(inputs)}) → logits",
             "other model.args, or another model, for this data",
         ) from None
     if looks_ahead:
         raise RequestError(
-            f"{name} sees the tokens it is to predict",
+            f"{model_name} sees the tokens it is to predict",
             "a causal language model (gpt2, llama, rnn …)",
         )
     return counted.get_total_flops() / task.num_targets(batch)
 
 
-def _looks_ahead(ranks: Engine, task: Task, batch: dict[str, torch.Tensor]) -> bool:
-    """Whether another second half changes what is said of the first."""
-    ids, half = batch["input_ids"][:1], batch["input_ids"].shape[1] // 2
-    other = torch.cat([ids[:, :half], (ids[:, half:] + 1) % (task.data.vocab_size or 2)], dim=1)
-    before, after = (outputs(ranks.model, input_ids=tokens)[:, :half] for tokens in (ids, other))
-    return half > 0 and bool((before - after).abs().max() > 1e-3 * before.std())
+def _without_compiling(engine: Engine) -> contextlib.AbstractContextManager[object]:
+    """A context in which the model is not compiled: what is compiled cannot be counted."""
+    if engine.plan.compile:
+        return torch.compiler.set_stance("force_eager")
+    # set_stance imports torch._dynamo, which takes seconds.
+    return contextlib.nullcontext()
+
+
+def _longest(task: Task, examples: Examples) -> int:
+    """The index of the longest text, for which positions may run out; of other data the last."""
+    if task.data.tokenizer is None:
+        return len(examples) - 1
+    return max(range(min(_LONGEST_OF, len(examples))), key=lambda i: _length(examples, i))
+
+
+def _length(examples: Examples, index: int) -> int:
+    """The tokens in all fields of an example."""
+    return sum(len(value) for value in examples[index].values() if isinstance(value, np.ndarray))
+
+
+def _looks_ahead(engine: Engine, task: Task, batch: dict[str, Tensor]) -> bool:
+    """Whether other tokens in the second half change the logits of the first."""
+    tokens = batch["input_ids"][:1]
+    half = tokens.shape[1] // 2
+    other_half = (tokens[:, half:] + 1) % (task.data.vocab_size or 2)
+    other_tokens = torch.cat([tokens[:, :half], other_half], dim=1)
+    logits = outputs(engine.model, input_ids=tokens)[:, :half]
+    other_logits = outputs(engine.model, input_ids=other_tokens)[:, :half]
+    return half > 0 and bool((logits - other_logits).abs().max() > 1e-3 * logits.std())

@@ -5,7 +5,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from rich.console import Console
@@ -19,97 +20,113 @@ from bigtrain.engine.runtime import Device
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Task
 
-Settings = dict[str, dict[str, Any]]
+
+class Setting(TypedDict):
+    """A value and who decided it, as effective.json has them."""
+
+    value: Any
+    origin: str
 
 
-def set_by(origin: str, values: dict[str, Any]) -> Settings:
+Settings = dict[str, Setting]
+
+
+def with_origin(origin: str, values: dict[str, Any]) -> Settings:
+    """Settings that all have one origin."""
     return {key: {"value": value, "origin": origin} for key, value in values.items()}
-
-
-def facts_of(model: torch.nn.Module, flops: float, ranks: Engine, device: Device) -> Settings:
-    """Its size; whether its loss depends on how the global batch is cut, as with BatchNorm; and what model FLOPs
-    utilisation is made of: operations per unit of weight, and what all ranks' devices could do.
-
-    A backward pass counts two forward passes; what is computed again for activation checkpointing does not count
-    (PaLM, arXiv 2204.02311, appendix B).
-    """
-    facts = set_by(
-        "model", {"parameters": sum(ranks.num_elements(p) for p in model.parameters())}
-    )
-    if found := sorted(
-        {type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}
-    ):
-        facts |= set_by(
-            f"model ({', '.join(found)})", {"normalisation": "depends on the micro-batch"}
-        )
-    peaks = ranks.gather(peak_flops(ranks.device, device.bf16_is_fast))
-    facts |= set_by("model (counted)", {"flops_per_unit": 3 * flops})
-    return facts | set_by("this machine (data sheet or measured)", {"peak_flops": sum(peaks)})
 
 
 def settings_in_force(
     loaded: LoadedRecipe,
     plan: Plan,
-    planned: dict[str, str],
+    plan_origins: dict[str, str],
     ds_config: dict[str, Any],
-    source: str,
+    ds_source: str,
 ) -> Settings:
-    """Every setting in force with its value and origin; what the plan decided replaces the recipe's `auto`."""
-    values = flatten(loaded.recipe.model_dump(mode="json"))
-    settings = {
-        key: {"value": value, "origin": loaded.origins.get(key, "default")}
-        for key, value in values.items()
-    }
+    """The recipe's settings, and what was decided beyond it.
+
+    What the plan decided replaces the recipe's `auto`. `ds_source`: where the launcher has its
+    DeepSpeed settings from.
+    """
+    settings: Settings = {}
+    for key, value in flatten(loaded.recipe.model_dump(mode="json")).items():
+        settings[key] = {"value": value, "origin": loaded.origins.get(key, "default")}
     for name, value in asdict(plan).items():
         key = f"engine.{name}"
-        if key in planned or key not in settings or settings[key]["value"] != value:
-            settings[key] = {
-                "value": value,
-                "origin": planned.get(key, "launcher" if name == "world_size" else "plan"),
-            }
-    settings |= set_by("plan", {"engine.accumulation": plan.accumulation})
-    origin = source if source.endswith(".json") else f"ds_configs for {plan.kind}"
-    settings |= set_by(origin, flatten(ds_config, "deepspeed") if ds_config else {})
-    settings |= set_by(
-        "installed", {f"versions.{name}": version for name, version in installed_versions().items()}
-    )
-    return settings | set_by("OMP_NUM_THREADS or the machine", {"threads": torch.get_num_threads()})
+        known = key in settings and settings[key]["value"] == value
+        if key in plan_origins or not known:
+            default_origin = "launcher" if name == "world_size" else "plan"
+            origin = plan_origins.get(key, default_origin)
+            settings[key] = {"value": value, "origin": origin}
+    settings |= with_origin("plan", {"engine.accumulation": plan.accumulation})
+    if ds_config:
+        from_file = ds_source.endswith(".json")
+        origin = ds_source if from_file else f"ds_configs for {plan.kind}"
+        settings |= with_origin(origin, flatten(ds_config, "deepspeed"))
+    settings |= with_origin("installed", flatten(installed_versions(), "versions"))
+    threads = {"threads": torch.get_num_threads()}
+    return settings | with_origin("OMP_NUM_THREADS or the machine", threads)
+
+
+def model_facts(model: torch.nn.Module, flops: float, engine: Engine, device: Device) -> Settings:
+    """The model's size, and what model FLOPs utilisation (MFU) is computed from. A collective.
+
+    `flops`: of a forward pass, per target. A backward pass counts as two forward passes; what is
+    computed again for activation checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
+    """
+    parameters = sum(engine.num_elements(p) for p in model.parameters())
+    facts = with_origin("model", {"parameters": parameters})
+    class_names = {type(module).__name__ for module in model.modules()}
+    batch_norms = sorted(name for name in class_names if "BatchNorm" in name)
+    if batch_norms:
+        # The loss then depends on how the global batch is cut.
+        origin = f"model ({', '.join(batch_norms)})"
+        facts |= with_origin(origin, {"normalisation": "depends on the micro-batch"})
+    peaks = engine.gather(peak_flops(engine.device, device.bf16_is_fast))
+    facts |= with_origin("model (counted)", {"flops_per_unit": 3 * flops})
+    return facts | with_origin("this machine (data sheet or measured)", {"peak_flops": sum(peaks)})
 
 
 def provenance() -> dict[str, Any]:
-    """The commit of the folder that the run was started in, whether it was changed since; Slurm's job."""
-    found: dict[str, Any] = {"slurm.job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
-    with contextlib.suppress(
-        OSError, subprocess.SubprocessError
-    ):  # no git, or no repository, or a slow disk
-        ask = lambda *words: (
-            subprocess.run(
-                ["git", *words], capture_output=True, text=True, check=True, timeout=5
-            ).stdout
-        )  # noqa: E731
-        found |= {
-            "git.commit": ask("rev-parse", "HEAD").strip(),
-            "git.dirty": bool(ask("status", "--porcelain", "-uno")),
-        }
-    return found
+    """Slurm's job, and the git commit of the folder that the run was started in."""
+    facts: dict[str, Any] = {}
+    job = os.environ.get("SLURM_JOB_ID")
+    if job:
+        facts["slurm.job"] = job
+    # No git, or no repository, or a slow disk.
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = _git("rev-parse", "HEAD").strip()
+        changes = _git("status", "--porcelain", "-uno")
+        facts["git.commit"] = commit
+        facts["git.dirty"] = bool(changes)
+    return facts
 
 
-def announce(screen: Console, run: RunDir, settings: Settings, task: Task, path: Any) -> None:
-    """The settings in force, grouped by who set them; then what is about to happen."""
+def _git(*arguments: str) -> str:
+    """What git prints. Raises OSError or subprocess.SubprocessError if it fails."""
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=5
+    )
+    return done.stdout
+
+
+def announce(
+    screen: Console, run: RunDir, settings: Settings, task: Task, checkpoint: Path | None
+) -> None:
+    """Print the settings in force, grouped by their origin; then what is about to happen."""
     groups: dict[str, list[str]] = {}
     for key, setting in settings.items():
-        groups.setdefault(setting["origin"].split(":")[0].split(" ")[0], []).append(
-            f"{key}={setting['value']}"
-        )
-    for origin, texts in groups.items():
-        screen.print(
-            f"[bold]{origin}[/]: " + "  ".join(text.replace("[", r"\[") for text in texts),
-            highlight=False,
-        )
+        group = setting["origin"].split(":")[0].split(" ")[0]
+        # An opening bracket begins markup.
+        text = f"{key}={setting['value']}".replace("[", r"\[")
+        groups.setdefault(group, []).append(text)
+    for group, texts in groups.items():
+        screen.print(f"[bold]{group}[/]: " + "  ".join(texts), highlight=False)
+    global_batch = settings["engine.global_batch"]["value"]
     ranks = settings["engine.world_size"]["value"]
-    for note in (*task.data.notes, *_idle(settings["engine.global_batch"]["value"], ranks)):
+    for note in (*task.data.notes, *_unused(global_batch, ranks)):
         screen.print(f"note: {note}", highlight=False)
-    begin = f"going on from {path.name}" if path else "starting"
+    begin = f"resuming from {checkpoint.name}" if checkpoint else "starting"
     screen.print(
         f"{begin}: {run.path}  {settings['parameters']['value']:,} parameters, "
         f"{len(task.data.train):,} training and {len(task.data.eval):,} held-out samples",
@@ -117,11 +134,16 @@ def announce(screen: Console, run: RunDir, settings: Settings, task: Task, path:
     )
 
 
-def _idle(global_batch: int, ranks: int) -> Iterator[str]:
-    """What is left unused: time of the ranks with one sample less than others; GPUs, where one process was started bare."""
-    if idle := -global_batch % ranks:
+def _unused(global_batch: int, ranks: int) -> Iterator[str]:
+    """Notes about time of ranks, and about GPUs, that this run does not use."""
+    idle = -global_batch % ranks
+    if idle:
         lost = idle / (global_batch + idle)
-        yield f"{global_batch} samples over {ranks} ranks are uneven: exact, but {lost:.1%} of the ranks' time is idle"
-    if ranks == 1 < (count := torch.cuda.device_count()):
-        every = f"torchrun --nproc_per_node {count} -m bigtrain train … uses them all"
-        yield f"this is one process, and {count} GPUs are visible: {every}"
+        yield (
+            f"{global_batch} samples over {ranks} ranks are uneven: exact, but {lost:.1%} of the"
+            " ranks' time is idle"
+        )
+    gpus = torch.cuda.device_count()
+    if ranks == 1 and gpus > 1:
+        command = f"torchrun --nproc_per_node {gpus} -m bigtrain train …"
+        yield f"this is one process, and {gpus} GPUs are visible: {command} uses them all"

@@ -1,7 +1,8 @@
-"""A watchdog in every rank: a hang ends within minutes, with the cause named, instead of burning hours.
+"""A watchdog in every rank: a hang ends within minutes, with its cause named.
 
-Ranks tell each other how far they are through a client of their own at the store where they met: it answers when
-collectives do not. Every rank passes the same places in the same order, so a count of them says who is behind.
+Ranks tell each other how far they are through the store where they met, each over a connection of
+its own: the store answers when collectives do not. All ranks enter the same phases in the same
+order, so a count of them says which rank is behind.
 """
 
 import contextlib
@@ -17,193 +18,271 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 
 from bigtrain.engine.base import Engine
 from bigtrain.errors import LOST_PEERS
+from bigtrain.tracking.base import TrackerGroup
 
-Place = Literal[
+Phase = Literal[
     "data", "meeting", "forward", "backward", "update", "evaluation", "checkpoint", "end"
 ]
-_SHORTEST, _STEPS = 600.0, 50  # `auto`: seconds, or as many of the last steps
-_PATIENCE = 10  # times longer until the first step is done (building, compilation), for checkpoints and at the end
-_SLOW = 1.5  # a straggler's forward passes, in medians over the ranks
-_RECENT = 20  # steps
-_MACHINES = 30.0  # seconds between two looks at how busy the machines are
-_ANSWER = 5.0  # seconds that the store has to answer in
+# hang_timeout "auto": so many seconds, or as long as so many of the last steps if that is more.
+_AUTO_SECONDS = 600.0
+_AUTO_STEPS = 50
+# Times longer until the first step is done (building, compilation), for checkpoints and at the end.
+_SLOW_PHASE_FACTOR = 10
+_RECENT_STEPS = 20  # that a rank's mean times are taken over
+_STRAGGLER_FACTOR = 1.5  # a straggler's time on its own, in medians over the ranks
+_MACHINES_EVERY = 30.0  # seconds between two events about how busy the machines are
+_STORE_TIMEOUT = 5.0  # seconds that the store has to answer in
+_EXIT_TIMEOUT = 60.0  # seconds after which the process ends even if its last report hangs
+
+
+@dataclass
+class RankPosition:
+    """What a rank last wrote to the store; all zero for a rank that has written nothing."""
+
+    posts: int = 0  # times that it has written
+    step: int = 0  # that it is in, from 1 on
+    phase: str = ""
+    heartbeats: int = 0  # phases that it has entered
+    busy: float = 0.0  # mean seconds per step without waiting for others; 0 until they are known
+    machine: str = ""  # its name, from the first rank on it
+    usage: dict[str, float] = field(default_factory=dict)  # of the machine, in percent
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.phase}" if self.posts else ""
+
+
+@dataclass
+class Diagnosis:
+    """Which ranks are at fault in a hang; all empty where the store is silent."""
+
+    silent: list[int]  # they have written nothing new: stopped, dead or cut off
+    behind: list[int]  # they have not come as far as the others
+    places: list[str]  # by rank, "step 9: forward"; empty for one that has never written
+
+
+class PendingEvent(NamedTuple):
+    """An event that the loop is to log."""
+
+    name: str
+    details: dict[str, Any]
+
+
+class Attempt(NamedTuple):
+    """What `attempt` started, and what came of it."""
+
+    thread: threading.Thread
+    results: list[Any]  # one; none if it failed or is not done
 
 
 class Watchdog:
-    """Ends this process with code 76 when it makes no progress, or when another rank says that nobody does."""
+    """Ends this process with code 76 if it, or another rank, makes no progress for too long."""
 
     def __init__(self, engine: Engine, timeout: float | Literal["auto"]) -> None:
-        """`report(event, **details)`, once it is set, writes an event: on rank 0, while its main thread is stuck."""
-        self.rank, self.ranks, self.timeout = engine.rank, engine.world_size, timeout
-        self.report: Callable[..., None] = lambda event, **details: None
-        self.step, self.place, self.passed, self.first = 0, "start", 0, True
-        self.since, self.news = time.monotonic(), list[tuple[str, dict[str, Any]]]()
-        self._seconds, self._busy = deque[float](maxlen=_RECENT), deque[float](maxlen=_RECENT)
-        self._posts, self._slow_before, self._named = 0, set[int](), set[int]()
-        self._told = 0.0  # when of the machines last
-        self._store = _second_client() if self.ranks > 1 else None
-        self._asking: threading.Thread | None = None
-        shortest = _SHORTEST if timeout == "auto" else timeout
-        self.interval = min(max(shortest / 20, 0.1), 5.0)
+        """`timeout`: seconds without progress that mean a hang, or "auto"."""
+        self.rank = engine.rank
+        self.world_size = engine.world_size
+        self.timeout = timeout
+        # The last finished step, and what the loop has been doing since.
+        self.step = 0
+        self.phase = "start"
+        self.heartbeats = 0  # phases entered
+        self.last_progress = time.monotonic()  # when the phase was entered
+        self.first_step_done = False
+        # Found by the watchdog's thread, for the loop to log.
+        self.pending_events: deque[PendingEvent] = deque()
+        self._tracker = TrackerGroup()
+        # Seconds of the last steps, and those in which this rank did not wait for others.
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._busy_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._posts = 0  # times that this rank has written to the store
+        self._slow_before: set[int] = set()  # ranks that were slow the last time
+        self._named: set[int] = set()  # slow ranks that an event has named
+        self._machines_reported = 0.0  # when
+        self._store = _second_client() if self.world_size > 1 else None
+        self._question: threading.Thread | None = None  # the last one that the store was asked
+        shortest = _AUTO_SECONDS if timeout == "auto" else timeout
+        self.interval = min(max(shortest / 20, 0.1), 5.0)  # seconds between two looks
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def at(self, place: Place) -> None:
-        """The loop is about to do this; where it stands is known to the others a moment later."""
-        self.place, self.since = place, time.monotonic()
-        self.passed += 1
+    def report_to(self, tracker: TrackerGroup, step: int) -> None:
+        """From now on an event of a hang goes to `tracker`; `step` is the last finished one."""
+        self._tracker = tracker
+        self.step = step
 
-    def stepped(self, step: int, seconds: float, busy: float) -> None:
-        """A step is over: it took `seconds`, of which this rank needed `busy` without waiting for others."""
-        self.step, self.first = step, False
-        self._seconds.append(seconds)
-        self._busy.append(busy)
+    def enter(self, phase: Phase) -> None:
+        """The loop begins `phase`; the other ranks know of it a moment later."""
+        self.phase = phase
+        self.last_progress = time.monotonic()
+        self.heartbeats += 1
+
+    def step_done(self, step: int, seconds: float, busy: float) -> None:
+        """A step took `seconds`; in `busy` of them this rank did not wait for others."""
+        self.step = step
+        self.first_step_done = True
+        self._step_seconds.append(seconds)
+        self._busy_seconds.append(busy)
 
     def close(self) -> None:
+        """Stop watching."""
         self._done.set()
         self._thread.join()
 
     @property
     def limit(self) -> float:
         """Seconds without progress that mean a hang."""
-        usual = (
-            max(_SHORTEST, _STEPS * _mean(self._seconds))
-            if self.timeout == "auto"
-            else self.timeout
-        )
-        return usual * (_PATIENCE if self.first or self.place in ("checkpoint", "end") else 1)
+        if self.timeout == "auto":
+            seconds = max(_AUTO_SECONDS, _AUTO_STEPS * _mean(self._step_seconds))
+        else:
+            seconds = self.timeout
+        if not self.first_step_done or self.phase in ("checkpoint", "end"):
+            seconds *= _SLOW_PHASE_FACTOR
+        return seconds
 
     def _watch(self) -> None:
         try:
             while not self._over_after(self.interval):
                 self._post()
-                if time.monotonic() - self.since > self.limit or self._ask(
-                    lambda store: store.check(["alarm"])
-                ):
+                hangs = time.monotonic() - self.last_progress > self.limit
+                if hangs or self._ask(lambda store: store.check(["alarm"])):
                     self._end()
                 if self.rank == 0 and self._posts % 4 == 0:
-                    self._look_for_stragglers()
+                    self._look_at_all_ranks()
         except BaseException:  # a watchdog that has died would let the run hang
             traceback.print_exc()
             os._exit(LOST_PEERS)
 
     def _over_after(self, seconds: float) -> bool:
-        """Whether the run ends within `seconds`; time that this process was suspended for does not count."""
+        """Wait; whether the run has ended within `seconds`.
+
+        Time for which this process was suspended does not count as a lack of progress.
+        """
         before = time.monotonic()
         over = self._done.wait(seconds)
-        asleep = time.monotonic() - before - seconds
-        if asleep > seconds + 1:
-            self.since += asleep
+        suspended = time.monotonic() - before - seconds
+        if suspended > seconds + 1:
+            self.last_progress += suspended
         return over
 
     def _post(self) -> None:
+        """Write this rank's position to the store."""
         self._posts += 1
-        where = {
-            "posts": self._posts,
-            "step": self.step + 1,
-            "place": self.place,
-            "passed": self.passed,
-        }
-        where["busy"] = _mean(self._busy) if len(self._busy) == _RECENT else 0.0
-        speaks = self.ranks > 1 and os.environ.get("LOCAL_RANK", "0") == "0"
-        # Within the question, which is given up in time: the driver of a broken GPU may never answer.
-        self._ask(
-            lambda store: store.set(
-                f"{self.rank}", json.dumps(where | ({"machine": _machine()} if speaks else {}))
-            )
-        )
+        position = RankPosition(self._posts, self.step + 1, self.phase, self.heartbeats)
+        if len(self._busy_seconds) == _RECENT_STEPS:
+            position.busy = _mean(self._busy_seconds)
+        first_on_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+
+        def write(store: Any) -> None:
+            if self.world_size > 1 and first_on_machine:
+                # Here, where waiting has a limit: the driver of a broken GPU may never answer.
+                position.machine, position.usage = _machine_usage()
+            store.set(f"{self.rank}", json.dumps(asdict(position)))
+
+        self._ask(write)
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """What the store answers; None where there is none, or where it does not answer soon.
+        """What the store answers; None where there is none, or it does not answer in time.
 
-        Asked in a thread of its own: some questions have no time limit, and rank 0, which serves the store, may be what hangs.
+        Asked in a thread of its own: some questions have no time limit, and rank 0, which serves
+        the store, may be what hangs.
         """
-        if self._store is None or (self._asking is not None and self._asking.is_alive()):
+        if self._store is None:
             return None
-        self._asking, answers = attempt(lambda: question(self._store), _ANSWER)
-        return answers[0] if answers else None
+        if self._question is not None and self._question.is_alive():
+            return None
+        asked = attempt(lambda: question(self._store), _STORE_TIMEOUT)
+        self._question = asked.thread
+        return asked.results[0] if asked.results else None
 
-    def _positions(self) -> list[dict[str, Any]]:
-        """Where each rank said last that it was: an empty dictionary for one that never did, nothing if the store is silent."""
-        keys = [f"{rank}" for rank in range(self.ranks)]
+    def _positions(self) -> list[RankPosition]:
+        """Each rank's last position; an empty list if the store is silent."""
+        keys = [f"{rank}" for rank in range(self.world_size)]
         known = self._ask(lambda store: [key for key in keys if store.check([key])])
-        texts = self._ask(lambda store: store.multi_get(known)) if known else None
-        said = dict(zip(known, texts, strict=True)) if texts else {}
-        return [json.loads(said.get(key, "{}")) for key in keys] if said else []
+        if not known:
+            return []
+        texts = self._ask(lambda store: store.multi_get(known))
+        if not texts:
+            return []
+        written = dict(zip(known, texts, strict=True))
+        return [RankPosition(**json.loads(written.get(key, "{}"))) for key in keys]
 
     def _end(self) -> None:
-        """Stacks, who is silent and who is behind; then out, so that whoever started us can start us again."""
-        silence = time.monotonic() - self.since
-        last = threading.Timer(
-            60, os._exit, [LOST_PEERS]
-        )  # whatever of the following should hang too
-        last.daemon = True
-        last.start()
+        """Print stacks and a diagnosis; then exit, so that the launcher can start the run again."""
+        silence = time.monotonic() - self.last_progress
+        # Whatever of the following should hang too.
+        last_resort = threading.Timer(_EXIT_TIMEOUT, os._exit, [LOST_PEERS])
+        last_resort.daemon = True
+        last_resort.start()
         self._ask(lambda store: store.set("alarm", f"{self.rank}"))
-        with (
-            tempfile.TemporaryFile() as stacks
-        ):  # written at once, so that ranks do not mix their lines
-            faulthandler.dump_traceback(file=stacks, all_threads=True)
-            stacks.seek(0)
-            head = (
-                f"bigtrain (rank {self.rank}): no progress for {silence:.1f} s; Python's stacks:\n"
-            )
-            sys.stderr.write(head + stacks.read().decode(errors="replace"))
+        self._print_stacks(silence)
         before = self._positions()
-        for _ in range(3):  # all have heard of the alarm by then, and said where they are
+        # All have heard of the alarm by then, and written where they are.
+        for _ in range(3):
             time.sleep(self.interval)
             self._post()
-        after = self._positions() or before  # rank 0, which serves the store, may have left already
-        details = diagnose(before, after) | {
+        after = self._positions()
+        diagnosis = diagnose(before, after)
+        details = {
+            **asdict(diagnosis),
             "seconds": round(silence, 1),
-            "here": f"step {self.step + 1}: {self.place}",
+            "here": f"step {self.step + 1}: {self.phase}",
         }
-        # Rank 0 serves the store: where it is silent, everyone says so.
-        if self.rank == next(
-            (rank for rank in range(len(after)) if rank not in details["silent"]), self.rank
-        ):
-            sys.stderr.write(f"bigtrain: {_verdict(details, self.ranks)}\n")
+        # The first rank that is not silent prints it. If the store is silent, all do.
+        ranks = range(len(after or before))
+        speaker = next((rank for rank in ranks if rank not in diagnosis.silent), self.rank)
+        if self.rank == speaker:
+            text = _describe(diagnosis, details["seconds"], details["here"], self.world_size)
+            sys.stderr.write(f"bigtrain: {text}\n")
         sys.stderr.flush()
-        if self.rank == 0:  # in a thread of its own: what hangs may be where events are written
-            attempt(lambda: self.report("hang", **details), _ANSWER)
-            time.sleep(2 * self.interval)  # the others have questions to the store
+        if self.rank == 0:
+            # In a thread of its own: what hangs may be where events are written.
+            attempt(lambda: self._tracker.event(self.step, "hang", **details), _STORE_TIMEOUT)
+            time.sleep(2 * self.interval)  # the others still ask the store
         os._exit(LOST_PEERS)
 
-    def _look_for_stragglers(self) -> None:
-        """Left in `news` for the loop: ranks that were slow now and the last time; and how busy each machine is."""
+    def _print_stacks(self, silence: float) -> None:
+        """The stacks of all threads, written at once so that ranks do not mix their lines."""
+        title = f"bigtrain (rank {self.rank}): no progress for {silence:.1f} s; Python's stacks:\n"
+        with tempfile.TemporaryFile() as stacks:
+            faulthandler.dump_traceback(file=stacks, all_threads=True)
+            stacks.seek(0)
+            sys.stderr.write(title + stacks.read().decode(errors="replace"))
+
+    def _look_at_all_ranks(self) -> None:
+        """Leave events for the loop: how busy each machine is, and which ranks are slow."""
         positions = self._positions()
-        machines = dict(position["machine"] for position in positions if "machine" in position)
-        if (
-            len(machines) > 1 and time.monotonic() - self._told > _MACHINES
-        ):  # a single one is W&B's own to watch
-            self._told = time.monotonic()
-            self.news.append(("nodes", {"machines": machines}))
-        busy = [position.get("busy", 0.0) for position in positions]
-        if not busy or not all(busy):
-            return
-        usual = statistics.median_low(busy)
-        slow = {
-            rank for rank, seconds in enumerate(busy) if seconds > max(_SLOW * usual, usual + 0.001)
-        }
+        machines = {position.machine: position.usage for position in positions if position.machine}
+        # A single machine is W&B's own to watch.
+        if len(machines) > 1 and time.monotonic() - self._machines_reported > _MACHINES_EVERY:
+            self._machines_reported = time.monotonic()
+            self.pending_events.append(PendingEvent("nodes", {"machines": machines}))
+        busy = [position.busy for position in positions]
+        if busy and all(busy):
+            self._name_stragglers(busy)
+
+    def _name_stragglers(self, busy: list[float]) -> None:
+        """An event for each rank that is slow now, was slow the last time, and is not named yet."""
+        slow = stragglers(busy)
         for rank in sorted((slow & self._slow_before) - self._named):
-            self.news.append(("straggler", {"rank": rank, "seconds": busy[rank], "usual": usual}))
-        self._named = (
-            self._named | self._slow_before
-        ) & slow  # named once, until it has been as fast as the others
+            details = {"rank": rank, "seconds": busy[rank], "usual": statistics.median_low(busy)}
+            self.pending_events.append(PendingEvent("straggler", details))
+        # A rank is named once, until it has been as fast as the others again.
+        self._named = (self._named | self._slow_before) & slow
         self._slow_before = slow
 
 
-def attempt(act: Callable[[], Any], seconds: float) -> tuple[threading.Thread, list[Any]]:
-    """Do in a thread what may fail, or take for ever, and wait so long for it: the thread, and what came of it, if anything."""
+def attempt(act: Callable[[], Any], seconds: float) -> Attempt:
+    """Do in a thread what may fail or never end, and wait at most `seconds` for it."""
     results: list[Any] = []
 
     def do() -> None:
@@ -213,90 +292,96 @@ def attempt(act: Callable[[], Any], seconds: float) -> tuple[threading.Thread, l
     thread = threading.Thread(target=do, daemon=True)
     thread.start()
     thread.join(seconds)
-    return thread, results
+    return Attempt(thread, results)
 
 
-def _machine() -> tuple[str, dict[str, float]]:
-    """This machine's name, and how much of it is in use, in percent."""
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    used = {"cpu": psutil.cpu_percent(), "memory": psutil.virtual_memory().percent}
-    with contextlib.suppress(
-        Exception
-    ):  # without nvidia-ml-py torch cannot ask, and says so in many ways
-        for device in range(torch.cuda.device_count()):
-            # from the driver, and not from the device: a context on each would cost the other ranks memory
-            memory = (
-                100
-                * torch.cuda.device_memory_used(device)
-                / torch.cuda.get_device_properties(device).total_memory
-            )
-            used |= {
-                f"gpu{device}_memory": memory,
-                f"gpu{device}": float(torch.cuda.utilization(device)),
-            }
-    return name, used
+def diagnose(before: list[RankPosition], after: list[RankPosition]) -> Diagnosis:
+    """Judge two looks at the positions of all ranks.
 
-
-def _mean(values: deque[float]) -> float:
-    return (
-        statistics.mean(copied) if (copied := list(values)) else 0.0
-    )  # the loop appends meanwhile
-
-
-def diagnose(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """From what the ranks said twice: who says nothing new, and who of the others has not come as far."""
-    if not before or not after:
-        return {"silent": [], "behind": [], "places": []}
-    pairs = enumerate(zip(before, after, strict=True))
-    silent = (
-        []
-        if before is after
-        else [rank for rank, (old, new) in pairs if old.get("posts") == new.get("posts")]
-    )
-    passed = {rank: said.get("passed", 0) for rank, said in enumerate(after) if rank not in silent}
-    behind = [rank for rank, places in passed.items() if places < max(passed.values())]
-    return {
-        "silent": silent,
-        "behind": behind,
-        "places": [f"step {p['step']}: {p['place']}" if p else "" for p in after],
+    Without a second look (rank 0, which serves the store, may have left) no rank counts as silent.
+    """
+    if not before:
+        return Diagnosis([], [], [])
+    silent: list[int] = []
+    if after:
+        pairs = zip(before, after, strict=True)
+        silent = [rank for rank, (old, new) in enumerate(pairs) if old.posts == new.posts]
+    newest = after or before
+    heard = {
+        rank: position.heartbeats for rank, position in enumerate(newest) if rank not in silent
     }
+    furthest = max(heard.values(), default=0)
+    behind = [rank for rank, heartbeats in heard.items() if heartbeats < furthest]
+    return Diagnosis(silent, behind, [str(position) for position in newest])
 
 
-def _verdict(found: dict[str, Any], ranks: int) -> str:
+def stragglers(busy: list[float]) -> set[int]:
+    """Ranks that need much longer than the median. `busy`: by rank, seconds per step."""
+    usual = statistics.median_low(busy)
+    limit = max(_STRAGGLER_FACTOR * usual, usual + 0.001)
+    return {rank for rank, seconds in enumerate(busy) if seconds > limit}
+
+
+def _describe(diagnosis: Diagnosis, seconds: float, here: str, world_size: int) -> str:
+    """The diagnosis for a person: a line per rank."""
     lines = [
-        f"no progress for {found['seconds']} s; leaving with {LOST_PEERS}, and the same command goes on"
+        f"no progress for {seconds} s; leaving with {LOST_PEERS}; the same command resumes the run"
     ]
-    if not found["places"]:
-        lines.append(f"  this rank: {found['here']}")
-        lines += ["  rank 0, where the ranks met, does not answer: stopped, dead or cut off"] * (
-            ranks > 1
-        )
-    for rank, place in enumerate(found["places"]):
-        if rank in found["silent"]:
-            heard = f"last heard of at {place}" if place else "never heard of"
-            lines.append(f"  rank {rank}: {heard}  ← SILENT: stopped, dead or cut off")
+    if not diagnosis.places:
+        lines.append(f"  this rank: {here}")
+        if world_size > 1:
+            lines.append("  rank 0, where the ranks met, does not answer: stopped, dead or cut off")
+    for rank, place in enumerate(diagnosis.places):
+        if rank in diagnosis.silent:
+            last_seen = f"last seen at {place}" if place else "never seen"
+            lines.append(f"  rank {rank}: {last_seen}  ← SILENT: stopped, dead or cut off")
+        elif rank in diagnosis.behind:
+            lines.append(f"  rank {rank}: {place}  ← behind the others")
         else:
-            lines.append(
-                f"  rank {rank}: {place}{'  ← behind the others' if rank in found['behind'] else ''}"
-            )
+            lines.append(f"  rank {rank}: {place}")
     return "\n".join(lines)
 
 
+def _machine_usage() -> tuple[str, dict[str, float]]:
+    """This machine's name, and how much of it is in use, in percent."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    usage = {"cpu": psutil.cpu_percent(), "memory": psutil.virtual_memory().percent}
+    # Without nvidia-ml-py torch cannot ask, and says so in many ways.
+    with contextlib.suppress(Exception):
+        for device in range(torch.cuda.device_count()):
+            # From the driver: a CUDA context on each device would cost the other ranks memory.
+            used = torch.cuda.device_memory_used(device)
+            total = torch.cuda.get_device_properties(device).total_memory
+            utilization = float(torch.cuda.utilization(device))
+            usage[f"gpu{device}_memory"] = 100 * used / total
+            usage[f"gpu{device}"] = utilization
+    return name, usage
+
+
+def _mean(values: deque[float]) -> float:
+    """The mean; 0 of nothing."""
+    copied = list(values)  # the loop appends meanwhile
+    return statistics.mean(copied) if copied else 0.0
+
+
 def _second_client() -> Any:
-    """The store where the ranks met, through a connection that no collective uses; None for another kind of store."""
+    """A connection to the store where the ranks met that no collective uses.
+
+    None if that is another kind of store than torch's TCPStore, or does not answer: this rank then
+    watches itself alone.
+    """
     store = torch.distributed.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if not isinstance(store, torch.distributed.TCPStore):
         return None
-    wait = timedelta(seconds=_ANSWER)
+    wait = timedelta(seconds=_STORE_TIMEOUT)
     try:
         client = torch.distributed.TCPStore(
             store.host, store.port, None, False, wait, wait_for_workers=False
         )
     except RuntimeError:
-        return None  # this rank then watches itself alone
-    # torchrun keeps its store over restarts, and an alarm of the last life must not ring in this one.
-    return torch.distributed.PrefixStore(
-        f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client
-    )
+        return None
+    # torchrun keeps its store over restarts: an alarm from before must not ring again.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"watchdog {restarts}", client)

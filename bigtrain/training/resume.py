@@ -1,0 +1,84 @@
+"""Where a start begins: at the newest checkpoint that verifies, or at step 0."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.checkpoint.format import committed_checkpoints
+from bigtrain.checkpoint.reader import load_checkpoint, newest_checkpoint
+from bigtrain.checkpoint.state import TrainState
+from bigtrain.config.loader import load_recipe
+from bigtrain.config.recipe import Recipe
+from bigtrain.config.resume_policy import diff_recipes
+from bigtrain.engine.base import Engine
+from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.runs.directory import RunDir, run_directory
+from bigtrain.runs.metrics_file import read_metrics
+
+_FRUITLESS_STARTS = 3  # from one step, of a job that Slurm restarts, until it must fail
+
+
+@dataclass
+class ResumePoint:
+    """Where a start begins."""
+
+    state: TrainState
+    checkpoint: Path | None  # None: at step 0
+    rejected: list[str]  # a line about each checkpoint that is not as it should be
+    moved: str  # how engine, ranks or optimizer differ from the checkpoint's; empty: not at all
+
+
+def recipe_changes(recipe: Recipe, fresh: bool, allow_change: Sequence[str]) -> dict[str, str]:
+    """How the recipe differs from that of the run that it resumes, by key: "old → new".
+
+    Raises RequestError for a change that is neither harmless nor allowed.
+    """
+    run = run_directory(recipe.name)
+    if fresh or not run.recipe.is_file() or not committed_checkpoints(run):
+        return {}
+    begun = load_recipe(str(run.recipe)).recipe
+    return diff_recipes(begun, recipe, list(allow_change))
+
+
+def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> ResumePoint:
+    """Load the newest checkpoint that verifies, if there is one. A collective.
+
+    Raises RequestError if the run began with another number of training samples.
+    """
+    checkpoint, rejected = newest_checkpoint(engine, run)
+    if checkpoint is None:
+        return ResumePoint(TrainState(data_size=train_samples), None, rejected, "")
+    state, moved = load_checkpoint(engine, checkpoint)
+    if state.data_size != train_samples:
+        raise RequestError(
+            f"there are {train_samples:,} training samples, and there were {state.data_size:,}"
+            " when this run began",
+            "the same data, or its order is another",
+            "the data as it was, or --fresh",
+        )
+    return ResumePoint(state, checkpoint, rejected, moved)
+
+
+def refuse_fruitless_restarts(engine: Engine, run: RunDir, step: int) -> None:
+    """Raises TrainingFailed if Slurm has restarted the job from this step again and again.
+
+    It would do so for ever. A collective.
+    """
+    fruitless = engine.main and _restarts_were_fruitless(run, step)
+    if engine.gather(fruitless)[0]:
+        raise TrainingFailed(
+            f"Slurm has started {run.path} {_FRUITLESS_STARTS} times at step {step},"
+            " and no checkpoint came of it",
+            "at least one checkpoint between two restarts",
+            "the job's output says why it ends; or a smaller train.checkpoint_every",
+        )
+
+
+def _restarts_were_fruitless(run: RunDir, step: int) -> bool:
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if restarts < _FRUITLESS_STARTS:
+        return False
+    events = read_metrics(run.metrics, "event")
+    starts = [event["step"] for event in events if event["event"] == "started"]
+    return starts[-_FRUITLESS_STARTS:] == [step] * _FRUITLESS_STARTS
