@@ -3,14 +3,20 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from blake3 import blake3
+from torch import Tensor
 
 from bigtrain.checkpoint.format import MANIFEST, committed_checkpoints, verify_checkpoint
 from bigtrain.checkpoint.shards import Shards
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.engine.base import Engine
-from bigtrain.errors import RequestError
+from bigtrain.engine.fragments import WEIGHT
+from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.runs.directory import RunDir
 
 
@@ -56,13 +62,23 @@ def _writable_by_others(path: Path) -> str:
     return ""
 
 
-def load_checkpoint(engine: Engine, path: Path) -> tuple[TrainState, str]:
+class Restored(NamedTuple):
+    """What a load has brought back."""
+
+    state: TrainState
+    moved: str  # how this engine differs from the one that wrote the checkpoint; empty: not at all
+    load_seconds: float
+    check_seconds: float  # for comparing the weights in use with the checkpoint, after the load
+
+
+def load_checkpoint(engine: Engine, path: Path) -> Restored:
     """Restore engine and state from a checkpoint of any engine on any number of ranks.
 
-    Returns the state, and what has changed since the checkpoint was written (empty: nothing). If
-    the optimizer is another one, its state starts anew. Raises RequestError, before anything is
-    changed, if the checkpoint is of another model.
+    If the optimizer is another one, its state starts anew. A collective. Raises RequestError,
+    before anything is changed, if the checkpoint is of another model; TrainingFailed, on every
+    rank, if the next forward pass of any rank would read other weights than the checkpoint's.
     """
+    began = time.perf_counter()
     manifest = json.loads((path / MANIFEST).read_text())
     try:
         state = TrainState(**json.loads((path / "state.json").read_text()))
@@ -74,11 +90,15 @@ def load_checkpoint(engine: Engine, path: Path) -> tuple[TrainState, str]:
         ) from None
     _refuse_another_model(path, shapes, engine.shapes())
     facts = engine.facts()
-    engine.restore(Shards(path, shapes), optimizer == facts["optimizer"])
+    shards = Shards(path, shapes)
+    engine.restore(shards, optimizer == facts["optimizer"])
+    loaded = time.perf_counter()
+    _refuse_other_weights(engine, shards, path)
+    checked = time.perf_counter()
     changes = [
         f"{key} {manifest[key]} → {value}" for key, value in facts.items() if manifest[key] != value
     ]
-    return state, ", ".join(changes)
+    return Restored(state, ", ".join(changes), loaded - began, checked - loaded)
 
 
 def _refuse_another_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -91,3 +111,35 @@ def _refuse_another_model(path: Path, saved: dict[str, Any], ours: dict[str, Any
                 "a checkpoint of the same model",
                 "the recipe as it was, or --fresh",
             )
+
+
+def _refuse_other_weights(engine: Engine, shards: Shards, path: Path) -> None:
+    """Raises TrainingFailed, on every rank, if forward passes would use other weights.
+
+    A few elements of the weights in use are compared with the checkpoint's. A collective.
+    """
+    difference = ""
+    for sample in engine.weights_in_use():
+        saved = torch.empty(sample.piece.shape)
+        shards.read(sample.name, WEIGHT, sample.piece, saved)
+        used_hash = _hash(sample.values)
+        saved_hash = _hash(saved.to(sample.values.dtype))
+        if used_hash != saved_hash:
+            start = sample.piece.offsets[0]
+            stop = start + sample.piece.shape[0]
+            difference = (
+                f"{sample.name}[{start}:{stop}] on rank {engine.rank}: "
+                f"a forward pass would use {used_hash}, and {path} has {saved_hash}"
+            )
+            break
+    differences = [text for text in engine.gather(difference) if text]
+    if differences:
+        raise TrainingFailed(
+            differences[0],
+            "the checkpoint's weights (the values are BLAKE3 hashes)",
+            "another engine.kind, e.g. engine.kind=ddp",
+        )
+
+
+def _hash(values: Tensor) -> str:
+    return blake3(values.view(torch.uint8).numpy().data).hexdigest(8)

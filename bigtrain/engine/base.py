@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bigtrain.engine.fragments import BUFFER, WEIGHT, Fragment, Piece, name_of_piece
 from bigtrain.engine.plan import Plan
+from bigtrain.engine.weight_samples import WeightSample, representatives, sample_weights
 
 Context = AbstractContextManager[Any]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -179,6 +180,13 @@ class Engine(ABC):
             assert saved is not None, f"{name} is in the manifest's shapes"
             buffer.copy_(saved)
         self._fragments_were_written()
+
+    def weights_in_use(self) -> list[WeightSample]:
+        """A few elements of a few parameters as the next forward pass reads them. A collective."""
+        samples = []
+        for name, parameter in representatives(self.module, self.num_elements).items():
+            samples += sample_weights(name, parameter, self.rank, self.world_size)
+        return samples
 
     def _fragments_to_save(self) -> list[Fragment]:
         """The fragments that this rank, and no other, writes to a checkpoint."""

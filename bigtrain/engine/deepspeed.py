@@ -20,6 +20,12 @@ from bigtrain.engine.runtime import (
     make_accelerator,
     silence_libraries,
 )
+from bigtrain.engine.weight_samples import (
+    SAMPLE_SIZE,
+    WeightSample,
+    representatives,
+    sample_weights,
+)
 from bigtrain.errors import TrainingFailed
 
 
@@ -187,6 +193,35 @@ class DeepSpeedEngine(Engine):
             piece = flat_range(mapping.lp_fragment_address.start, size)
             fragments.append(Fragment(name, piece, master, flat, offset))
         return fragments
+
+    def weights_in_use(self) -> list[WeightSample]:
+        if self.plan.kind != "zero3":
+            return super().weights_in_use()
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        # A forward pass reads what is gathered as it is, and gathers the rest first. Gathering is
+        # expensive: it is done for the smallest; of the others this rank's own part is looked at.
+        parameter: Any
+        sharded = []
+        for name, parameter in self._trained():
+            if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                sharded.append((name, parameter))
+        smallest = dict(sorted(sharded, key=lambda named: self.num_elements(named[1]))[:1])
+        looked_at = representatives(self.module, self.num_elements) | smallest
+        own_parts = {part.name: part for part in self.fragments()}
+        samples = []
+        to_gather = list(smallest.values())
+        with deepspeed.zero.GatheredParameters(to_gather, enabled=len(to_gather) > 0):
+            for name, parameter in looked_at.items():
+                if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                    samples += sample_weights(name, parameter, self.rank, self.world_size)
+                    continue
+                own = own_parts[name].piece
+                size = min(own.shape[0], SAMPLE_SIZE)
+                values = parameter.ds_tensor.detach()[:size].cpu()
+                samples.append(WeightSample(name, flat_range(own.offsets[0], size), values))
+        return samples
 
     def _fragments_were_written(self) -> None:
         zero = self.model.optimizer

@@ -98,9 +98,8 @@ def run_recipe(
         watchdog = Watchdog(engine, recipe.train.hang_timeout)
         cleanup.callback(watchdog.close)
         model = build_model(recipe, prepared, engine.shard)
-        engine.prepare(
-            model, partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
-        )
+        make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
+        engine.prepare(model, make)
         refuse_different_ranks(engine, task)
         flops = try_forward(engine, task)
         settings = settings_in_force(loaded, *planned, launcher.source)
@@ -276,13 +275,15 @@ def _report_start(
         tracker.event(step, "checkpoint_rejected", reason=line)
     if task.data.bad:
         tracker.event(step, "samples_unreadable", samples=task.data.bad)
-    if resume.checkpoint is None:
+    if resume.restored is None:
         return
     if changes:
         tracker.event(step, "recipe_changed", **changes)
-    details = {"path": str(resume.checkpoint)}
-    if resume.moved:
-        details["moved"] = resume.moved
+    details: dict[str, Any] = {"path": str(resume.checkpoint)}
+    if resume.restored.moved:
+        details["moved"] = resume.restored.moved
+    details["load_seconds"] = resume.restored.load_seconds
+    details["check_seconds"] = resume.restored.check_seconds
     tracker.event(step, "resumed", **details)
 
 
