@@ -12,12 +12,15 @@ import shutil
 import sys
 import traceback
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,15 +35,19 @@ from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.plan import make_plan
 from bigtrain.engine.runtime import Device, world_from_environment
 from bigtrain.engine.start import start_engine
+from bigtrain.errors import TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.registry import TASKS
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.context import TrainContext
+from bigtrain.training.endings import exit_code_of
 from bigtrain.training.evaluation import evaluate, evaluate_in_training
 from bigtrain.training.loop import train_step
+from bigtrain.training.loss_spikes import handle_loss_spike
 from bigtrain.training.optimizers import make_optimizer
-from bigtrain.training.run import build_training
+from bigtrain.training.preflight import try_forward
+from bigtrain.training.run import _load_best, build_training
 from bigtrain.training.signals import StopFlag
 from bigtrain.training.watchdog import Phase, Watchdog
 
@@ -65,6 +72,28 @@ class Twice(nn.Module):
         return self.head(self.block(self.block(x) + x))
 
 
+class Mixed(nn.Module):
+    """Every sort of parameter that ZeRO-3 treats in its own way.
+
+    Frozen, of one element, of odd sizes, and one above the persistence threshold, which is not kept
+    whole.
+    """
+
+    def __init__(self, vocab_size: int, width: int = 31, wide: int = 3301) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.embedding.weight.requires_grad = False
+        self.scale = nn.PReLU()
+        self.block = nn.Sequential(
+            nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width, bias=False)
+        )
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, length] → logits [batch, length, vocabulary]."""
+        return self.head(self.block(self.scale(self.embedding(input_ids))))
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {
         "name": "llama",
@@ -82,6 +111,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "cnn": {"name": "cnn", "args": {"channels": [8, 16]}},
     "twice": {"name": "distributed_cases:Twice"},
 }
+MIXED = {"name": "distributed_cases:Mixed"}
 
 
 class Memory:
@@ -126,7 +156,7 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
         {
             "name": "exact",
             "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
-            "model": MODELS[case["model"]]
+            "model": MODELS.get(case["model"], MIXED)
             | ({"dropout": case["dropout"]} if "dropout" in case else {}),
             "data": {"train": "none", "seq_len": 32},
             "optim": {
@@ -217,7 +247,9 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
     device = Device(case.get("device", "cpu"), False)
     engine = start_engine(plan, device, config, recipe.optim.clip_norm)
     model = build_model(recipe, prepared, engine.shard)
-    engine.prepare(model, lambda module: make_optimizer(module, recipe.optim))
+    engine.prepare(
+        model, partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
+    )
     collect = Collect()
     training = build_training(
         recipe=recipe,
@@ -242,13 +274,14 @@ def save(training: TrainContext) -> Path:
 
 def go_on(training: TrainContext, path: Path) -> str:
     """Load a checkpoint, and take the samples that come next."""
-    training.state, moved = load_checkpoint(training.engine, path)
+    restored = load_checkpoint(training.engine, path)
+    training.state = restored.state
     ranks = training.engine
     task, first = training.task, training.state.samples
     training.batches = train_batches(
-        task.data.train, task.collate, training.recipe, ranks.plan, ranks.rank, first
+        task.data.train, task.collate, training.recipe, ranks.plan, ranks.data_rank, first
     )
-    return moved
+    return restored.moved
 
 
 def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -408,6 +441,24 @@ def run_stop_evaluation(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"none": training.engine.gather(evaluate_in_training(training))}
 
 
+def run_rates(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Groups with rates of their own: half of the schedule's, and none at all."""
+    training, collect = build(case)
+    matrices, others = training.engine.optimizer.param_groups
+    matrices["lr_scale"] = 0.5
+    others["lr_scale"] = 0.0
+    weights = training.engine.whole_weights()
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    train_step(training)
+    after = training.engine.whole_weights()
+    return {
+        "schedule": collect.lines[0]["lr"],
+        "rates": [group["lr"] for group in training.engine.optimizer.param_groups],
+        "names": [matrices["names"], others["names"]],
+        "moved": [name for name in before if not torch.equal(before[name], after[name])],
+    }
+
+
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The starting weights, by a checksum per tensor."""
     training, _ = build(case)
@@ -417,7 +468,106 @@ def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, put together from all ranks' pieces."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for file in sorted(path.glob("rank-*.safetensors")):
+        for key, tensor in load_file(file).items():
+            name, kind, start = key.split("|")
+            if kind == "weight":
+                pieces.setdefault(name, []).append((int(start), tensor))
+    shapes = json.loads((path / "manifest.json").read_text())["shapes"]
+    whole = {}
+    for name, parts in pieces.items():
+        flat = torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+        whole[name] = flat.view(shapes[name])
+    return whole
+
+
+def differences(
+    training: TrainContext, expected: dict[str, Tensor], act: Callable[[], Any]
+) -> list[str]:
+    """Parameters that differ from `expected` within the first forward pass of `act`, on any rank."""
+    module, seen, names = training.engine.module, {}, {}
+    for name, parameter in module.named_parameters():
+        names[id(parameter)] = name
+
+    def look(submodule: nn.Module, *_: Any) -> None:
+        for parameter in submodule.parameters(recurse=False):
+            seen.setdefault(names[id(parameter)], parameter.detach().clone())
+
+    hooks = [submodule.register_forward_pre_hook(look) for submodule in module.modules()]
+    act()
+    for hook in hooks:
+        hook.remove()
+    assert seen.keys() == expected.keys(), seen.keys() ^ expected.keys()
+    wrong = []
+    for name, used in seen.items():
+        if not torch.equal(used.cpu(), expected[name].to(used.dtype)):
+            wrong.append(name)
+    return [name for of_rank in training.engine.gather(wrong) for name in of_rank]
+
+
+def run_in_use(case: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """Which weights forward passes use after a load that is not the first thing that happens.
+
+    As a run does it: at the start, in an evaluation; after a step; after a rewind; and when the best
+    checkpoint is exported. Returns those that are not the checkpoint's, by when.
+    """
+    first, _ = build(case, folder)
+    frozen = {name for name, p in first.engine.module.named_parameters() if not p.requires_grad}
+    kept = {name: x for name, x in first.engine.whole_weights().items() if name in frozen}
+    kept = first.engine.gather(kept)[0]
+    for _ in range(2):
+        train_step(first)
+    path = save(first)
+    expected = saved_weights(path) | kept
+    ctx, _ = build(case, folder)
+    train_config = ctx.recipe.train.model_copy(update={"on_spike": "rewind"})
+    ctx.recipe = ctx.recipe.model_copy(update={"train": train_config})
+    step = partial(train_step, ctx)
+    found = {}
+    try_forward(ctx.engine, ctx.task)
+    go_on(ctx, path)
+    evaluation = partial(evaluate, ctx.engine, ctx.task)
+    found["a start, in evaluation"] = differences(ctx, expected, evaluation)
+    found["a start, in training"] = differences(ctx, expected, step)
+    go_on(ctx, path)
+    found["a step, in training"] = differences(ctx, expected, step)
+    evaluate(ctx.engine, ctx.task)
+    ctx.state.recent = [4.0 + 0.01 * (i % 5) for i in range(32)]
+    handle_loss_spike(ctx, 1e9, False)
+    found["a rewind, in training"] = differences(ctx, expected, step)
+    train_step(ctx)
+    ctx.state.best_step = 2
+    best = partial(_load_best, ctx, ctx.checkpoints.run)
+    found["the best, in evaluation"] = differences(ctx, expected, best)
+    exported = ctx.engine.gather(ctx.engine.whole_weights())[0]
+    found["the best, exported"] = []
+    for name, tensor in expected.items():
+        if not torch.equal(exported[name], tensor.to(exported[name].dtype)):
+            found["the best, exported"].append(name)
+    return found
+
+
+def run_sabotage(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A load that leaves old weights with the forward passes, on every rank: how it ends, on each."""
+    first, _ = build(case, folder)
+    train_step(first)
+    path = save(first)
+    second, _ = build(case)
+    try_forward(second.engine, second.task)
+    second.engine.model.optimizer._partition_all_parameters = lambda: None
+    try:
+        go_on(second, path)
+    except TrainingFailed as problem:
+        return {"ends": second.engine.gather((exit_code_of(problem), str(problem)))}
+    return {"ends": []}
+
+
 RUN = {
+    "in_use": run_in_use,
+    "sabotage": run_sabotage,
     "exact": run_exact,
     "save": run_save,
     "go_on": run_go_on,
@@ -426,6 +576,7 @@ RUN = {
     "lazy": run_lazy,
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
+    "rates": run_rates,
     "weights": run_weights,
 }
 

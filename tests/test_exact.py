@@ -5,6 +5,7 @@ here.
 """
 
 import json
+import re
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -106,8 +107,27 @@ def _deeds() -> dict[str, dict[str, Any]]:
             "optim": optim,
         }
         cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
+    for engine in ("ddp", "zero1", "zero2", "zero3"):
+        case = {"run": "rates", "model": "twice", "precision": "fp32", "micro_batch": 4}
+        cases[f"rates/{engine}"] = case | ENGINES[engine]
+    sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
+    cases["sabotage"] = sabotage | ENGINES["zero3"]
     case = {"run": "stop_evaluation", "model": "cnn", "precision": "fp32", "micro_batch": 4}
     return cases | {"stop_evaluation": case | ENGINES["zero3"]}
+
+
+def _in_use(world: int) -> dict[str, dict[str, Any]]:
+    """Which weights forward passes use after a load: models of every sort × engines × precisions."""
+    cases = {}
+    models = ("transformer", "rnn", "cnn", "mixed")
+    for model, engine, precision in product(models, ENGINES, TOLERANCE):
+        if world == 1 and engine not in ("ddp", "zero3"):
+            continue
+        if precision == "bf16" and engine not in ("zero1", "zero3"):
+            continue
+        case = {"run": "in_use", "model": model, "precision": precision, "micro_batch": 8}
+        cases[f"in_use/{world}/{model}/{engine}/{precision}"] = case | ENGINES[engine]
+    return cases
 
 
 # 20 samples a step in pieces of 5: the same pieces on one rank and on two
@@ -124,8 +144,11 @@ DROPOUTS = {
     for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
 }
 CASES = {
-    1: _curves(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
-    2: _curves(2) | _deeds() | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
+    1: _curves(1) | _in_use(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
+    2: _curves(2)
+    | _in_use(2)
+    | _deeds()
+    | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
 }
 SAVED = {"ddp": 1, "zero3": 1, "zero2": 2, "zero3-offload": 2}  # engine → ranks it is saved on
 
@@ -298,6 +321,29 @@ def test_resume_is_bit_exact(name: str, results: Results) -> None:
     assert results[name] == {"problems": [], "moved": "", "same_losses": True, "same_weights": True}
 
 
+@pytest.mark.parametrize("name", [*_in_use(1), *_in_use(2)])
+def test_after_a_load_forward_passes_use_the_weights_of_the_checkpoint(
+    name: str, results: Results
+) -> None:
+    assert len(results[name]) == 6
+    assert {when: wrong for when, wrong in results[name].items() if wrong} == {}
+
+
+@pytest.mark.parametrize("name", ["sabotage"])
+def test_a_load_that_leaves_old_weights_in_use_ends_the_run_on_every_rank(
+    name: str, results: Results
+) -> None:
+    ends = results[name]["ends"]
+    assert [code for code, _ in ends] == [3, 3]
+    assert ends[0] == ends[1], "all ranks say the same"
+    hash_of_8_bytes = "[0-9a-f]{16}"
+    assert re.search(
+        f"on rank 0: a forward pass would use {hash_of_8_bytes}, "
+        f"and .*/step-00000001 has {hash_of_8_bytes}",
+        ends[0][1],
+    )
+
+
 @pytest.mark.parametrize(
     "name", [name for cases in MOVES.values() for name in cases if name.startswith("go_on/")]
 )
@@ -358,6 +404,21 @@ def test_a_loss_spike_is_skipped_or_rewound(names: list[str], results: Results) 
 @pytest.mark.parametrize("name", ["stop_evaluation"])
 def test_a_stop_within_an_evaluation_is_obeyed_by_all_ranks(name: str, results: Results) -> None:
     assert results[name] == {"none": [None, None]}
+
+
+RATES = [f"rates/{engine}" for engine in ("ddp", "zero1", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_group_of_parameters_has_a_rate_of_its_own(name: str, results: Results) -> None:
+    found = results[name]
+    matrices = ["embedding.weight", "block.1.weight", "block.3.weight"]
+    others = ["block.0.weight", "block.0.bias", "block.1.bias", "block.3.bias"]
+    assert found["names"] == [matrices, others]
+    assert found["schedule"] == 5e-3
+    assert found["rates"] == [2.5e-3, 0.0]
+    # head.weight is the embedding's, tied
+    assert found["moved"] == [*matrices, "head.weight"]
 
 
 @pytest.mark.parametrize("names", [list(DROPOUTS)], ids=["dropout"])

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors import safe_open
 from torch import Tensor
 
-from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RunDir
 
 MANIFEST = "manifest.json"
+# torch's name of a type → safetensors' one.
 _DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -22,18 +21,25 @@ _DTYPES = {
     "bfloat16": "BF16",
     "int64": "I64",
     "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
-_DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """What safetensors' save_file writes, over a file that may be there; and without its copy of every tensor."""
-    ordered = sorted(
-        tensors.items(), key=lambda item: -item[1].element_size()
-    )  # so that each is aligned
-    header, end = {}, 0
+    """Write what safetensors' save_file writes, but over a file that may be there already.
+
+    And without save_file's copy of every tensor.
+    """
+    # Wide types first, so that each tensor is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header = {}
+    end = 0
     for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start = end
+        end = start + tensor.numel() * tensor.element_size()
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -46,7 +52,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def sync_and_hash(path: Path) -> dict[str, Any]:
-    """Force a file to disk; its size and hash, taken meanwhile."""
+    """Force a file to disk, and hash it at the same time: its entry in the manifest."""
     with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
         synced = pool.submit(os.fsync, file.fileno())
         entry = {"size": path.stat().st_size, "blake3": blake3().update_mmap(path).hexdigest()}
@@ -68,27 +74,30 @@ def committed_checkpoints(run: RunDir) -> list[Path]:
 
 
 def seal(manifest: dict[str, Any]) -> str:
-    """The manifest's own hash: a changed bit in it is found too."""
+    """The manifest's own hash, by which a changed bit in it is detected too."""
     return blake3(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint: missing, changed, unreadable or unexpected files. Empty: nothing."""
+    """What is wrong with a checkpoint: missing, changed, unreadable or unexpected files.
+
+    An empty list means that nothing is.
+    """
     if path.is_symlink():
         return ["it is a link to somewhere else"]
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, sealed = manifest["files"], manifest.pop("seal")
+        entries = manifest["files"]
+        expected_seal = manifest.pop("seal")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return [f"{MANIFEST}: cannot be read ({type(problem).__name__})"]
-    if sealed != seal(manifest):
+    if expected_seal != seal(manifest):
         return [f"{MANIFEST}: content does not match its hash"]
-    problems = [
-        f"{file.name}: not in the manifest"
-        for file in path.iterdir()
-        if file.name not in {*files, MANIFEST}
-    ]
-    for name, entry in files.items():
+    problems = []
+    for file in path.iterdir():
+        if file.name != MANIFEST and file.name not in entries:
+            problems.append(f"{file.name}: not in the manifest")
+    for name, entry in entries.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):
             problems.append(f"{name}: lies outside the checkpoint")
@@ -99,47 +108,3 @@ def verify_checkpoint(path: Path) -> list[str]:
         elif blake3().update_mmap(file).hexdigest() != entry["blake3"]:
             problems.append(f"{name}: content does not match its hash")
     return problems
-
-
-class Shards:
-    """All ranks' files of a checkpoint, read as whole parameters: any part of any of them, wherever it was written.
-
-    safetensors only: a checkpoint holds no code, and none is run.
-    """
-
-    def __init__(self, path: Path) -> None:
-        # parameter → key → the pieces, as (where it starts, or None for a number that is no part of it; file, name in it)
-        self.pieces: dict[str, dict[str, list[tuple[int | None, Any, str]]]] = {}
-        for file in (
-            safe_open(each, framework="pt") for each in sorted(path.glob("rank-*.safetensors"))
-        ):
-            for name in file.keys():  # noqa: SIM118
-                parameter, key, start = name.split("|")
-                place = None if start == "scalar" else int(start)
-                self.pieces.setdefault(parameter, {}).setdefault(key, []).append(
-                    (place, file, name)
-                )
-
-    def scalar(self, parameter: str, key: str) -> Tensor | None:
-        """What there is once; None for what lies in pieces."""
-        place, file, name = self.pieces[parameter][key][0]
-        return file.get_tensor(name) if place is None else None
-
-    def read(self, parameter: str, key: str, start: int, into: Tensor) -> None:
-        """Fill `into` with the elements from `start` on. RequestError if the checkpoint does not cover them."""
-        covered = 0
-        for place, file, name in self.pieces[parameter][key]:
-            piece = file.get_slice(name)
-            first, last = (
-                max(start, place or 0),
-                min(start + into.numel(), (place or 0) + piece.get_shape()[0]),
-            )
-            if first < last:
-                into[first - start : last - start].copy_(
-                    piece[first - (place or 0) : last - (place or 0)]
-                )
-                covered += last - first
-        if covered != into.numel():
-            raise RequestError(
-                f"the checkpoint's {parameter} has another size", "a checkpoint of the same model"
-            )

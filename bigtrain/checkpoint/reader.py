@@ -3,70 +3,143 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from bigtrain.checkpoint.format import MANIFEST, Shards, committed_checkpoints, verify_checkpoint
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from bigtrain.checkpoint.format import MANIFEST, committed_checkpoints, verify_checkpoint
+from bigtrain.checkpoint.shards import Shards
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.engine.base import Engine
-from bigtrain.errors import RequestError
+from bigtrain.engine.fragments import WEIGHT
+from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.runs.directory import RunDir
 
 
 def newest_checkpoint(engine: Engine, run: RunDir) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, the same on every rank, and a line about each that is not as it should be.
+    """The newest checkpoint that verifies, the same on every rank; and a line about each problem.
 
-    Raises RequestError when root would load what anybody could have written.
+    One that does not verify is renamed, so that it does not count any more. A collective. Raises
+    RequestError when root would load what others could have written.
     """
-    found: Path | None = None
+    newest: Path | None = None
     lines: list[str] = []
+    warning = ""
     if engine.main:
         for path in reversed(committed_checkpoints(run)):
-            if not (problems := verify_checkpoint(path)):
-                found = path
+            problems = verify_checkpoint(path)
+            if not problems:
+                newest = path
+                warning = _writable_by_others(path)
                 break
             aside = path.with_name(f"broken-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             lines.append(f"{path.name} does not verify and is set aside: {problems[0]}")
-    found, lines, stranger = engine.gather((found, lines, _stranger(found) if found else ""))[0]
-    if stranger and os.geteuid() == 0:
-        fix = f"chown -R root {found}; chmod -R o-w {found}"
-        raise RequestError(stranger, "a checkpoint of root's own, when root goes on from it", fix)
-    return found, [*lines, *filter(None, [stranger])]
+    newest, lines, warning = engine.gather((newest, lines, warning))[0]
+    if warning and os.geteuid() == 0:
+        raise RequestError(
+            warning,
+            "a checkpoint of root's own, when root goes on from it",
+            f"chown -R root {newest}; chmod -R o-w {newest}",
+        )
+    return newest, [*lines, warning] if warning else lines
 
 
-def _stranger(path: Path) -> str:
-    """A file of a checkpoint that somebody else may have written; empty: none."""
+def _writable_by_others(path: Path) -> str:
+    """A line about a file of a checkpoint that somebody else may have written; empty: none."""
     for file in (path, *path.iterdir()):
-        found = file.stat()
-        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002:
-            return f"{file} belongs to user {found.st_uid} and has mode {found.st_mode & 0o777:o}: others may write it"
+        status = file.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
+            mode = f"{status.st_mode & 0o777:o}"
+            return (
+                f"{file} belongs to user {status.st_uid} and has mode {mode}: others may write it"
+            )
     return ""
 
 
-def load_checkpoint(engine: Engine, path: Path) -> tuple[TrainState, str]:
-    """Restore engine and state from a checkpoint of any engine on any number of ranks; and a line if it is another.
+class Restored(NamedTuple):
+    """What a load has brought back."""
 
-    Another optimizer starts anew. RequestError, before anything is changed, if it is of another model.
+    state: TrainState
+    moved: str  # how this engine differs from the one that wrote the checkpoint; empty: not at all
+    load_seconds: float
+    check_seconds: float  # for comparing the weights in use with the checkpoint, after the load
+
+
+def load_checkpoint(engine: Engine, path: Path) -> Restored:
+    """Restore engine and state from a checkpoint of any engine on any number of ranks.
+
+    If the optimizer is another one, its state starts anew. A collective. Raises RequestError,
+    before anything is changed, if the checkpoint is of another model; TrainingFailed, on every
+    rank, if the next forward pass of any rank would read other weights than the checkpoint's.
     """
+    began = time.perf_counter()
     manifest = json.loads((path / MANIFEST).read_text())
     try:
         state = TrainState(**json.loads((path / "state.json").read_text()))
-        shapes, optimizer = manifest["shapes"], manifest["optimizer"]
+        shapes = manifest["shapes"]
+        optimizer = manifest["optimizer"]
     except (TypeError, KeyError) as problem:
         raise RequestError(
             f"{path} is of another version of bigtrain ({problem})", "that version, or --fresh"
         ) from None
-    ours, facts = engine.shapes(), engine.facts()
-    if other := sorted(
-        name for name in ours.keys() | shapes.keys() if ours.get(name) != shapes.get(name)
-    ):
-        found = f"{path}: {other[0]} is {shapes.get(other[0], 'absent')}, and the model's {ours.get(other[0], 'absent')}"
-        raise RequestError(
-            found, "a checkpoint of the same model", "the recipe as it was, or --fresh"
-        )
-    engine.restore(Shards(path), optimizer == facts["optimizer"])
-    moved = [
+    _refuse_another_model(path, shapes, engine.shapes())
+    facts = engine.facts()
+    shards = Shards(path, shapes)
+    engine.restore(shards, optimizer == facts["optimizer"])
+    loaded = time.perf_counter()
+    _refuse_other_weights(engine, shards, path)
+    checked = time.perf_counter()
+    changes = [
         f"{key} {manifest[key]} → {value}" for key, value in facts.items() if manifest[key] != value
     ]
-    return state, ", ".join(moved)
+    return Restored(state, ", ".join(changes), loaded - began, checked - loaded)
+
+
+def _refuse_another_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises RequestError unless both have the same names with the same shapes."""
+    for name in sorted(ours.keys() | saved.keys()):
+        if saved.get(name) != ours.get(name):
+            raise RequestError(
+                f"{path}: {name} is {saved.get(name, 'absent')}, "
+                f"and the model's {ours.get(name, 'absent')}",
+                "a checkpoint of the same model",
+                "the recipe as it was, or --fresh",
+            )
+
+
+def _refuse_other_weights(engine: Engine, shards: Shards, path: Path) -> None:
+    """Raises TrainingFailed, on every rank, if forward passes would use other weights.
+
+    A few elements of the weights in use are compared with the checkpoint's. A collective.
+    """
+    difference = ""
+    for sample in engine.weights_in_use():
+        saved = torch.empty(sample.piece.shape)
+        shards.read(sample.name, WEIGHT, sample.piece, saved)
+        used_hash = _hash(sample.values)
+        saved_hash = _hash(saved.to(sample.values.dtype))
+        if used_hash != saved_hash:
+            start = sample.piece.offsets[0]
+            stop = start + sample.piece.shape[0]
+            difference = (
+                f"{sample.name}[{start}:{stop}] on rank {engine.rank}: "
+                f"a forward pass would use {used_hash}, and {path} has {saved_hash}"
+            )
+            break
+    differences = [text for text in engine.gather(difference) if text]
+    if differences:
+        raise TrainingFailed(
+            differences[0],
+            "the checkpoint's weights (the values are BLAKE3 hashes)",
+            "another engine.kind, e.g. engine.kind=ddp",
+        )
+
+
+def _hash(values: Tensor) -> str:
+    return blake3(values.view(torch.uint8).numpy().data).hexdigest(8)

@@ -24,14 +24,14 @@ class BatchLayout(Protocol):
     """How a global batch is cut over ranks and micro-batches (engine.plan.Plan)."""
 
     @property
-    def world_size(self) -> int: ...
+    def data_parallel_size(self) -> int: ...
     @property
     def global_batch(self) -> int: ...
     @property
     def micro_batch(self) -> int: ...
     @property
     def accumulation(self) -> int: ...
-    def micro_batches(self, rank: int) -> list[range]: ...
+    def micro_batches(self, data_rank: int) -> list[range]: ...
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def train_batches(
     collate: Collate,
     recipe: Recipe,
     layout: BatchLayout,
-    rank: int,
+    data_rank: int,
     first: int,
 ) -> Iterator[list[MicroBatch]]:
     """For each step, this rank's micro-batches, from position `first` of the stream of samples on. Endless."""
     loader = DataLoader(
         _Stream(examples, recipe.seed, collate, recipe.data.augment),
         batch_size=None,
-        sampler=_positions(layout, rank, first),
+        sampler=_positions(layout, data_rank, first),
         num_workers=recipe.data.workers,
         persistent_workers=recipe.data.workers > 0,
         worker_init_fn=_leave_signals_to_the_rank,
@@ -73,10 +73,10 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _positions(layout: BatchLayout, rank: int, first: int) -> Iterator[tuple[range, bool]]:
+def _positions(layout: BatchLayout, data_rank: int, first: int) -> Iterator[tuple[range, bool]]:
     """Ranges of positions: where the step begins, and the rank's offsets from there."""
     for start in itertools.count(first, layout.global_batch):
-        for micro_batch in layout.micro_batches(rank):
+        for micro_batch in layout.micro_batches(data_rank):
             # An empty micro_batch takes the batch's first sample: some forward pass must run, whatever it weighs.
             yield (
                 range(
@@ -145,11 +145,11 @@ def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], see
 
 
 def eval_batches(
-    examples: Examples, collate: Collate, layout: BatchLayout, rank: int
+    examples: Examples, collate: Collate, layout: BatchLayout, data_rank: int
 ) -> Iterator[MicroBatch]:
     """Every example once over all ranks, in the same number of micro_batches on each (sharded engines move in step)."""
-    mine = range(rank, len(examples), layout.world_size)
-    largest_share = -(-len(examples) // layout.world_size)
+    mine = range(data_rank, len(examples), layout.data_parallel_size)
+    largest_share = -(-len(examples) // layout.data_parallel_size)
     for start in range(0, largest_share, layout.micro_batch):
         indices = list(mine[start : start + layout.micro_batch])
         # A rank that has no example left runs along with one that does not count.

@@ -1,230 +1,271 @@
-"""The contract of an engine: a backward that takes a sum and a weight, a step that says whether it was applied."""
+"""What every engine offers the training loop.
 
-import contextlib
+Two calls carry the promise that the loss does not depend on the engine: a backward pass that takes
+a sum and the weight to divide it by, and a step that says whether it was applied.
+"""
+
 import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from bigtrain.engine.fragments import BUFFER, WEIGHT, Fragment, Piece, name_of_piece
 from bigtrain.engine.plan import Plan
+from bigtrain.engine.weight_samples import WeightSample, representatives, sample_weights
 
+Context = AbstractContextManager[Any]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class StepResult(NamedTuple):
-    """What became of an optimizer step: numbers, or tensors on a device that may not have come so far yet."""
+    """The outcome of an optimizer step: numbers, or tensors that the device may still compute."""
 
     applied: Tensor | bool
     grad_norm: Tensor | float  # before clipping; not finite when the step was skipped for it
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A rank's part of one parameter: `master` is a flat fp32 view of it, elements `start` … of the whole parameter.
+class CheckpointSource(Protocol):
+    """What `Engine.restore` reads from (checkpoint.shards.Shards)."""
 
-    The optimizer keeps its state for `flat`, in which the part begins at `offset`.
-    """
+    def keys(self, parameter: str) -> Iterable[str]:
+        """`weight`, and the names of the optimizer's state for this parameter."""
 
-    name: str
-    start: int
-    master: Tensor
-    flat: Tensor
-    offset: int
+    def scalar(self, parameter: str, key: str) -> Tensor | None:
+        """What is kept whole; None for what is kept in pieces."""
+
+    def read(self, parameter: str, key: str, piece: Piece, into: Tensor) -> None:
+        """Fill `into`, of the piece's shape, with these elements of the parameter."""
 
 
 class Engine(ABC):
-    """One rank's share of a training run."""
+    """One rank's part in a training run."""
 
     def __init__(self, plan: Plan, accelerator: Any, clip_norm: float) -> None:
-        self.plan, self.accelerator, self.clip_norm = plan, accelerator, clip_norm
+        self.plan = plan
+        self.accelerator = accelerator
+        self.clip_norm = clip_norm
+        # All processes count for collectives; for the data and the loss, the data-parallel ones.
         self.rank: int = accelerator.process_index
-        self.main = self.rank == 0
         self.world_size: int = accelerator.num_processes
+        self.data_rank = plan.data_rank(self.rank)
+        self.data_parallel_size = plan.data_parallel_size
+        self.main = self.rank == 0
         self.device: torch.device = accelerator.device
         self.model: Any = None  # what to call for a forward pass
         self.module: Any = None  # the user's module below it
         self.optimizer: Any = None
-        self._host: dict[
-            str, Tensor
-        ] = {}  # the last snapshot's memory, used again: fresh pages cost six times more
+        # The last snapshot's memory, used again: new pages cost six times more.
+        self._host: dict[str, Tensor] = {}
 
     def shard(self, parameters: list[nn.Parameter]) -> None:  # noqa: B027
-        """Take over parameters that have just been given their values; engines that do not shard leave them."""
+        """Take over parameters that have just got their values; does nothing without sharding."""
 
     @abstractmethod
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Place the model and its optimizer on the devices."""
 
     @abstractmethod
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around the forward and backward pass of one micro-batch; gradients meet in the last one."""
+    def micro_batch(self, last: bool) -> Context:
+        """Surrounds a micro-batch's forward and backward pass; ranks add gradients in the last."""
 
     @abstractmethod
     def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
-        """Gradients of `loss_sum` ÷ `weight`, the weight of the whole global batch, summed over ranks."""
+        """Gradients of `loss_sum` ÷ `weight`, summed over data-parallel ranks.
+
+        `loss_sum` is this micro-batch's, `weight` that of the whole global batch.
+        """
 
     @abstractmethod
     def step(self, learning_rate: float) -> StepResult:
-        """Clip and update; every rank skips together when a gradient is not finite."""
+        """Clip and update; all ranks skip the step together when a gradient is not finite."""
 
     @abstractmethod
     def whole_weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers on the CPU of rank 0 (elsewhere: an empty dictionary). A collective."""
+        """All parameters and buffers by name, on rank 0's CPU (elsewhere: empty). A collective."""
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:
-        """This rank's parts of the parameters, as views that can be read and written."""
+        """This rank's parts of the trained parameters, as views that can be read and written."""
 
     @abstractmethod
     def _fragments_were_written(self) -> None:
         """Carry new fp32 values over to the weights that forward passes use."""
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """This rank's share of all that training changes, copied to the host: `parameter|key|start` → flat values.
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape of the whole parameter, of which this rank may hold a part or nothing."""
+        return tuple(parameter.shape)
 
-        The names say nothing of engine, stage or rank, so any engine on any number of ranks can read them back.
-        The next snapshot overwrites this one.
+    def num_elements(self, parameter: Tensor) -> int:
+        """The number of elements of the whole parameter."""
+        return parameter.numel()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's share of all that training changes, copied to the host, by checkpoint name.
+
+        The names say nothing of engine, stage or rank, so any engine on any number of ranks can
+        read them back. The next snapshot overwrites this one.
         """
-        found: dict[str, Tensor] = {}
-        for part in self._to_save():
-            found[f"{part.name}|weight|{part.start}"] = part.master
-            for key, value in self._base().state[part.flat].items():
-                if value.shape == part.flat.shape:
-                    found[f"{part.name}|{key}|{part.start}"] = value.view(-1)[
-                        part.offset : part.offset + part.master.numel()
-                    ]
-                else:
-                    found[f"{part.name}|{key}|scalar"] = torch.as_tensor(value)
-        if self.main:
-            found |= {
-                f"{name}|buffer|scalar": buffer
-                for name, buffer in self._persistent_buffers().items()
-            }
         cuda = self.device.type == "cuda"
-        for name, tensor in found.items():
-            if name not in self._host or self._host[name].shape != tensor.shape:
-                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
-            self._host[name].copy_(tensor.detach(), non_blocking=True)
+        tensors = self._tensors_to_save()
+        for name, tensor in tensors.items():
+            host = self._host.get(name)
+            if host is None or host.shape != tensor.shape:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+                self._host[name] = host
+            host.copy_(tensor.detach(), non_blocking=True)
         if cuda:
             torch.cuda.synchronize()
-        return {name: self._host[name] for name in found}
+        return {name: self._host[name] for name in tensors}
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        """This rank's share of weights, optimizer state and buffers, where they are, by name."""
+        tensors: dict[str, Tensor] = {}
+        for part in self._fragments_to_save():
+            stored_name = name_of_piece(part.name, WEIGHT, part.piece)
+            tensors[stored_name] = part.master
+            for key, value in self._base().state[part.flat].items():
+                if value.shape == part.flat.shape:
+                    stored_name = name_of_piece(part.name, key, part.piece)
+                    tensors[stored_name] = part.of_state(value)
+                else:
+                    stored_name = name_of_piece(part.name, key, None)
+                    tensors[stored_name] = torch.as_tensor(value)
+        if self.main:
+            for name, buffer in self._persistent_buffers().items():
+                stored_name = name_of_piece(name, BUFFER, None)
+                tensors[stored_name] = buffer
+        return tensors
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the engine that wrote it, and another may have otherwise."""
-        kind, precision, optimizer = (
-            self.plan.kind,
-            self.plan.precision,
-            type(self._base()).__name__,
-        )
+        """For a checkpoint's manifest: how it was written, which need not be how it is read."""
         return {
-            "engine": kind,
+            "engine": self.plan.kind,
             "world_size": self.world_size,
-            "precision": precision,
-            "optimizer": optimizer,
+            "precision": self.plan.precision,
+            "optimizer": type(self._base()).__name__,
         }
 
     def shapes(self) -> dict[str, list[int]]:
-        """What a checkpoint must hold, by name: trained parameters and kept buffers, with their whole shapes."""
-        named = [*self._trained(), *self._persistent_buffers().items()]
-        return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
+        """What a checkpoint must hold: trained parameters and saved buffers, with whole shapes."""
+        tensors: dict[str, Tensor] = dict(self._trained())
+        tensors |= self._persistent_buffers()
+        return {name: list(self.whole_shape(tensor)) for name, tensor in tensors.items()}
 
-    def restore(self, source: Any, with_optimizer: bool = True) -> None:
-        """Take back what any engine's `snapshot` held (`source`: checkpoint.Shards)."""
+    def restore(self, source: CheckpointSource, with_optimizer: bool = True) -> None:
+        """Take back what any engine's `snapshot` held."""
         for part in self.fragments():
             state = self._base().state[part.flat]
-            for key in source.pieces[part.name] if with_optimizer else ["weight"]:
-                if (number := source.scalar(part.name, key)) is not None:
-                    # torch keeps an optimizer's step on the device where it is fused, on the host where it is not.
+            for key in source.keys(part.name) if with_optimizer else [WEIGHT]:
+                number = source.scalar(part.name, key)
+                if number is not None:
+                    # torch keeps a fused optimizer's step on the device, another's on the host.
                     fused = self._base().param_groups[0].get("fused")
                     state[key] = number.to(part.flat.device if fused else "cpu")
                     continue
-                if key != "weight" and key not in state:
-                    state[key] = torch.zeros_like(part.flat)
-                whole = part.master if key == "weight" else state[key].view(-1)[part.offset :]
-                source.read(part.name, key, part.start, whole[: part.master.numel()])
+                if key == WEIGHT:
+                    values = part.master
+                else:
+                    if key not in state:
+                        state[key] = torch.zeros_like(part.flat)
+                    values = part.of_state(state[key])
+                source.read(part.name, key, part.piece, into=values)
         for name, buffer in self._persistent_buffers().items():
-            buffer.copy_(source.scalar(name, "buffer"))
+            saved = source.scalar(name, BUFFER)
+            assert saved is not None, f"{name} is in the manifest's shapes"
+            buffer.copy_(saved)
         self._fragments_were_written()
 
-    def _to_save(self) -> list[Fragment]:
+    def weights_in_use(self) -> list[WeightSample]:
+        """A few elements of a few parameters as the next forward pass reads them. A collective."""
+        samples = []
+        for name, parameter in representatives(self.module, self.num_elements).items():
+            samples += sample_weights(name, parameter, self.rank, self.world_size)
+        return samples
+
+    def _fragments_to_save(self) -> list[Fragment]:
+        """The fragments that this rank, and no other, writes to a checkpoint."""
         return self.fragments()
 
-    def _trained(self) -> list[tuple[str, Any]]:
-        """A parameter that is not trained is what it was at the start, and is not saved."""
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters by name; the others stay as they were at the start, unsaved."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _base(self) -> torch.optim.Optimizer:
-        """torch's optimizer below DeepSpeed's."""
-        found: Any = self.optimizer
-        while not isinstance(found, torch.optim.Optimizer) or hasattr(found, "optimizer"):
-            found = found.optimizer
-        return cast(torch.optim.Optimizer, found)
+        """torch's own optimizer: Accelerate and DeepSpeed keep what they wrap as `.optimizer`."""
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return cast(torch.optim.Optimizer, optimizer)
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
-        kept = self.module.state_dict().keys()
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+        saved_names = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in saved_names}
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> Context:
         """The precision of forward passes, in training and in evaluation."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def put(self, *values: Tensor | float) -> Tensor:
-        """Numbers of host and device side by side: float64, on the device, without waiting for it."""
+        """Numbers of host and device in one tensor: float64, on the device, without waiting."""
         cuda = self.device.type == "cuda"
-        known = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
-        found = torch.tensor(known, dtype=torch.float64, pin_memory=cuda).to(
-            self.device, non_blocking=True
-        )
-        for place, value in enumerate(values):
+        on_host = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+        host = torch.tensor(on_host, dtype=torch.float64, pin_memory=cuda)
+        numbers = host.to(self.device, non_blocking=True)
+        for index, value in enumerate(values):
             if isinstance(value, Tensor):
-                found[place] = value
-        return found
+                numbers[index] = value
+        return numbers
 
     def sum(self, *values: Tensor | float) -> Tensor:
-        """Values added up over ranks, as `put` has them."""
+        """Values added up over ranks; float64, on the device. A collective."""
         total = self.put(*values)
         if self.world_size > 1:
             torch.distributed.all_reduce(total)
         return total
 
     def read(self, numbers: Tensor) -> Callable[[], list[float]]:
-        """Send numbers to the host; what is returned waits until they are there, and not for what the device does since."""
+        """Send numbers to the host. The returned function waits until they have arrived.
+
+        It does not wait for work that the device was given after them.
+        """
         if self.device.type != "cuda":
             return numbers.tolist
-        here, arrived = torch.empty_like(numbers, device="cpu", pin_memory=True), torch.cuda.Event()
-        here.copy_(numbers, non_blocking=True)
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        arrived = torch.cuda.Event()
+        host.copy_(numbers, non_blocking=True)
         arrived.record()
 
-        def arrive() -> list[float]:
+        def wait() -> list[float]:
             arrived.synchronize()
-            return here.tolist()
+            return host.tolist()
 
-        return arrive
+        return wait
 
     def gather(self, value: Any) -> list[Any]:
-        """A small value of every rank, in order of rank, on every rank; so each waits for all."""
+        """A small value of every rank, in order of rank, on every rank. A collective: all wait."""
         from accelerate.utils import gather_object
 
         return cast(list[Any], gather_object([value]))
 
     def sync_buffers(self) -> None:
-        """Give every rank the mean of all ranks' float buffers (BatchNorm's running statistics differ per rank)."""
+        """Give every rank the mean of BatchNorm's running statistics, which differ by rank."""
         if self.world_size == 1:
             return
         for module in self.module.modules():
-            if getattr(
-                module, "track_running_stats", False
-            ):  # others are constants, which a mean could move by a bit
-                for buffer in (b for b in module.buffers(recurse=False) if b.is_floating_point()):
+            # Other modules' buffers are constants, which a mean could change by a bit.
+            if not getattr(module, "track_running_stats", False):
+                continue
+            for buffer in module.buffers(recurse=False):
+                if buffer.is_floating_point():
                     torch.distributed.all_reduce(buffer)
                     buffer.div_(self.world_size)
 
@@ -232,18 +273,20 @@ class Engine(ABC):
         """Bytes: the device's peak on CUDA, the process's peak resident set on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def close(self) -> None:
+        """Leave the process group."""
         if self.world_size > 1 and torch.distributed.is_initialized():
-            # A gloo thread lets go of the last collective's tensors under the GIL, after the collective is done. The
-            # group's destructor joins that thread while it holds the GIL: a deadlock, or at exit an abort. So leave
-            # the GIL to it first (pytorch#56297, #179291; seen in one of forty ends of a two-rank run).
+            # A gloo thread gives up the last collective's tensors under the GIL, after the
+            # collective is done. The group's destructor waits for that thread while it holds the
+            # GIL itself: a deadlock, or an abort at exit. So let the thread have the GIL first
+            # (pytorch#56297, #179291; seen in one of forty ends of a two-rank run).
             time.sleep(0.1)
             torch.distributed.destroy_process_group()
 
     def _set_rate(self, rate: float) -> None:
+        """Give each group of parameters the rate, times the group's own `lr_scale`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)

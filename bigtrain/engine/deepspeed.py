@@ -11,7 +11,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from bigtrain.engine.base import Engine, Fragment, MakeOptimizer, StepResult
+from bigtrain.engine.base import Context, Engine, MakeOptimizer, StepResult
+from bigtrain.engine.fragments import Fragment, flat_range
 from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import (
     Device,
@@ -19,44 +20,36 @@ from bigtrain.engine.runtime import (
     make_accelerator,
     silence_libraries,
 )
+from bigtrain.engine.weight_samples import (
+    SAMPLE_SIZE,
+    WeightSample,
+    representatives,
+    sample_weights,
+)
 from bigtrain.errors import TrainingFailed
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO 1, 2 and 3, with offload. DeepSpeed's own engine is called directly where Accelerate's wrapper would
-    decide for itself when gradients meet and how a short group of micro-batches is scaled."""
+    """ZeRO 1, 2 and 3, with offload.
+
+    DeepSpeed's own engine is called directly where Accelerate's wrapper would decide for itself
+    when ranks add gradients, and how a short group of micro-batches is scaled.
+    """
 
     def __init__(
         self, plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float
     ) -> None:
-        # Without this, and with cpu=True, Accelerate drops DeepSpeed silently and runs DDP.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # What a launcher said is in the plan by now (dsconfig.py); said twice, Accelerate refuses it.
-        said = [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")]
-        for name in (
-            *said,
-            "ACCELERATE_CONFIG_DS_FIELDS",
-            "ACCELERATE_USE_CPU",
-            "ACCELERATE_MIXED_PRECISION",
-        ):
-            os.environ.pop(name, None)
-        for name, value in {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-        }.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", str(get_free_port()))
+        _prepare_environment()
         from accelerate import DeepSpeedPlugin
 
         silence_libraries()
         self.ds_config = ds_config
         plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
         precision = "bf16" if plan.precision == "bf16" else "no"
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it compiled, on every rank
+        # DeepSpeed prints on every rank what it has compiled.
+        with contextlib.redirect_stdout(io.StringIO()):
             if device.kind == "cpu":
-                _compile_deepspeeds_part()
+                _compile_cpu_extension()
             accelerator = make_accelerator(
                 device, deepspeed_plugin=plugin, mixed_precision=precision
             )
@@ -65,17 +58,21 @@ class DeepSpeedEngine(Engine):
         _forget_in_transformers()
 
     def shard(self, parameters: list[nn.Parameter]) -> None:
-        """ZeRO-3: keep this rank's part of each parameter. Called per layer, so the whole model never stands here."""
+        """ZeRO-3: keep this rank's part of each parameter.
+
+        Called layer by layer, so the whole model is never in one process's memory.
+        """
         if self.plan.kind != "zero3":
             return
         import deepspeed
 
         if self._init is None:
-            # Never entered as a context: models draw their weights first, and are sharded after (models/hf.py).
+            # Never entered as a context: models draw their weights first, and are sharded after
+            # (models/hf.py).
             self._init = deepspeed.zero.Init(config_dict_or_path=self.ds_config)
+        dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
         for parameter in dict.fromkeys(parameters):
             if not hasattr(parameter, "ds_id"):
-                dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
                 parameter.data = parameter.data.to(self.device, dtype)
                 self._init._zero_init_param(parameter)
 
@@ -84,98 +81,188 @@ class DeepSpeedEngine(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
         _forget_in_transformers()
-        found = (
-            self.model.zero_optimization_stage(),
-            self.model.gradient_accumulation_steps(),
-            self.model.bfloat16_enabled(),
-        )
-        asked = (int(self.plan.kind[-1]), self.plan.accumulation, self.plan.precision == "bf16")
-        if found != asked:
-            raise TrainingFailed(
-                f"DeepSpeed runs (stage, accumulation, bf16) = {found}", str(asked)
-            )
+        self._refuse_another_plan()
         if self.plan.kind == "zero3":
             _check_overflow_in_every_precision(self.model.optimizer)
         else:
             self.model.optimizer.check_grad_overflow = True
 
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def _refuse_another_plan(self) -> None:
+        """Raises TrainingFailed when DeepSpeed has started with other settings than the plan's."""
+        planned = (
+            int(self.plan.kind[-1]),
+            self.plan.accumulation,
+            self.plan.precision == "bf16",
+        )
+        running = (
+            self.model.zero_optimization_stage(),
+            self.model.gradient_accumulation_steps(),
+            self.model.bfloat16_enabled(),
+        )
+        if running != planned:
+            raise TrainingFailed(
+                f"DeepSpeed runs (stage, accumulation, bf16) = {running}", str(planned)
+            )
+
+    def micro_batch(self, last: bool) -> Context:
         self.model.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
     def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
-        # DeepSpeed averages over ranks, as DDP does; scale_wrt_gas would divide by the accumulation once more.
-        self.model.backward((loss_sum * (self.world_size / weight)).float(), scale_wrt_gas=False)
+        # DeepSpeed averages over ranks, as DDP does; scale_wrt_gas would divide by the
+        # accumulation once more.
+        loss = (loss_sum * (self.data_parallel_size / weight)).float()
+        self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
         self._set_rate(learning_rate)
         self.model.step()
         applied = self.model.was_step_applied()
         if not applied and self.plan.offload != "none" and self.plan.kind != "zero3":
-            # In bf16 DeepSpeed 0.19 keeps the bad sums of a skipped step, and adds to them for ever.
+            # In bf16 DeepSpeed 0.19 keeps the bad sums of a skipped step, and adds to them in every
+            # later one.
             zero = self.model.optimizer
             for group in range(len(zero.bit16_groups)):
-                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+                zero.averaged_gradients[group] = None
+                zero.all_grad_tensors[group] = None
         return StepResult(applied, float(self.model.get_global_grad_norm()))
 
     def whole_weights(self) -> dict[str, Tensor]:
-        import deepspeed
-
         weights: dict[str, Tensor] = {}
-        copies: dict[int, Tensor] = {}  # tied parameters stay one tensor
+        copies: dict[int, Tensor] = {}  # by parameter: tied ones stay one tensor
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if id(parameter) not in copies:
-                with deepspeed.zero.GatheredParameters(
-                    [parameter], enabled=self.plan.kind == "zero3"
-                ):
-                    copies[id(parameter)] = (
-                        parameter.detach().cpu().clone() if self.main else torch.empty(0)
-                    )
+                copies[id(parameter)] = self._gathered_copy(parameter)
             weights[name] = copies[id(parameter)]
-        weights |= {
-            name: tensor.cpu()
-            for name, tensor in self.module.state_dict().items()
-            if name not in weights
-        }
+        for name, tensor in self.module.state_dict().items():
+            if name not in weights:
+                weights[name] = tensor.cpu()
         return weights if self.main else {}
 
+    def _gathered_copy(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter on the CPU of rank 0; elsewhere nothing. A collective."""
+        import deepspeed
+
+        sharded = self.plan.kind == "zero3"
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+            return parameter.detach().cpu().clone() if self.main else torch.empty(0)
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        # ZeRO-3 leaves an empty tensor where a parameter was, and notes its shape.
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def num_elements(self, parameter: Tensor) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())
+
     def fragments(self) -> list[Fragment]:
-        zero, found = self.model.optimizer, []
-        if self.plan.kind == "zero3":
-            for name, p in self._trained():
-                group, offset, size = zero.grad_position[zero.get_param_id(p)]
-                start = self.rank * p.partition_numel()
-                size = max(0, min(size, p.ds_numel - start))  # the last rank's part is padded
-                flat = zero.fp32_partitioned_groups_flat[group]
-                found.append(Fragment(name, start, flat.data[offset : offset + size], flat, offset))
-            return found
-        # BF16_Optimizer (ZeRO-1 in bf16) has another name for the same thing
-        flats = (
+        return self._zero3_fragments() if self.plan.kind == "zero3" else self._zero12_fragments()
+
+    def _zero3_fragments(self) -> list[Fragment]:
+        """ZeRO-3 cuts every parameter into one range per rank."""
+        zero = self.model.optimizer
+        fragments = []
+        parameter: Any  # a torch Parameter, to which DeepSpeed has added attributes
+        for name, parameter in self._trained():
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = self.data_rank * parameter.partition_numel()
+            # The last rank's part is padded.
+            size = max(0, min(size, self.num_elements(parameter) - start))
+            flat = zero.fp32_partitioned_groups_flat[group]
+            master = flat.data[offset : offset + size]
+            fragments.append(Fragment(name, flat_range(start, size), master, flat, offset))
+        return fragments
+
+    def _zero12_fragments(self) -> list[Fragment]:
+        """ZeRO-1 and 2 cut a group's parameters, laid end to end, into one range per rank."""
+        zero = self.model.optimizer
+        # BF16_Optimizer (ZeRO-1 in bf16) has another name for the same thing.
+        flat_of_group = (
             getattr(zero, "single_partition_of_fp32_groups", None)
             or zero.fp32_groups_flat_partition
         )
-        for name, p in self._trained():
-            if (part := p._hp_mapping) is not None:
-                flat, offset = flats[part.param_group_index], part.hp_fragment_address.start
-                master = flat.data[offset : offset + part.hp_fragment_address.numel]
-                found.append(Fragment(name, part.lp_fragment_address.start, master, flat, offset))
-        return found
+        fragments = []
+        parameter: Any
+        for name, parameter in self._trained():
+            mapping = parameter._hp_mapping
+            if mapping is None:  # no element of it is this rank's
+                continue
+            flat = flat_of_group[mapping.param_group_index]
+            offset = mapping.hp_fragment_address.start
+            size = mapping.hp_fragment_address.numel
+            master = flat.data[offset : offset + size]
+            piece = flat_range(mapping.lp_fragment_address.start, size)
+            fragments.append(Fragment(name, piece, master, flat, offset))
+        return fragments
+
+    def weights_in_use(self) -> list[WeightSample]:
+        if self.plan.kind != "zero3":
+            return super().weights_in_use()
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        # A forward pass reads what is gathered as it is, and gathers the rest first. Gathering is
+        # expensive: it is done for the smallest; of the others this rank's own part is looked at.
+        parameter: Any
+        sharded = []
+        for name, parameter in self._trained():
+            if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                sharded.append((name, parameter))
+        smallest = dict(sorted(sharded, key=lambda named: self.num_elements(named[1]))[:1])
+        looked_at = representatives(self.module, self.num_elements) | smallest
+        own_parts = {part.name: part for part in self.fragments()}
+        samples = []
+        to_gather = list(smallest.values())
+        with deepspeed.zero.GatheredParameters(to_gather, enabled=len(to_gather) > 0):
+            for name, parameter in looked_at.items():
+                if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                    samples += sample_weights(name, parameter, self.rank, self.world_size)
+                    continue
+                own = own_parts[name].piece
+                size = min(own.shape[0], SAMPLE_SIZE)
+                values = parameter.ds_tensor.detach()[:size].cpu()
+                samples.append(WeightSample(name, flat_range(own.offsets[0], size), values))
+        return samples
 
     def _fragments_were_written(self) -> None:
         zero = self.model.optimizer
         if self.plan.kind != "zero3":
             zero.update_lp_params()
             return
+        # As in DeepSpeed's own step: forward passes leave whole parameters behind (small ones are
+        # kept for good), and DeepSpeed gathers none of them again until they are given back.
+        zero._partition_all_parameters()
+        zero.invalidate_secondary_tensor()
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _compile_deepspeeds_part() -> None:
-    """DeepSpeed compiles a small extension when first used on a CPU, behind a lock that is a mere file: a process that is
-    killed meanwhile leaves it, and every later start waits for it for ever (torch/utils/file_baton.py). So compile behind
-    a lock of the kernel's, and remove what a dead process left."""
+def _prepare_environment() -> None:
+    """The environment variables that make Accelerate start DeepSpeed, and no others of its own."""
+    # Without this, and with cpu=True, Accelerate drops DeepSpeed silently and runs DDP.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # What a launcher asked for is in the plan by now (launcher.py). Accelerate refuses settings
+    # that come from both sides.
+    settled = [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")]
+    settled += ["ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"]
+    for name in settled:
+        os.environ.pop(name, None)
+    # DeepSpeed wants a process group even for one process that no launcher has started.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(get_free_port()))
+
+
+def _compile_cpu_extension() -> None:
+    """Compile DeepSpeed's extension for CPUs before DeepSpeed does, behind a lock of the kernel's.
+
+    torch's own lock is a mere file: a process that is killed while it compiles leaves it behind,
+    and every later start waits for it for ever (torch/utils/file_baton.py). Under our lock a file
+    that is there can only be such a remnant, and is removed.
+    """
     from deepspeed.comm.torch import build_shm_op
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -186,21 +273,25 @@ def _compile_deepspeeds_part() -> None:
 
 
 def _forget_in_transformers() -> None:
-    """Accelerate tells transformers of ZeRO-3, which then builds, fills and gathers models behind our back."""
+    """Undo Accelerate's note of ZeRO-3 in transformers.
+
+    With it transformers would build, fill and gather models in its own way.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 def _check_overflow_in_every_precision(optimizer: Any) -> None:
-    """ZeRO-3 looks for Inf and NaN in fp16 only, and in fp32 and bf16 would write them into the weights."""
+    """Make ZeRO-3 look for Inf and NaN in fp32 and bf16 too.
+
+    DeepSpeed looks in fp16 only, and would write them into the weights in the others.
+    """
 
     def check(update_scale: bool = True) -> bool:
         optimizer.check_overflow()
-        return bool(
-            optimizer._loss_scale_update_and_overflow_cleanup()
-            if update_scale
-            else optimizer.overflow
-        )
+        if update_scale:
+            return bool(optimizer._loss_scale_update_and_overflow_cleanup())
+        return bool(optimizer.overflow)
 
     optimizer._overflow_check_and_loss_scale_update = check

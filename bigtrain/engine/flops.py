@@ -1,27 +1,48 @@
-"""What a model costs: floating-point operations, counted, against what the device could do."""
+"""What a model costs in floating-point operations, counted; and how many the device could do."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-# Dense bf16 FLOP/s, from the vendors' data sheets; a part of torch's device name → its peak; the first that fits counts.
+# Dense bf16 FLOP/s, from the vendors' data sheets, by a part of torch's name for the device. The
+# first part that fits counts, so a longer name comes before a shorter one that it contains.
 PEAKS = {
-    "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
-    "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI355X": 2500e12,
-    "MI325X": 1307e12, "MI300X": 1307e12, "MI250X": 383e12,
-}  # fmt: skip
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI355X": 2500e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
 
 
 def peak_flops(device: torch.device, bf16_is_fast: bool = True) -> float:
-    """Dense bf16 FLOP/s of this rank's device: of the table, else (and on CPUs) the best of a few products, measured."""
+    """Dense bf16 FLOP/s of this rank's device: from the table, else measured (as on CPUs)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if known := [peak for part, peak in PEAKS.items() if part in name]:
-            return known[0]
+        for part, peak in PEAKS.items():
+            if part in name:
+                return peak
     return product_rate(device, torch.bfloat16 if bf16_is_fast else torch.float32)
 
 
@@ -29,27 +50,34 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of eight products of two square matrices."""
     cuda = device.type == "cuda"
     size = 8192 if cuda else 768
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    wait: Callable[[], Any] = torch.cuda.synchronize if cuda else lambda: None
-    best = float("inf")
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    b = torch.randn(size, size, dtype=dtype, device=device)
+    best_seconds = float("inf")
     for _ in range(8):
-        wait()
+        if cuda:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         a @ b
-        wait()
-        best = min(best, time.perf_counter() - began)
-    return float(2 * size**3 / best)
+        if cuda:
+            torch.cuda.synchronize()
+        best_seconds = min(best_seconds, time.perf_counter() - began)
+    return float(2 * size**3 / best_seconds)
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context that counts the operations of any module's products, convolutions, attention and recurrent layers.
+    """A context that counts the floating-point operations of any module.
 
-    Multiplications and additions count one each; attention counts whole, causal or not (PaLM, arXiv 2204.02311, appendix B).
+    It counts products, convolutions, attention and recurrent layers. Multiplications and additions
+    count one each; attention counts whole, causal or not (PaLM, arXiv 2204.02311, appendix B).
     """
     aten = torch.ops.aten
-    known: dict[Any, Any] = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-    known |= {aten.mkldnn_rnn_layer: _mkldnn_rnn, aten._cudnn_rnn: _cudnn_rnn}
-    return FlopCounterMode(display=False, custom_mapping=known)
+    # Operations that torch's own counter does not know.
+    formulas: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten.mkldnn_rnn_layer: _mkldnn_rnn,
+        aten._cudnn_rnn: _cudnn_rnn,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -57,10 +85,13 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _mkldnn_rnn(inputs: Any, to_gates: Any, between: Any, *_: Any, **__: Any) -> int:
-    return 2 * inputs[0] * inputs[1] * (to_gates[0] * to_gates[1] + between[0] * between[1])
+    """One layer: each input element, and each hidden one, times its gates' weights."""
+    weights = to_gates[0] * to_gates[1] + between[0] * between[1]
+    return int(2 * inputs[0] * inputs[1] * weights)
 
 
 def _cudnn_rnn(inputs: Any, weights: Any, *_: Any, **__: Any) -> int:
-    return (
-        2 * inputs[0] * inputs[1] * sum(shape[0] * shape[1] for shape in weights if len(shape) == 2)
-    )
+    """All layers at once; among `weights`, the shapes of two dimensions are matrices."""
+    matrices = [shape for shape in weights if len(shape) == 2]
+    elements = sum(rows * columns for rows, columns in matrices)
+    return int(2 * inputs[0] * inputs[1] * elements)

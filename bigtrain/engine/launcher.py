@@ -1,4 +1,4 @@
-"""What a launcher (accelerate launch) has asked for, read from the environment it sets."""
+"""What `accelerate launch` asked for, read from the environment variables that it sets."""
 
 import json
 from collections.abc import Mapping
@@ -9,100 +9,127 @@ from bigtrain.config.recipe import EngineConfig
 from bigtrain.engine.plan import Kind, Launcher, Offload
 from bigtrain.errors import RequestError
 
-_STAGE: dict[int, Kind] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+_KIND_OF_STAGE: dict[int, Kind] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+_Bf16 = Literal["bf16"] | None
 
 
 def read_launcher(environ: Mapping[str, str]) -> Launcher:
-    """Raises RequestError for engines bigtrain does not have and for a DeepSpeed file that cannot be used."""
-    if environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    """The launcher's wishes, all None without one.
+
+    Raises RequestError for engines that bigtrain does not have, and for a DeepSpeed configuration
+    file that cannot be used.
+    """
+    if _is_true(environ, "ACCELERATE_USE_FSDP"):
         raise RequestError(
             "accelerate launch asks for FSDP",
             "DeepSpeed or plain data parallel",
             "leave --use_fsdp out",
         )
-    if environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
-        found = environ["ACCELERATE_MIXED_PRECISION"]
+    mixed_precision = environ.get("ACCELERATE_MIXED_PRECISION")
+    if mixed_precision in ("fp16", "fp8"):
         raise RequestError(
-            f"accelerate launch asks for {found}",
+            f"accelerate launch asks for {mixed_precision}",
             "bf16 or no mixed precision",
             "--mixed_precision bf16",
         )
-    precision: Literal["bf16"] | None = (
-        "bf16" if environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else None
+    precision: _Bf16 = "bf16" if mixed_precision == "bf16" else None
+    if not _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
+        source = "accelerate launch --mixed_precision" if precision else ""
+        return Launcher(precision=precision, source=source)
+    path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if path in ("", "none"):
+        return _from_options(environ, precision)
+    return _from_deepspeed_file(Path(path), precision)
+
+
+def _is_true(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() in ("true", "1")
+
+
+def _from_options(environ: Mapping[str, str], precision: _Bf16) -> Launcher:
+    """DeepSpeed as `accelerate launch` configures it by options, without a file."""
+    stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    source = f"accelerate launch (ZeRO stage {stage})"
+    offload = _offload(
+        params=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
+        optimizer=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        source=source,
     )
-    if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
-        return Launcher(
-            precision=precision, source="accelerate launch --mixed_precision" if precision else ""
-        )
-    path, parts = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""), ("param", "optimizer")
-    if path and path != "none":
-        config, source = _read_deepspeed_file(Path(path)), path
-        zero = config["zero_optimization"]
-        stage, devices = (
-            zero.get("stage", 0),
-            [zero.get(f"offload_{part}", {}).get("device", "none") for part in parts],
-        )
-    else:
-        config, stage = None, int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        source = f"accelerate launch (ZeRO stage {stage})"
-        devices = [
-            environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
-            for part in parts
-        ]
-    said = config or {}
-    if "nvme" in devices:
-        raise RequestError(
-            f"{source}: asks for NVMe offload",
-            "offload to cpu",
-            '--offload_optimizer_device cpu, or "device": "cpu"',
-        )
-    if said.get("fp16", {}).get("enabled") is True:
+    return Launcher(_KIND_OF_STAGE.get(stage), offload, precision, None, source)
+
+
+def _from_deepspeed_file(path: Path, precision: _Bf16) -> Launcher:
+    """DeepSpeed as a configuration file has it."""
+    source = str(path)
+    config = _read_deepspeed_file(path)
+    zero = config["zero_optimization"]
+    offload = _offload(
+        params=zero.get("offload_param", {}).get("device", "none"),
+        optimizer=zero.get("offload_optimizer", {}).get("device", "none"),
+        source=source,
+    )
+    if config.get("fp16", {}).get("enabled") is True:
         raise RequestError(f"{source}: asks for fp16", "bf16 or fp32", '"bf16": {"enabled": true}')
-    offload: Offload = (
-        "params" if devices[0] == "cpu" else "optimizer" if devices[1] == "cpu" else "none"
-    )
-    if said.get("bf16", {}).get("enabled") is True:
+    if config.get("bf16", {}).get("enabled") is True:
         precision = "bf16"
-    return Launcher(_STAGE.get(stage), offload, precision, config, source)
+    return Launcher(_KIND_OF_STAGE[zero.get("stage", 0)], offload, precision, config, source)
 
 
 def _read_deepspeed_file(path: Path) -> dict[str, Any]:
+    """The file's content, with a section zero_optimization whose stage is a known one."""
     try:
         config = json.loads(path.read_text())
-        _STAGE[config.setdefault("zero_optimization", {}).get("stage", 0)]
+        zero = config.setdefault("zero_optimization", {})
+        _KIND_OF_STAGE[zero.get("stage", 0)]
     except (OSError, ValueError, KeyError, AttributeError) as problem:
         raise RequestError(
             f"{path}: not a usable DeepSpeed configuration ({problem})",
             "JSON with zero_optimization.stage 1, 2 or 3",
         ) from None
-    if extra := [key for key in ("optimizer", "scheduler") if key in config]:
-        raise RequestError(
-            f"{path}: has a section {extra[0]}",
-            "none: the recipe's optim decides",
-            f"remove {extra[0]}",
-        )
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise RequestError(
+                f"{path}: has a section {section}",
+                "none: the recipe's optim decides",
+                f"remove {section}",
+            )
     return dict(config)
+
+
+def _offload(params: str, optimizer: str, source: str) -> Offload:
+    """engine.offload for the devices that parameters and optimizer state are offloaded to."""
+    if "nvme" in (params, optimizer):
+        raise RequestError(
+            f"{source}: asks for NVMe offload",
+            "offload to cpu",
+            '--offload_optimizer_device cpu, or "device": "cpu"',
+        )
+    if params == "cpu":
+        return "params"
+    if optimizer == "cpu":
+        return "optimizer"
+    return "none"
 
 
 def refuse_contradictions(
     launcher: Launcher, engine: EngineConfig, origins: Mapping[str, str], environ: Mapping[str, str]
 ) -> None:
-    """Raises RequestError naming both sides when recipe and launcher ask for different things."""
+    """Raises RequestError, naming both sides, when recipe and launcher ask for different things."""
+    # Offload has no `auto`: the recipe asks for it only where somebody has set it.
+    offload_is_default = origins.get("engine.offload") == "default"
     pairs = [
         ("kind", engine.kind, launcher.kind),
-        (
-            "offload",
-            None if origins.get("engine.offload") == "default" else engine.offload,
-            launcher.offload,
-        ),
+        ("offload", "auto" if offload_is_default else engine.offload, launcher.offload),
         ("precision", engine.precision, launcher.precision),
     ]
-    for key, asked, launched in pairs:
-        if launched is not None and asked not in (None, "auto", launched):
+    for key, in_recipe, from_launcher in pairs:
+        if from_launcher is not None and in_recipe not in ("auto", from_launcher):
+            origin = origins.get(f"engine.{key}", "recipe")
             raise RequestError(
-                f"engine.{key} is {asked} ({origins.get('engine.' + key, 'recipe')}), but {launcher.source} says {launched}",
+                f"engine.{key} is {in_recipe} ({origin}), "
+                f"but {launcher.source} says {from_launcher}",
                 "one of the two, or both the same",
-                f"engine.{key}={launched}, or another launcher configuration",
+                f"engine.{key}={from_launcher}, or another launcher configuration",
             )
     accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":

@@ -1,7 +1,7 @@
-"""How a global batch is laid over ranks and micro-batches: plain arithmetic on plain numbers.
+"""How a global batch is cut over ranks and micro-batches: plain arithmetic on plain numbers.
 
-Which samples form step s is decided by the data order alone. This file only cuts that list into pieces, and
-because every piece weighs what its samples weigh, the cut never shows in the loss.
+The data order alone decides which samples form a step. This file only cuts that list into parts.
+Each part counts as much as its samples do, so the loss does not depend on the cut.
 """
 
 from dataclasses import dataclass
@@ -12,58 +12,77 @@ from bigtrain.errors import RequestError
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "params"]
+Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
+
+# engine.kind when the recipe leaves it to the plan; only the two sharded kinds can offload.
+_KIND_FOR_OFFLOAD: dict[Offload, Kind] = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}
+_TOKENS_PER_MICRO_BATCH = 16_384
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the engine needs to know, as numbers and names; nothing is `auto` any more."""
+    """Everything that an engine needs to know, as numbers and names; nothing is `auto` here."""
 
     kind: Kind
     offload: Offload
-    precision: Literal["fp32", "bf16"]
-    world_size: int
+    precision: Precision
+    world_size: int  # processes
     global_batch: int  # samples per optimizer step, over all ranks
     micro_batch: int  # samples per rank and forward pass, at most
     activation_checkpointing: bool
     compile: bool
 
     @property
+    def data_parallel_size(self) -> int:
+        """Into how many shares the global batch is cut: today every rank has a share of its own."""
+        return self.world_size
+
+    def data_rank(self, rank: int) -> int:
+        """Which share `rank` works on: 0 … data_parallel_size - 1."""
+        return rank
+
+    @property
     def largest_share(self) -> int:
-        """Samples per step of the rank that has most."""
-        return -(-self.global_batch // self.world_size)
+        """Samples per step of the data-parallel rank that has most."""
+        return _divide_up(self.global_batch, self.data_parallel_size)
 
     @property
     def accumulation(self) -> int:
         """Forward passes per step; the same on every rank, because sharded engines move in step."""
-        return -(-self.largest_share // self.micro_batch)
+        return _divide_up(self.largest_share, self.micro_batch)
 
-    def micro_batches(self, rank: int) -> list[range]:
-        """`rank`'s pieces of the global batch, as offsets into it.
+    def micro_batches(self, data_rank: int) -> list[range]:
+        """The parts of the global batch that `data_rank` works on, as offsets into it.
 
-        Shares differ by one sample at most; so do the pieces of a share. A piece may be empty: its rank then
-        runs a forward pass that weighs nothing.
+        Shares differ by one sample at most, and so do the micro-batches of a share. A micro-batch
+        may be empty: its rank then runs a forward pass that counts nothing.
         """
-        share = _cut(range(self.global_batch), self.world_size)[rank]
+        share = _cut(range(self.global_batch), self.data_parallel_size)[data_rank]
         return _cut(share, self.accumulation)
 
 
-def _cut(whole: range, pieces: int) -> list[range]:
-    """`whole` in `pieces` consecutive parts whose lengths differ by one at most, longer ones first."""
-    size, longer = divmod(len(whole), pieces)
-    starts = [i * size + min(i, longer) for i in range(pieces + 1)]
-    return [whole[starts[i] : starts[i + 1]] for i in range(pieces)]
+def _divide_up(total: int, parts: int) -> int:
+    """total ÷ parts, rounded up."""
+    return -(-total // parts)
+
+
+def _cut(whole: range, parts: int) -> list[range]:
+    """`whole` in consecutive parts whose lengths differ by one at most, longer ones first."""
+    size, longer = divmod(len(whole), parts)
+    starts = [i * size + min(i, longer) for i in range(parts + 1)]
+    return [whole[starts[i] : starts[i + 1]] for i in range(parts)]
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What `accelerate launch` asked for, read from the environment it sets (dsconfig.py); None where it was silent."""
+    """What `accelerate launch` asked for (read by launcher.py); None where it did not say."""
 
     kind: Kind | None = None
     offload: Offload | None = None
     precision: Literal["bf16"] | None = None
-    config: dict[str, Any] | None = None  # the --deepspeed_config_file
-    source: str = ""
+    config: dict[str, Any] | None = None  # the content of --deepspeed_config_file
+    source: str = ""  # the file or the options, for messages
 
 
 NO_LAUNCHER = Launcher()
@@ -79,44 +98,49 @@ def make_plan(
 ) -> tuple[Plan, dict[str, str]]:
     """Resolve every `auto` of the recipe's engine section.
 
-    `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64) of one sample.
-    Returns the plan and, for what it decided, the origin of each setting.
+    `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64)
+    of one sample. Returns the plan, and the origin of each setting that was decided here.
     Raises RequestError when a rank would have no sample at all.
     """
     origins: dict[str, str] = {}
 
-    def decide(key: str, default: T, why: str) -> T:
-        asked, launched = getattr(engine, key), getattr(launcher, key, None)
-        if asked != "auto":
-            return cast(T, asked)
-        origins[f"engine.{key}"] = "launcher" if launched else f"plan ({why})"
-        return cast(T, launched or default)
+    def decide(key: str, default: T, reason: str) -> T:
+        """The recipe's value, else the launcher's, else `default`."""
+        in_recipe = getattr(engine, key)
+        if in_recipe != "auto":
+            return cast(T, in_recipe)
+        from_launcher = getattr(launcher, key, None)
+        origins[f"engine.{key}"] = "launcher" if from_launcher else f"plan ({reason})"
+        return cast(T, from_launcher or default)
 
-    plain: dict[Offload, Kind] = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}
     offload = engine.offload
     if launcher.offload and launcher.offload != offload:
-        offload, origins["engine.offload"] = launcher.offload, "launcher"
-    global_batch = samples if engine.global_batch == "all" else engine.global_batch
+        offload = launcher.offload
+        origins["engine.offload"] = "launcher"
     if engine.global_batch == "all":
+        global_batch = samples
         origins["engine.global_batch"] = "plan (all training samples)"
+    else:
+        global_batch = engine.global_batch
     if world_size > global_batch:
         raise RequestError(
-            f"{world_size} ranks share a global batch of {global_batch} samples: some would have none",
+            f"{world_size} ranks share a global batch of {global_batch} samples: "
+            "some would have none",
             "at least one sample per rank",
             f"engine.global_batch={world_size} (or fewer ranks)",
         )
-    share = -(-global_batch // world_size)
+    share = _divide_up(global_batch, world_size)
+    kind = decide("kind", _KIND_FOR_OFFLOAD[engine.offload], "the fastest that fits the request")
+    device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
+    precision = decide("precision", device_precision, "this device's faster one")
+    micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
-        kind=decide("kind", plain[engine.offload], "the fastest that fits the request"),
+        kind=kind,
         offload=offload,
-        precision=decide(
-            "precision", "bf16" if bf16_is_fast else "fp32", "this device's faster one"
-        ),
+        precision=precision,
         world_size=world_size,
         global_batch=global_batch,
-        micro_batch=min(
-            decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens"), share
-        ),
+        micro_batch=min(micro_batch, share),
         activation_checkpointing=decide("activation_checkpointing", False, "off unless asked"),
         compile=decide("compile", False, "off unless asked"),
     )
@@ -124,7 +148,8 @@ def make_plan(
 
 
 def _micro_batch(share: int, tokens_per_sample: int) -> int:
-    """Samples per forward pass: as many as cost 16,384 tokens, evened out over the passes of a share."""
-    most = max(1, min(share, 16_384 // max(1, tokens_per_sample)))
-    passes = -(-share // most)
-    return -(-share // passes)
+    """Samples per forward pass: as many as 16,384 tokens hold, evened out over a share's passes."""
+    fitting = _TOKENS_PER_MICRO_BATCH // max(1, tokens_per_sample)
+    largest = max(1, min(share, fitting))
+    passes = _divide_up(share, largest)
+    return _divide_up(share, passes)

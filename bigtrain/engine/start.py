@@ -12,16 +12,19 @@ from bigtrain.errors import TrainingFailed
 
 
 def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float) -> Engine:
-    """Join the other ranks and return the plan's engine. Raises TrainingFailed if what started is not the plan."""
+    """Join the other ranks and return the plan's engine.
+
+    Raises TrainingFailed if what started is not what the plan says.
+    """
     silence_libraries()
     if device.kind == "cpu":
         keep_freed_memory()
         os.environ["DS_ACCELERATOR"] = "cpu"
-    engine = (
-        DDPEngine(plan, device, clip_norm)
-        if plan.kind == "ddp"
-        else DeepSpeedEngine(plan, device, ds_config, clip_norm)
-    )
+    engine: Engine
+    if plan.kind == "ddp":
+        engine = DDPEngine(plan, device, clip_norm)
+    else:
+        engine = DeepSpeedEngine(plan, device, ds_config, clip_norm)
     if engine.world_size != plan.world_size:
         raise TrainingFailed(
             f"the process group has {engine.world_size} ranks",

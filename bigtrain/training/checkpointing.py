@@ -15,6 +15,8 @@ def save_if_due(ctx: TrainContext, requests: RankRequests, stopping: bool) -> No
     regular = is_due(state.step, settings, settings.checkpoint_every) and not state.skips
     is_best = state.best_step == state.step
     if last or requested or regular or is_best:
+        if not ctx.checkpoints.has(state.step):
+            state.rewinds = 0  # they are counted since the last checkpoint
         _report(ctx, ctx.checkpoints.begin(state))
         if last or requested or not settings.async_save:
             _report(ctx, ctx.checkpoints.finish())

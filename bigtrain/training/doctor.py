@@ -15,7 +15,6 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,22 +23,13 @@ import torch
 from torch import distributed
 from torch.distributed.elastic.utils.store import barrier
 
+from bigtrain.config.versions import installed_versions
 from bigtrain.engine.flops import product_rate
 from bigtrain.runs.directory import RUNS, to_json
 from bigtrain.tracking.wandb_sync import logged_in
 from bigtrain.training.doctor_checks import RankReport, Row, check_ranks
 from bigtrain.training.watchdog import attempt
 
-PACKAGES = (
-    "bigtrain",
-    "torch",
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "datasets",
-    "wandb",
-    "numpy",
-)
 _PATIENCE = timedelta(seconds=60)
 _PORTS = 8  # that are tried, one after the other
 _WRITE_SIZE = 64 << 20  # bytes of the file that measures how fast runs/ is written
@@ -158,10 +148,7 @@ def _examine_this_rank(meeting: Rendezvous) -> RankReport:
 
 def _versions(cuda: bool) -> dict[str, str]:
     """Of Python, the packages that matter, and CUDA's libraries where there is a device."""
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        installed = next(iter(distributions(name=name)), None)
-        versions[name] = installed.version if installed else "missing"
+    versions = {"python": sys.version.split()[0], **installed_versions()}
     if cuda:
         versions["CUDA"] = str(torch.version.cuda)
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -18,7 +18,7 @@ _STOP_EVERY = 8  # micro-batches between two looks at whether a rank was asked t
 def evaluate(engine: Engine, task: Task) -> dict[str, float]:
     """The task's metrics over the held-out set, each example counted once. A collective."""
     evaluator = _start(engine, task)
-    for micro_batch in eval_batches(task.data.eval, task.collate, engine.plan, engine.rank):
+    for micro_batch in eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank):
         batch = engine.to_device(micro_batch.batch)
         _update(engine, evaluator, batch, micro_batch.has_samples)
     return evaluator.compute()
@@ -33,7 +33,7 @@ def evaluate_in_training(ctx: TrainContext) -> dict[str, float] | None:
     engine, task = ctx.engine, ctx.task
     evaluator = _start(engine, task)
     first_batch: dict[str, Tensor] = {}
-    micro_batches = eval_batches(task.data.eval, task.collate, engine.plan, engine.rank)
+    micro_batches = eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank)
     for number, micro_batch in enumerate(micro_batches):
         ctx.watchdog.enter("evaluation")
         if number % _STOP_EVERY == 0 and engine.sum(ctx.stop.requested()) > 0:

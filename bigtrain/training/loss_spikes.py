@@ -50,7 +50,7 @@ def _rewind(ctx: TrainContext) -> None:
     path, _ = newest_checkpoint(ctx.engine, ctx.checkpoints.run)
     if path is None:
         return
-    before, _ = load_checkpoint(ctx.engine, path)
+    before = load_checkpoint(ctx.engine, path).state
     # The samples that led to the spike, and the spike's own, do not come again.
     ctx.state = replace(
         before,

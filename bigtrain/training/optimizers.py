@@ -1,23 +1,27 @@
-"""Optimizers (torch's own, on every engine) and the learning rate as a pure function of the step."""
+"""Optimizers: torch's own, on every engine."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.adagrad import adagrad
 
 from bigtrain.config.recipe import OptimConfig
+
+Groups = list[dict[str, Any]]
+WholeShape = Callable[[nn.Parameter], tuple[int, ...]]
 
 
 class Adagrad(torch.optim.Optimizer):
     """torch's Adagrad with its state made at the first step.
 
-    torch makes it at construction, for which DeepSpeed's ZeRO has a special case that builds the optimizer anew and
-    forgets the groups: their decay, their rate, and the parameters themselves (stage_1_and_2.py, stage3.py, 0.19).
+    torch makes it at construction. For that DeepSpeed's ZeRO has a special case which builds the
+    optimizer anew and forgets the groups: their decay, their rate, and the parameters themselves
+    (stage_1_and_2.py, stage3.py, 0.19).
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, eps: float) -> None:
+    def __init__(self, groups: Groups, lr: float, eps: float) -> None:
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -25,14 +29,12 @@ class Adagrad(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p] = {"step": torch.zeros(()), "sum": torch.zeros_like(p)}
+            states = [self._state_of(p) for p in parameters]
             adagrad(
                 parameters,
                 [p.grad for p in parameters],
-                [self.state[p]["sum"] for p in parameters],
-                [self.state[p]["step"] for p in parameters],
+                [state["sum"] for state in states],
+                [state["step"] for state in states],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 lr_decay=0.0,
@@ -40,45 +42,85 @@ class Adagrad(torch.optim.Optimizer):
                 maximize=False,
             )
 
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["sum"] = torch.zeros_like(parameter)
+        return state
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda groups, o: torch.optim.SGD(
-        groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, fused=True
-    ),
-    "adam": lambda groups, o: torch.optim.Adam(
-        groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True
-    ),
-    "adamw": lambda groups, o: torch.optim.AdamW(
-        groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True
-    ),
-    "rmsprop": lambda groups, o: torch.optim.RMSprop(
-        groups, lr=o.lr, alpha=o.alpha, eps=o.eps, momentum=o.momentum
-    ),
-    "adagrad": lambda groups, o: Adagrad(groups, lr=o.lr, eps=o.eps),
+
+def _sgd(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
+    )
+
+
+def _adam(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _adamw(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _rmsprop(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(
+        groups, lr=optim.lr, alpha=optim.alpha, eps=optim.eps, momentum=optim.momentum
+    )
+
+
+def _adagrad(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return Adagrad(groups, lr=optim.lr, eps=optim.eps)
+
+
+# optim.name → a function from groups of parameters to the optimizer.
+OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": _adamw,
+    "rmsprop": _rmsprop,
+    "adagrad": _adagrad,
 }
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over two groups: what is decayed (matrices, kernels, embeddings) and what is not."""
-    decayed: dict[str, Any] = {"params": [], "weight_decay": optim.weight_decay, "l1": optim.l1}
-    kept: dict[str, Any] = {"params": [], "weight_decay": 0.0, "l1": 0.0}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # ds_shape: the whole shape of a parameter that ZeRO-3 has sharded to nothing here
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) > 1 or optim.decay_norms_and_biases else kept)["params"].append(
-                parameter
-            )
-    optimizer = OPTIMIZERS[optim.name](
-        [group for group in (decayed, kept) if group["params"]], optim
-    )
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig, whole_shape: WholeShape
+) -> torch.optim.Optimizer:
+    """The optimizer over two groups: what is decayed (matrices, kernels, embeddings), and the rest.
+
+    `whole_shape` gives a parameter's shape as it is before any sharding (Engine.whole_shape). Each
+    group names its parameters (`names`); its rate is the schedule's times its `lr_scale`.
+    """
+    decayed = _group(optim.weight_decay, optim.l1)
+    not_decayed = _group(0.0, 0.0)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = len(whole_shape(parameter)) > 1
+        group = decayed if is_matrix or optim.decay_norms_and_biases else not_decayed
+        group["params"].append(parameter)
+        group["names"].append(name)
+    groups = [group for group in (decayed, not_decayed) if group["params"]]
+    optimizer = OPTIMIZERS[optim.name](groups, optim)
     if optim.l1:
         optimizer.register_step_pre_hook(_add_l1)
     return optimizer
 
 
+def _group(weight_decay: float, l1: float) -> dict[str, Any]:
+    """An empty group of parameters."""
+    return {
+        "params": [],
+        "names": [],
+        "weight_decay": weight_decay,
+        "l1": l1,
+        "lr_scale": 1.0,
+    }
+
+
 def _add_l1(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """The subgradient of l1 × Σ|w|. It joins after clipping, on whatever shard of the weights a rank owns."""
+    """The subgradient of l1 × Σ|w|, added after clipping to what this rank has of the weights."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if group["l1"] and parameter.grad is not None:

@@ -5,20 +5,19 @@ What the recipe needs is installed, all ranks are alike, the model fits the data
 
 import contextlib
 import importlib.util
-from importlib.metadata import version
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigtrain.config.recipe import TrackConfig
+from bigtrain.config.versions import installed_versions
 from bigtrain.data.examples import Examples
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import flop_counter
 from bigtrain.errors import RequestError
 from bigtrain.tasks.base import Task, outputs
 from bigtrain.tracking.wandb_sync import logged_in
-from bigtrain.training.settings import PACKAGES
 
 _LONGEST_OF = 512  # examples that the longest text is looked for in
 
@@ -45,7 +44,8 @@ def refuse_different_ranks(engine: Engine, task: Task) -> None:
 
     Every rank has its own installation and reads the data for itself. A collective.
     """
-    installed = engine.gather([f"{package} {version(package)}" for package in PACKAGES])
+    packages = [f"{package} {version}" for package, version in installed_versions().items()]
+    installed = engine.gather(packages)
     expected = installed[0]
     for rank, versions in enumerate(installed):
         if versions != expected:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.checkpoint.format import committed_checkpoints
-from bigtrain.checkpoint.reader import load_checkpoint, newest_checkpoint
+from bigtrain.checkpoint.reader import Restored, load_checkpoint, newest_checkpoint
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import Recipe
@@ -26,7 +26,7 @@ class ResumePoint:
     state: TrainState
     checkpoint: Path | None  # None: at step 0
     rejected: list[str]  # a line about each checkpoint that is not as it should be
-    moved: str  # how engine, ranks or optimizer differ from the checkpoint's; empty: not at all
+    restored: Restored | None  # what was loaded; None: nothing
 
 
 def recipe_changes(recipe: Recipe, fresh: bool, allow_change: Sequence[str]) -> dict[str, str]:
@@ -48,8 +48,9 @@ def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> Resume
     """
     checkpoint, rejected = newest_checkpoint(engine, run)
     if checkpoint is None:
-        return ResumePoint(TrainState(data_size=train_samples), None, rejected, "")
-    state, moved = load_checkpoint(engine, checkpoint)
+        return ResumePoint(TrainState(data_size=train_samples), None, rejected, None)
+    restored = load_checkpoint(engine, checkpoint)
+    state = restored.state
     if state.data_size != train_samples:
         raise RequestError(
             f"there are {train_samples:,} training samples, and there were {state.data_size:,}"
@@ -57,7 +58,7 @@ def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> Resume
             "the same data, or its order is another",
             "the data as it was, or --fresh",
         )
-    return ResumePoint(state, checkpoint, rejected, moved)
+    return ResumePoint(state, checkpoint, rejected, restored)
 
 
 def refuse_fruitless_restarts(engine: Engine, run: RunDir, step: int) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from bigtrain.data.loader import train_batches
 from bigtrain.engine.base import Engine
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import read_launcher, refuse_contradictions
+from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.plan import Launcher, Plan, make_plan
 from bigtrain.engine.runtime import Device, find_device, world_from_environment
 from bigtrain.engine.start import start_engine
@@ -37,7 +39,6 @@ from bigtrain.tracking.library_logs import keep_warnings
 from bigtrain.tracking.terminal import Terminal
 from bigtrain.tracking.wandb import WandB
 from bigtrain.training.context import TrainContext
-from bigtrain.training.endings import lost_a_peer
 from bigtrain.training.evaluation import evaluate
 from bigtrain.training.loop import train
 from bigtrain.training.optimizers import make_optimizer
@@ -97,7 +98,8 @@ def run_recipe(
         watchdog = Watchdog(engine, recipe.train.hang_timeout)
         cleanup.callback(watchdog.close)
         model = build_model(recipe, prepared, engine.shard)
-        engine.prepare(model, lambda module: make_optimizer(module, recipe.optim))
+        make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
+        engine.prepare(model, make)
         refuse_different_ranks(engine, task)
         flops = try_forward(engine, task)
         settings = settings_in_force(loaded, *planned, launcher.source)
@@ -152,7 +154,7 @@ def build_training(
     """
     prepared = task.data
     batches = train_batches(
-        prepared.train, task.collate, recipe, engine.plan, engine.rank, state.samples
+        prepared.train, task.collate, recipe, engine.plan, engine.data_rank, state.samples
     )
     state.bad = sorted({*state.bad, *prepared.bad})
     watchdog.report_to(tracker, state.step)
@@ -273,13 +275,15 @@ def _report_start(
         tracker.event(step, "checkpoint_rejected", reason=line)
     if task.data.bad:
         tracker.event(step, "samples_unreadable", samples=task.data.bad)
-    if resume.checkpoint is None:
+    if resume.restored is None:
         return
     if changes:
         tracker.event(step, "recipe_changed", **changes)
-    details = {"path": str(resume.checkpoint)}
-    if resume.moved:
-        details["moved"] = resume.moved
+    details: dict[str, Any] = {"path": str(resume.checkpoint)}
+    if resume.restored.moved:
+        details["moved"] = resume.restored.moved
+    details["load_seconds"] = resume.restored.load_seconds
+    details["check_seconds"] = resume.restored.check_seconds
     tracker.event(step, "resumed", **details)
 
 
@@ -307,7 +311,7 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
     except StoppedEarly:
         raise  # the loop has reported it
     except BaseException as problem:
-        event = "lost_peer" if lost_a_peer(problem) else "failed"
+        event = "lost_peer" if lost_a_peer(problem, ctx.engine.world_size) else "failed"
         reason = str(problem).split("\n")[0] or type(problem).__name__
         ctx.tracker.event(ctx.state.step, event, reason=reason)
         raise

@@ -1,28 +1,72 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a pure function of the step.
+
+Each schedule gives a factor of the peak rate. `progress` is the share of the steps after warm-up
+that are done, from 0 to 1; `floor` is the factor at the end (`optim.final_lr_ratio`).
+"""
 
 import math
 
 from bigtrain.config.recipe import OptimConfig
 
 
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """The rate for `step` (0-based, counting applied steps) of `steps`.
+def linear(progress: float, floor: float) -> float:
+    """A straight line from 1 to `floor`."""
+    return 1 - (1 - floor) * progress
 
-    Warm-up is linear and reaches the peak in step `warmup_steps - 1`. wsd: warm-up, stable, then linear decay
-    (Hu et al. 2024, MiniCPM).
+
+def cosine(progress: float, floor: float) -> float:
+    """Half a period of a cosine, from 1 to `floor` (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def step(steps: int, every: int, factor: float) -> float:
+    """`factor` once more after each `every` steps."""
+    return float(factor ** (steps // every))
+
+
+def exponential(steps: int, every: int, factor: float) -> float:
+    """As `step`, but smooth: `factor` in every `every` steps."""
+    return float(factor ** (steps / every))
+
+
+def wsd(steps_left: int, decay_steps: int, floor: float) -> float:
+    """Warm-up, stable, decay: 1 until the last `decay_steps` steps, then a line to `floor`.
+
+    Hu et al. 2024 (MiniCPM, arXiv 2404.06395), with a linear decay.
     """
-    warmup = optim.warmup_steps
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    floor, left = optim.final_lr_ratio, steps - step
-    length = optim.decay_steps if optim.decay_steps is not None else (steps - warmup) // 5
-    factors = {
-        "constant": 1.0,
-        "linear": 1 - (1 - floor) * done,
-        "cosine": floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-        "step": optim.decay_factor ** ((step - warmup) // optim.decay_every),
-        "exponential": optim.decay_factor ** ((step - warmup) / optim.decay_every),
-        "wsd": 1.0 if left > length else floor + (1 - floor) * max(left, 0) / max(1, length),
-    }
-    return optim.lr * max(factors[optim.schedule], 0.0)
+    if steps_left > decay_steps:
+        return 1.0
+    return floor + (1 - floor) * max(steps_left, 0) / max(1, decay_steps)
+
+
+def learning_rate(applied: int, steps: int, optim: OptimConfig) -> float:
+    """The rate for a step before which `applied` of the run's `steps` steps were applied.
+
+    Warm-up is linear and reaches the peak in the step `applied == warmup_steps - 1`.
+    """
+    if applied < optim.warmup_steps:
+        return optim.lr * (applied + 1) / optim.warmup_steps
+    return optim.lr * max(_factor(applied, steps, optim), 0.0)
+
+
+def _factor(applied: int, steps: int, optim: OptimConfig) -> float:
+    """The rate after warm-up, as a factor of the peak rate."""
+    since_warmup = applied - optim.warmup_steps
+    steps_after_warmup = steps - optim.warmup_steps
+    progress = since_warmup / max(1, steps_after_warmup)
+    match optim.schedule:
+        case "linear":
+            return linear(progress, optim.final_lr_ratio)
+        case "cosine":
+            return cosine(progress, optim.final_lr_ratio)
+        case "step":
+            return step(since_warmup, optim.decay_every, optim.decay_factor)
+        case "exponential":
+            return exponential(since_warmup, optim.decay_every, optim.decay_factor)
+        case "wsd":
+            decay_steps = optim.decay_steps
+            if decay_steps is None:
+                decay_steps = steps_after_warmup // 5
+            return wsd(steps - applied, decay_steps, optim.final_lr_ratio)
+        case "constant":
+            return 1.0

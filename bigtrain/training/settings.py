@@ -5,7 +5,6 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 
 from bigtrain.config.loader import LoadedRecipe, flatten
+from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import peak_flops
 from bigtrain.engine.plan import Plan
@@ -29,7 +29,6 @@ class Setting(TypedDict):
 
 
 Settings = dict[str, Setting]
-PACKAGES = ("bigtrain", "torch", "accelerate", "deepspeed", "transformers", "datasets")
 
 
 def with_origin(origin: str, values: dict[str, Any]) -> Settings:
@@ -64,8 +63,7 @@ def settings_in_force(
         from_file = ds_source.endswith(".json")
         origin = ds_source if from_file else f"ds_configs for {plan.kind}"
         settings |= with_origin(origin, flatten(ds_config, "deepspeed"))
-    versions = {f"versions.{package}": version(package) for package in PACKAGES}
-    settings |= with_origin("installed", versions)
+    settings |= with_origin("installed", flatten(installed_versions(), "versions"))
     threads = {"threads": torch.get_num_threads()}
     return settings | with_origin("OMP_NUM_THREADS or the machine", threads)
 
@@ -76,7 +74,7 @@ def model_facts(model: torch.nn.Module, flops: float, engine: Engine, device: De
     `flops`: of a forward pass, per target. A backward pass counts as two forward passes; what is
     computed again for activation checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
     """
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    parameters = sum(engine.num_elements(p) for p in model.parameters())
     facts = with_origin("model", {"parameters": parameters})
     class_names = {type(module).__name__ for module in model.modules()}
     batch_norms = sorted(name for name in class_names if "BatchNorm" in name)
