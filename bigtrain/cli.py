@@ -117,12 +117,9 @@ def export(
     run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]
 ) -> None:
     """Copy a finished run's model (Hugging Face format) to OUT."""
-    import shutil
+    from bigtrain.inference.export import copy_export
 
-    found = _find(run, finished=True)
-    if out.exists():
-        raise RequestError(f"{out} exists already", "a folder that does not exist yet")
-    shutil.copytree(found.export, out)
+    copy_export(_find(run, finished=True), out)
     print(out)
 
 

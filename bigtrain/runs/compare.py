@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.config.task_specs import LOWER_IS_BETTER
+from bigtrain.config.task_specs import lower_is_better
 from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RUNS, RunDir, asset
 from bigtrain.runs.metrics_file import read_columns
@@ -108,7 +108,7 @@ def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
         ]
         if values:
             row[f"held-out {name}"] = values[-1]
-            row[f"best held-out {name}"] = min(values) if name in LOWER_IS_BETTER else max(values)
+            row[f"best held-out {name}"] = min(values) if lower_is_better(name) else max(values)
     row["hours"] = float(lines["hours"][-1])
     if target is not None:
         smooth = _smooth(losses, min(50, max(len(losses) // 20, 1)))

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.regression import R2Score
 
-from bigtrain.tasks.base import Batch, Evaluator, Task
+from bigtrain.data.examples import Batch
+from bigtrain.tasks.base import Evaluator, Task
 
 
 class RegressionEvaluator(Evaluator):
@@ -18,23 +19,27 @@ class RegressionEvaluator(Evaluator):
         self.r2 = R2Score().set_dtype(torch.float64).to(device)
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
+        """`logits` [batch] or [batch, 1], `labels` [batch]."""
         self.r2.update(logits.flatten().double(), labels.double())
 
     def metrics(self, loss: float) -> dict[str, float]:
-        # one row has no variance to explain
-        return {
-            "mse": loss,
-            "r2": float(self.r2.compute()) if self.count.compute() > 1 else math.nan,
-        }
+        r2 = math.nan
+        if self.count.compute() > 1:  # one row has no variance to explain
+            r2 = float(self.r2.compute())
+        return {"mse": loss, "r2": r2}
 
 
 class Regression(Task):
     """Loss is the mean squared error, in the target's own units."""
 
-    shape, evaluation = "[batch] or [batch, 1]", RegressionEvaluator
+    logits_shape = "[batch] or [batch, 1]"
+    evaluator_class = RegressionEvaluator
 
-    def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
-        return (len(labels), 1)[: max(1, found.ndim)]
+    def expected_shape(self, logits: Tensor, labels: Tensor) -> tuple[int, ...]:
+        if logits.ndim <= 1:
+            return (len(labels),)
+        return (len(labels), 1)
 
     def loss_from_logits(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The squared errors, summed over the batch: a scalar, fp32."""
         return F.mse_loss(logits.flatten(), labels, reduction="sum")

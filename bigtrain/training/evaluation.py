@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from bigtrain.config.task_specs import LOWER_IS_BETTER
+from bigtrain.config.task_specs import lower_is_better
 from bigtrain.data.loader import eval_batches
 from bigtrain.engine.base import Engine
 from bigtrain.tasks.base import Task
@@ -24,7 +24,7 @@ def evaluate_if_due(t: TrainContext) -> bool:
     state.evaluated, state.results = state.step, results
     t.tracker.log({"kind": "eval", "step": state.step, **results})
     if settings.keep_best:
-        value = results[settings.keep_best] * (1 if settings.keep_best in LOWER_IS_BETTER else -1)
+        value = results[settings.keep_best] * (1 if lower_is_better(settings.keep_best) else -1)
         fresh = state.best is None or state.best_metric != settings.keep_best
         if math.isfinite(value) and (fresh or value < (state.best or 0.0)):
             state.best, state.best_step, state.best_metric = value, state.step, settings.keep_best

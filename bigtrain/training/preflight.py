@@ -25,7 +25,7 @@ def refuse_other_ranks(ranks: Engine, task: Task) -> None:
                 "the same versions on every rank",
                 "bigtrain doctor on every rank shows them all",
             )
-    found = ranks.gather([len(task.data.train), len(task.data.eval), task.data.bad])
+    found = ranks.gather([len(task.data.train), len(task.data.eval), task.data.unreadable])
     if different := [rank for rank, seen in enumerate(found) if seen != found[0]]:
         raise RequestError(
             f"rank {different[0]} sees other data than rank 0: (training, held out, bad) {found[different[0]]}, not {found[0]}",
@@ -59,7 +59,7 @@ def try_forward(ranks: Engine, task: Task) -> float:
             )
             with flop_counter() as counted, eager:
                 task.loss_sum(ranks.model, batch)
-            looks_ahead = task.name == "causal_lm" and _looks_ahead(ranks, task, batch)
+            looks_ahead = task.spec.is_packed and _looks_ahead(ranks, task, batch)
     except RequestError:
         raise
     except Exception as problem:  # whatever a model says of an input that does not fit it

@@ -159,12 +159,12 @@ def _train(
     ):  # slurm/train.sbatch counts lives that do not get here
         Path(verdict).write_text("started")
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
-    for event, details in _news(settings, lines, prepared.bad, path, changed, moved):
+    for event, details in _news(settings, lines, prepared.unreadable, path, changed, moved):
         tracker.event(state.step, event, **details)
     batches = train_batches(
         prepared.train, task.collate, recipe, ranks.plan, ranks.rank, state.samples
     )
-    state.bad = sorted({*state.bad, *prepared.bad})
+    state.bad = sorted({*state.bad, *prepared.unreadable})
     checkpoints = CheckpointWriter(ranks, run, recipe, state)
     watch.report = lambda event, **found: tracker.event(state.step, event, **found)
     work = settings["flops_per_unit"]["value"] / settings["peak_flops"]["value"]
