@@ -1,4 +1,4 @@
-"""Data: the order is a permutation, nothing is seen twice or left out, and bad data is explained before training."""
+"""Data: an order that sees all once, exact cuts, and bad data explained before training."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,10 @@ def test_the_order_is_fixed_for_all_time() -> None:
 
 
 def test_the_order_looks_random() -> None:
-    """Every sample comes equally often at every tenth of the epoch, over seeds (chi-squared, 9 degrees of freedom)."""
+    """Over seeds every sample is equally often in each tenth of the epoch (chi-squared).
+
+    There are 9 degrees of freedom.
+    """
     n, seeds = 50, 4000
     places = np.zeros((n, 10))
     for seed in range(seeds):

@@ -1,6 +1,6 @@
-"""What each task is, once: its data, what is predicted, its metrics. No torch here: recipes are checked without it.
+"""What each task is, in one place: its data, what it predicts, its metrics.
 
-A new task is an entry here and a class in `tasks/`.
+A new task is an entry here and a class in `tasks/`. No torch: recipes are checked without it.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class TaskSpec:
 
     @property
     def is_packed(self) -> bool:
-        """Whether texts are joined and cut into windows, each token predicted from those before it."""
+        """Whether texts are joined, and cut into windows without padding."""
         return self.predicts == "next_token"
 
     @property

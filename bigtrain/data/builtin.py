@@ -1,4 +1,4 @@
-"""The built-in data sets: made from Python's own library, scikit-learn's bundled sets, or by a rule."""
+"""The built-in data sets: from Python's own library, from scikit-learn, or made by a rule."""
 
 import ast
 import datetime
@@ -28,7 +28,7 @@ class BuiltIn:
 
 
 def _python_stdlib(task: TaskName) -> Source:
-    """The interpreter's own library, without tests and without tables that are data in the shape of code.
+    """The interpreter's own library, without its tests and without tables written as code.
 
     Whole files for a language model; for a classifier functions, labelled with their package.
     """
@@ -49,7 +49,7 @@ def _library_files(root: Path, files: list[Path]) -> Iterable[Record]:
 
 
 def _library_functions(root: Path, files: list[Path]) -> list[Record]:
-    """Functions of at least four lines, for the ten packages that have the largest number of them."""
+    """Functions of at least four lines, of the ten packages that have the largest number."""
     functions: list[Record] = []
     for document in _library_files(root, files):
         package, _, rest = document["group"].partition("/")
@@ -81,7 +81,8 @@ def _digits() -> list[Record]:
 def _breast_cancer() -> list[Record]:
     """Measurements of tumours.
 
-    The label is the name, so that "malignant" comes second in the alphabet: the class whose recall a doctor asks for.
+    The label is the name, so that "malignant" comes second in the alphabet: the class whose recall
+    a doctor asks for.
     """
     from sklearn.datasets import load_breast_cancer
 
@@ -108,7 +109,7 @@ _ORDINAL_SUFFIXES = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31
 
 
 def _written_dates(count: int = 24_000, seed: int = 1) -> list[Record]:
-    """Dates from 1900 to 2099 in ten ways of writing them, no text twice; the target is ISO 8601."""
+    """Dates from 1900 to 2099 in ten ways of writing, no text twice; the target is ISO 8601."""
     draw = random.Random(seed)
     first = datetime.date(1900, 1, 1).toordinal()
     num_days = datetime.date(2099, 12, 31).toordinal() - first + 1

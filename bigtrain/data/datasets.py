@@ -1,7 +1,7 @@
 """From the recipe's data section to a training and a held-out set: the way into this package.
 
-`sources.py` and `builtin.py` find the records; `text.py`, `images.py` and `tables.py` make examples of them;
-`order.py` says which example comes when, and `loader.py` makes micro-batches for a rank.
+`sources.py` and `builtin.py` find the records; `text.py`, `images.py` and `tables.py` make examples
+of them; `order.py` says which example comes when, and `loader.py` makes micro-batches for a rank.
 """
 
 from typing import Any
@@ -19,10 +19,12 @@ from bigtrain.errors import RequestError
 
 
 def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedData:
-    """Open, split and (for text) tokenise the data. Raises RequestError for data that cannot be trained on.
+    """Open, split and (for text) tokenise the data.
 
-    `exported`: an export's bigtrain.json. Normalisation is then the one its model was trained with, and data of
-    other classes is refused.
+    Raises RequestError for data that cannot be trained on.
+
+    `exported`: an export's bigtrain.json. Normalisation is then the one its model was trained with,
+    and data of other classes is refused.
     """
     spec = TASK_SPECS[recipe.task]
     unknown = set(recipe.data.columns) - set(spec.fields)

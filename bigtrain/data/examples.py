@@ -1,4 +1,4 @@
-"""Examples (what a task collates), and both sets of them with what they say of the model's shape."""
+"""Examples, as a task collates them, and both sets of them with what they say of the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

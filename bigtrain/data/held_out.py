@@ -18,7 +18,7 @@ def is_held_out(key: str, fraction: float) -> bool:
 
 
 def split_key(record: Record, index: int, field: str) -> str:
-    """What decides about a record: its group, which must not be torn apart; its text; or its number."""
+    """What decides about a record: its group (which is never torn), its text or its number."""
     if record.get("group"):
         return str(record["group"])
     text = record.get(field)

@@ -61,7 +61,10 @@ class _Survey:
 def prepare_images(
     recipe: Recipe, train: Part, held_out: Part, exported: dict[str, Any] | None
 ) -> PreparedData:
-    """Both sets, every image looked at. Raises RequestError for images that cannot be trained on."""
+    """Both sets, every image decoded once.
+
+    Raises RequestError for images that cannot be trained on.
+    """
     size = recipe.data.image_size
     survey = _Survey()
     readable = _look_at_all(train, size, survey)
@@ -76,8 +79,8 @@ def prepare_images(
     else:
         mean = torch.tensor(exported["image_mean"])
         std = torch.tensor(exported["image_std"])
-    # An unreadable training image keeps its number and is left out when its turn comes: if the others
-    # moved up, a resumed run would see other samples. Of the held-out set it is left out here.
+    # An unreadable training image keeps its number and is left out when its turn comes: if the
+    # others moved up, a resumed run would see other samples. A held-out one is left out here.
     num_images = len(train) + len(held_out)
     held_out_numbers = [held_out.numbers[index] for index in readable_held_out]
     held_out = Part(held_out.records, held_out_numbers, held_out.origin)
@@ -160,7 +163,10 @@ def _mean_and_deviation(
 
 
 def _decode(part: Part, size: int | None, index: int) -> tuple[Tensor, str]:
-    """Pixels in 0 … 1 [channels, height, width], and the label. Raises BadSampleError for a broken image."""
+    """Pixels in 0 … 1 [channels, height, width], and the label.
+
+    Raises BadSampleError for an image that does not decode.
+    """
     try:
         record = part[index]
         return _pixels(record["image"], size), str(record["label"])

@@ -70,9 +70,9 @@ def train_batches(
     rank: int,
     first: int,
 ) -> Iterator[list[MicroBatch]]:
-    """For each step this rank's micro-batches, from position `first` of the stream of samples on. Endless.
+    """This rank's micro-batches of each step, from position `first` of the stream of samples.
 
-    Raises TrainingFailed if no sample at all can be read.
+    Endless. Raises TrainingFailed if no sample at all can be read.
     """
     loader = DataLoader(
         _MicroBatches(examples, recipe.seed, collate, recipe.data.augment),
@@ -88,14 +88,18 @@ def train_batches(
         for micro_batch in of_step:
             if not micro_batch.batch:
                 raise TrainingFailed(
-                    f"none of the {len(examples):,} training samples can be read any more, e.g. {micro_batch.unreadable[0]}",
+                    f"none of the {len(examples):,} training samples can be read any more,"
+                    f" e.g. {micro_batch.unreadable[0]}",
                     f"data.train={recipe.data.train} as it was when the run began",
                 )
         yield of_step
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
-    """Slurm and Ctrl-C reach every process of a job; a worker that died of it would cost the last checkpoint."""
+    """Slurm and Ctrl-C reach every process of a job.
+
+    A worker that died of it would cost the last checkpoint.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -143,7 +147,7 @@ class _MicroBatches(Dataset[MicroBatch]):
         )
 
     def _first_readable(self, position: int) -> list[_Sample]:
-        """One sample that can be read, for a forward pass that counts for nothing; empty if there is none."""
+        """One sample that can be read, for a forward pass that counts for nothing; or none."""
         for index in range(len(self.examples)):
             with contextlib.suppress(BadSampleError):
                 return [_Sample(position, index, self.examples[index])]
@@ -164,8 +168,8 @@ class _MicroBatches(Dataset[MicroBatch]):
 def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], seed: int) -> Tensor:
     """Random crop after padding, and random flip, of [batch, channels, height, width].
 
-    The draws are a function of (seed, position): the same on any number of ranks, and after a resume.
-    A crop of the image, padded by repeating its border, is a shift by as many whole pixels.
+    The draws are a function of (seed, position): the same on any number of ranks, and after a
+    resume. A crop of the image, padded by repeating its border, is a shift by as many whole pixels.
     """
     from kornia.geometry.transform import hflip, translate
 

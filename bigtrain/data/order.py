@@ -43,11 +43,13 @@ def permute(positions: Positions, n: int, seed_key: np.uint64) -> Positions:
     lands outside until all is inside (Black & Rogaway 2002, "Ciphers with arbitrary finite
     domains"): four times at most on average.
     """
-    half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    bits = max(n - 1, 1).bit_length()
+    half_bits = (bits + 1) // 2
     images = positions.astype(np.uint64)
     outside = np.ones(len(images), bool)
     while outside.any():
-        images[outside] = _feistel(images[outside], half_bits, seed_key)
+        again = _feistel(images[outside], half_bits, seed_key)
+        images[outside] = again
         outside = images >= np.uint64(n)
     return images
 
@@ -66,11 +68,13 @@ def _feistel(x: Positions, half_bits: int, seed_key: np.uint64) -> Positions:
 
 
 def samples_at(positions: range, n: int, seed: int) -> list[int]:
-    """Sample indices at `positions` of the endless stream: each epoch of n has every sample once."""
-    epochs, places = np.divmod(np.asarray(positions, np.uint64), np.uint64(n))
-    indices = np.empty(len(positions), np.uint64)
+    """Sample indices at `positions` of the endless stream; each epoch has all n samples once."""
+    stream = np.asarray(positions, np.uint64)
+    epochs, places = np.divmod(stream, np.uint64(n))
+    indices = np.empty_like(stream)
     for epoch in np.unique(epochs):
         in_epoch = epochs == epoch
         epoch_key = key(seed, int(epoch))
-        indices[in_epoch] = permute(places[in_epoch], n, epoch_key)
+        permuted = permute(places[in_epoch], n, epoch_key)
+        indices[in_epoch] = permuted
     return indices.tolist()

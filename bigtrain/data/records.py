@@ -11,7 +11,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from. Images and table rows can be indexed; texts are read one after another."""
+    """Where records come from.
+
+    Images and table rows can be indexed; texts are read one after another.
+    """
 
     identity: str
     """Changes whenever the records may have changed; a cache is keyed by it."""

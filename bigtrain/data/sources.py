@@ -1,7 +1,7 @@
 """Where records come from: a built-in set, files, a folder of images, the hub.
 
-Each record is a dictionary with the fields that the task needs (config/task_specs.py); `group`, if it is there,
-names what the held-out split must not tear apart (a file, say).
+Each record is a dictionary with the fields that the task needs (config/task_specs.py); `group`, if
+it is there, names what the held-out split must not tear apart (a file, say).
 """
 
 import glob
@@ -24,7 +24,7 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is asked for: the recipe's key and its value, the task, and which column is which field."""
+    """What is asked for: a key of the recipe and its value, the task, the columns by field."""
 
     key: str  # data.train or data.eval
     name: str
@@ -194,7 +194,8 @@ def _with_fields(table: Any, wanted: _Wanted) -> Any:
     missing = [column for column in columns.values() if column not in table.column_names]
     if missing:
         raise RequestError(
-            f"{wanted.setting} has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}",
+            f"{wanted.setting} has no column {' or '.join(missing)};"
+            f" it has: {', '.join(table.column_names)}",
             f"columns for task {wanted.task}: {', '.join(spec.fields)}",
             f"data.columns.{spec.fields[0]}=NAME_OF_A_COLUMN",
         )

@@ -28,7 +28,10 @@ class _Rows:
 def prepare_table(
     recipe: Recipe, train: Part, held_out: Part, exported: dict[str, Any] | None
 ) -> PreparedData:
-    """Both sets, features standardised by the training set. Raises RequestError for rows that cannot be used."""
+    """Both sets, features standardised by the training set.
+
+    Raises RequestError for rows that cannot be used.
+    """
     spec = TASK_SPECS[recipe.task]
     answer = spec.fields[1]
     unreadable: list[str] = []

@@ -16,9 +16,10 @@ from bigtrain.data.token_cache import Ragged, TokenCache, open_cache
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """A text without padding, in windows of `length` tokens and the one before; the last may be shorter.
+    """A text without padding, in windows of `length` tokens and the one before.
 
-    `first` comes before the text, so that every token of it is predicted exactly once.
+    The last window may be shorter. `first` comes before the text, so that every token of it is
+    predicted exactly once.
     """
 
     flat: NDArray[np.uint16] | NDArray[np.uint32]
@@ -29,7 +30,7 @@ class PackedTokens:
         return math.ceil(len(self.flat) / self.length)
 
     def __getitem__(self, index: int) -> Example:
-        """`tokens` [length + 1] int64: inputs are all but the last of them, labels all but the first."""
+        """`tokens` [length + 1] int64: all but the last are inputs, all but the first labels."""
         start = index * self.length
         stop = start + self.length
         if start == 0:

@@ -34,7 +34,7 @@ _BATCH = 64  # texts that the tokenizer encodes at once, on all cores
 
 
 class Ragged:
-    """Sequences of ids of different lengths: one flat file of ids and one of ends, both memory-mapped."""
+    """Sequences of ids of different lengths: a flat file of ids and one of ends, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         ends = path.with_suffix(".ends.npy")
@@ -118,7 +118,7 @@ def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> Tok
 
 
 def _tokenizer_spec(recipe: Recipe) -> str | dict[str, Any]:
-    """ "bytes", a folder or hub id, or the settings of one to train."""
+    """The settings of a tokenizer to train, or `bytes`, a folder or a hub id."""
     tokenizer = recipe.data.tokenizer
     if isinstance(tokenizer, TokenizerConfig):
         return tokenizer.model_dump()
@@ -254,9 +254,10 @@ class _CacheWriter:
                 self.labels[part].append(str(record["label"]))
 
     def _fit(self, ids: list[int]) -> list[int]:
-        """The ids of a text as they are stored: ended for a packed text, else cut to `seq_len` (and not empty).
+        """The ids of a text as they are stored.
 
-        Sources and targets that are cut keep the end-of-text token.
+        A packed text is whole and ended; any other is cut to `seq_len`, and never empty. Sources
+        and targets that are cut keep the end-of-text token.
         """
         eos = self.tokenizer.eos_token_id
         if self.spec.is_packed:
@@ -296,7 +297,7 @@ class _CacheWriter:
 
 
 class _TextStatistics:
-    """What a language model on the held-out text is compared with: unigram bytes (no model) and gzip -9."""
+    """What a language model is compared with on the held-out text: byte frequencies and gzip -9."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(256, np.int64)

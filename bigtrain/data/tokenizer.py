@@ -13,7 +13,7 @@ EOS = "<eos>"
 
 
 def tokenizer_stamp(spec: str | dict[str, Any]) -> str | dict[str, Any]:
-    """What a cache knows the tokenizer by: of a local one its content, so that training it again makes a new cache."""
+    """What a cache is keyed by: of a local tokenizer its content, since it may be trained again."""
     if isinstance(spec, str):
         file = Path(spec, "tokenizer.json")
         if file.is_file():
@@ -22,7 +22,7 @@ def tokenizer_stamp(spec: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer (transformers.PreTrainedTokenizerFast) from a folder or the hub. Never runs remote code."""
+    """A transformers.PreTrainedTokenizerFast from a folder or the hub. Never runs remote code."""
     from transformers import AutoTokenizer
 
     try:
@@ -35,7 +35,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def make_tokenizer(spec: str | dict[str, Any], texts: Iterable[str]) -> Any:
-    """The tokenizer that `spec` describes: "bytes", the settings of one to train on `texts`, or a name."""
+    """The tokenizer of `spec`: the settings of one to train on `texts`, `bytes`, or a name."""
     if isinstance(spec, dict):
         return _train_byte_level(texts, spec["vocab_size"], use_regex=True)
     if spec == "bytes":

@@ -21,8 +21,8 @@ _TOP_K = 50  # the likeliest tokens that are drawn from
 def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """What the model writes after `prompt` (causal_lm), or for it (seq2seq, greedily).
 
-    `tokens` at most; `temperature` 0 takes the likeliest token each time. Raises RequestError for a run of
-    another task, and for a prompt that is too long.
+    `tokens` at most; `temperature` 0 takes the likeliest token each time. Raises RequestError for a
+    run of another task, and for a prompt that is too long.
     """
     task = json.loads((run.export / "bigtrain.json").read_text())["task"]
     spec = TASK_SPECS[task]

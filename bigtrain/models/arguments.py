@@ -21,7 +21,7 @@ def on_meta() -> bool:
 
 
 def shape_arguments(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
-    """The model's shape as the data has it, under every name our models (or a user's class) may use."""
+    """The model's shape as the data has it, by all names that our models or a user's may use."""
     spec = TASK_SPECS[recipe.task]
     num_outputs: int | None = 1
     if spec.has_labels:

@@ -1,4 +1,4 @@
-"""From the recipe's model section to a module: our own models, any of transformers', or the user's class."""
+"""From the recipe's model section to a module: ours, one of transformers', or the user's."""
 
 from torch import nn
 
@@ -9,11 +9,11 @@ from bigtrain.models.own import MODELS, build_own
 
 
 def build_model(recipe: Recipe, prepared: PreparedData, shard: Shard | None = None) -> nn.Module:
-    """The model with its starting weights, on the CPU (or without memory, inside `torch.device("meta")`).
+    """The model with its starting weights, on the CPU (or inside `torch.device("meta")` on none).
 
-    The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is called with
-    parameters as soon as they hold their values, so that a sharding engine can free what other ranks keep.
-    Raises RequestError for names, arguments and shapes that do not fit.
+    The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is
+    called with parameters as soon as they hold their values, so that a sharding engine can free
+    what other ranks keep. Raises RequestError for names, arguments and shapes that do not fit.
     """
     name = recipe.model.name
     if name in MODELS or ":" in name:

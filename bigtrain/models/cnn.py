@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """Stages of 3×3 convolution → GroupNorm → GELU → 2×2 max-pooling, then a linear classifier.
 
-    GroupNorm and not BatchNorm: its result does not depend on the other images of the micro-batch, so the
-    loss stays the same on any number of ranks (Wu & He 2018).
+    GroupNorm and not BatchNorm: its result does not depend on the other images of the micro-batch,
+    so the loss stays the same on any number of ranks (Wu & He 2018).
     """
 
     def __init__(

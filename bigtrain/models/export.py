@@ -1,4 +1,4 @@
-"""The trained model as others load it: Hugging Face format, or safetensors and a small config for our own."""
+"""The trained model as others load it: Hugging Face's format, or safetensors and a config."""
 
 import json
 from pathlib import Path

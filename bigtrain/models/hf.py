@@ -130,8 +130,8 @@ def _default_config(name: str) -> PreTrainedConfig:
 
         raise RequestError(
             f"model.name {name!r} is unknown{nearest(name, [*CONFIG_MAPPING_NAMES, *MODELS])}",
-            f"one of {', '.join(MODELS)}, a transformers model type (gpt2, llama, t5, bert, resnet …),"
-            " or package.module:Class",
+            f"one of {', '.join(MODELS)}, a transformers model type"
+            " (gpt2, llama, t5, bert, resnet …), or package.module:Class",
         ) from None
 
 
@@ -186,7 +186,7 @@ def _token_arguments(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
 
 
 def _dropout_arguments(config: PreTrainedConfig, dropout: float | None) -> dict[str, float]:
-    """Every dropout of a configuration set to one value (each architecture has its own names for them)."""
+    """Every dropout of a configuration set to one value; each architecture has its own names."""
     arguments: dict[str, float] = {}
     if dropout is None:
         return arguments
@@ -239,10 +239,11 @@ def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrain
 def materialise(model: PreTrainedModel, seed: int, shard: Shard | None = None) -> None:
     """Give a model on the meta device memory and its starting weights, module by module.
 
-    Each module draws from a seed made of (seed, its name): the draws depend neither on the order nor on the
-    engine. transformers' own rules (`_init_weights`) say what is drawn. With `shard`, an element of a list of
-    layers is passed to it as soon as it is drawn, so a rank holds one layer and its shards, not the model.
-    (Building inside `deepspeed.zero.Init` instead starts wrongly: transformers#43847, #44236.)
+    Each module draws from a seed made of (seed, its name): the draws depend neither on the order
+    nor on the engine. transformers' own rules (`_init_weights`) say what is drawn. With `shard`, an
+    element of a list of layers is passed to it as soon as it is drawn, so a rank holds one layer
+    and its shards, not the model. (Building inside `deepspeed.zero.Init` instead starts wrongly:
+    transformers#43847, #44236.)
     """
     with torch.no_grad():
         _materialise(model, "", model, seed, shard, {})
@@ -258,7 +259,7 @@ def _materialise(
     shard: Shard | None,
     made: dict[int, nn.Parameter],
 ) -> None:
-    """`owner` has the rules for `module`; `made` maps a meta parameter's id to its new one (tied ones are one)."""
+    """`owner` has the rules for `module`; `made`: old parameter's id → new one, for tied ones."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta:
@@ -280,7 +281,8 @@ def _materialise(
     if reset_parameters is not None:
         own_parameters = module.parameters(recurse=False)
         if any(parameter.isnan().any() for parameter in own_parameters):
-            reset_parameters()  # transformers has no rule for RegNet's squeeze-and-excitation, for one
+            # transformers has no rule for it (RegNet's squeeze-and-excitation, for one)
+            reset_parameters()
 
 
 def _refuse_undrawn(module: nn.Module) -> None:

@@ -49,7 +49,7 @@ MODELS = {
 
 
 def model_class(name: str) -> type[nn.Module]:
-    """One of MODELS, or the class that `package.module:Class` names, from this folder or along PYTHONPATH."""
+    """One of MODELS, or a user's `package.module:Class`, from this folder or along PYTHONPATH."""
     if name in MODELS:
         return MODELS[name].model_class
     module_name, _, class_name = name.partition(":")
@@ -71,7 +71,10 @@ def model_class(name: str) -> type[nn.Module]:
 
 
 def build_own(recipe: Recipe, prepared: PreparedData) -> nn.Module:
-    """Our model, or the user's: the recipe's arguments, and those of the data's shape that it has a name for."""
+    """Our model or the user's, with the recipe's arguments and with the data's shape.
+
+    It gets those arguments of the shape that its constructor has a name for.
+    """
     name = recipe.model.name
     if name in MODELS and not MODELS[name].serves(recipe.task):
         _refuse_task(recipe)

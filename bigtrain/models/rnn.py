@@ -29,7 +29,7 @@ class RNN(nn.Module):
         tied: bool = True,
         dropout: float = 0.0,
     ) -> None:
-        """`tied` shares the embedding with the output layer (language model only; Press & Wolf 2017)."""
+        """`tied`: a language model's output layer is its embedding (Press & Wolf 2017)."""
         super().__init__()
         if cell not in _CELLS:
             raise ValueError(f"cell is {cell!r}; expected one of: {', '.join(_CELLS)}")
@@ -65,7 +65,10 @@ class RNN(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [batch, length] or images [batch, channels, rows, width] → [batch, (length,) outputs]."""
+        """Tokens [batch, length] or images [batch, channels, rows, width] → logits.
+
+        [batch, length, outputs] with `per_position`, else [batch, outputs].
+        """
         if self.embedding is not None:
             assert input_ids is not None
             sequence = self.embedding(input_ids)

@@ -15,6 +15,7 @@ from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import Batch, Example, PreparedData
 from bigtrain.errors import RequestError
 
+Rows = list[dict[str, Any]]  # of a table
 # A field of an example → the model's argument, where they are called differently.
 _ARGUMENTS = {"image": "pixel_values", "label": "labels", "target": "labels"}
 SAMPLES = 8  # rows of a table of examples
@@ -22,9 +23,10 @@ IGNORED = -100  # the label of a position that does not count, as torch's cross_
 
 
 class Task:
-    """One way of judging a model: how to collate examples, what they count, the loss. Has no state of the run.
+    """One way of judging a model: how to collate examples, what they count, and the loss.
 
-    A batch is a dictionary of tensors by the model's argument names, [batch, …] each, and `labels`.
+    It has no state of the run. A batch is a dictionary of tensors by the model's argument names,
+    [batch, …] each, and `labels`.
     """
 
     logits_shape = "[batch, classes]"  # of the model's output, in words
@@ -56,7 +58,10 @@ class Task:
         return batch
 
     def pad(self, rows: Iterable[NDArray[np.int64]]) -> Batch:
-        """Token ids of texts of any length → input_ids, padded on the right, and attention_mask [batch, length]."""
+        """Token ids of any length → `input_ids` and `attention_mask` [batch, length].
+
+        Padded on the right.
+        """
         texts = [torch.from_numpy(row) for row in rows]
         padding = self.data.tokenizer.pad_token_id or 0
         masks = [torch.ones_like(text) for text in texts]
@@ -107,9 +112,10 @@ class Task:
 
 
 class Evaluator:
-    """Metrics over a whole evaluation set, on any number of ranks (torchmetrics adds up the ranks' states).
+    """Metrics over a whole evaluation set, on any number of ranks.
 
-    `update` with each batch of this rank, then `compute` on all ranks.
+    torchmetrics adds up the ranks' states: `update` with each batch of this rank, then `compute` on
+    all ranks.
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
@@ -131,10 +137,16 @@ class Evaluator:
         return {"loss": loss} | self.metrics(loss)
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
-        """Add a batch to the task's own metrics; `logits` as Task.expected_shape has it, `labels` [batch, …]."""
+        """Add a batch to the task's own metrics.
 
-    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
-        """What the model makes of a few held-out examples: rows for a table (arrays are images). A collective."""
+        `logits` have the shape of Task.expected_shape, `labels` [batch, …].
+        """
+
+    def samples(self, model: Any, batch: Batch) -> Rows:
+        """What the model makes of a few held-out examples: rows for a table (arrays are images).
+
+        A collective.
+        """
         return []
 
     def metrics(self, loss: float) -> dict[str, float]:
@@ -145,7 +157,8 @@ class Evaluator:
 def outputs(model: Any, **inputs: Tensor) -> Tensor:
     """The model's logits (or predictions) in fp32.
 
-    Float inputs are cast to the dtype of the weights first, because an engine may keep these in bf16.
+    Float inputs are cast to the dtype of the weights first, because an engine may keep these in
+    bf16.
     """
     dtype = next(model.parameters()).dtype
     for name, tensor in inputs.items():

@@ -1,4 +1,4 @@
-"""Classification of images, texts and table rows: one class for all three, since only their input differs."""
+"""Classification of images, texts and table rows, which differ in their input only."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from torchmetrics.classification import (
 )
 
 from bigtrain.data.examples import Batch, Example
-from bigtrain.tasks.base import SAMPLES, Evaluator, Task
+from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task
 
 
 class ClassificationEvaluator(Evaluator):
     """loss, accuracy, recall and F1.
 
-    With two classes recall and F1 are those of the second (in alphabetical order: malignant, positive, yes …);
-    with more they are means over the classes (macro).
+    With two classes recall and F1 are those of the second (in alphabetical order: malignant,
+    positive, yes …); with more they are means over the classes (macro).
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
@@ -38,10 +38,10 @@ class ClassificationEvaluator(Evaluator):
             metrics["recall"] = MulticlassRecall(num_classes)
             metrics["f1"] = MulticlassF1Score(num_classes)
         self.collection = MetricCollection(metrics, compute_groups=False).to(device)
-        self.wrong: list[dict[str, Any]] = []
+        self.wrong: Rows = []
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
-        """`logits` [batch, classes], `labels` [batch]; remembers the first wrong answers for a table."""
+        """`logits` [batch, classes], `labels` [batch]; keeps the first wrong answers."""
         predictions = logits.argmax(-1)
         self.collection.update(predictions, labels)
         room = SAMPLES - len(self.wrong)
@@ -63,7 +63,8 @@ class ClassificationEvaluator(Evaluator):
         if "input_ids" in batch:
             ids = batch["input_ids"][index]
             return self.task.data.tokenizer.decode(ids, skip_special_tokens=True)
-        return str([round(value, 4) for value in batch["features"][index].tolist()])
+        features = batch["features"][index].tolist()
+        return str([round(value, 4) for value in features])
 
     def _shown_image(self, pixels: Tensor) -> NDArray[Any]:
         """Normalised [channels, height, width] → uint8 [height, width(, channels)]."""
@@ -72,14 +73,16 @@ class ClassificationEvaluator(Evaluator):
         std = torch.tensor(preprocessing["image_std"]).view(-1, 1, 1)
         pixels = pixels.float().cpu() * std + mean
         shown = (pixels.clamp(0, 1) * 255).byte()
-        return shown.permute(1, 2, 0).squeeze(-1).numpy()
+        channels_last = shown.permute(1, 2, 0)
+        return channels_last.squeeze(-1).numpy()
 
-    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+    def samples(self, model: Any, batch: Batch) -> Rows:
         """The first examples that were classified wrongly."""
         return self.wrong
 
     def metrics(self, loss: float) -> dict[str, float]:
-        return {name: float(value) for name, value in self.collection.compute().items()}
+        metrics = self.collection.compute()
+        return {name: float(value) for name, value in metrics.items()}
 
 
 class Classification(Task):

@@ -11,24 +11,31 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import MeanMetric
 
 from bigtrain.data.examples import Batch, Example
-from bigtrain.tasks.base import IGNORED, SAMPLES, Evaluator, Task, outputs
+from bigtrain.tasks.base import IGNORED, SAMPLES, Evaluator, Rows, Task, outputs
 
 _WRITTEN = 24  # tokens of a sample, at most
+_MAX_LOSS = 700.0  # its exponential is still a number
 
 
 def generate_tokens(
-    model: Any, batch: Batch, key: str, start: int, choose: Callable[[Tensor], Tensor]
+    model: Any,
+    batch: Batch,
+    key: str,
+    start: int,
+    choose: Callable[[Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    """Write into `batch[key]` [batch, length] from position `start` on; yields each place's tokens [batch].
+    """Write after the first `start` tokens of `batch[key]` [batch, length]; yields tokens [batch].
 
-    `choose` takes logits [batch, vocabulary] to tokens [batch]. Endless: beyond `length` the last logits are
-    chosen from again. One forward pass for each place, all of one shape.
+    `choose` takes logits [batch, vocabulary] to tokens [batch]. Endless: beyond `length` the last
+    logits are chosen from again. One forward pass for each place, all of one shape.
     """
     ids = batch[key].clone()
     length = ids.shape[1]
+    inputs = batch | {key: ids}
     for place in count(start):
-        logits = outputs(model, **(batch | {key: ids}))
-        tokens = choose(logits[:, min(place, length) - 1])
+        logits = outputs(model, **inputs)
+        last = min(place, length) - 1
+        tokens = choose(logits[:, last])
         if place < length:
             ids[:, place] = tokens
         yield tokens
@@ -38,8 +45,17 @@ def _likeliest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
+def _write(model: Any, inputs: Batch, key: str, start: int) -> Tensor:
+    """The likeliest tokens [batch, …] after the first `start` of `inputs[key]`; a few of them."""
+    tokens = generate_tokens(model, inputs, key, start, _likeliest)
+    first_tokens = list(islice(tokens, _WRITTEN))
+    written = torch.stack(first_tokens, dim=1)
+    places = inputs[key].shape[1] - start
+    return written[:, : max(places, 0)]
+
+
 class LanguageEvaluator(Evaluator):
-    """loss (nats per target token) and perplexity; bits per byte of text; or the share of exact sequences."""
+    """loss (nats per target token), perplexity, and bits per byte or the share of exact targets."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
@@ -48,42 +64,53 @@ class LanguageEvaluator(Evaluator):
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
         """`logits` [batch, length, vocabulary], `labels` [batch, length].
 
-        If every target token is the likeliest, given the target tokens before it, then greedy decoding, which
-        meets the same prefixes, writes exactly the target; and the reverse. So exact matches need no decoding.
+        If every target token is the likeliest, given the target tokens before it, then greedy
+        decoding, which meets the same prefixes, writes exactly the target; and the reverse. So
+        exact matches need no decoding.
         """
-        is_right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        is_right = logits.argmax(-1) == labels
+        is_right |= labels == IGNORED
         self.exact.update(is_right.all(-1).float())
 
-    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+    def samples(self, model: Any, batch: Batch) -> Rows:
         """What the model writes by itself: after the first half of some texts, or for some sources.
 
-        The number of forward passes does not depend on the batch: where weights are sharded all ranks run
-        them together.
+        The number of forward passes does not depend on the batch: where weights are sharded all
+        ranks run them together.
         """
-        few = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
+        few: Batch = {}
+        for name, tensor in batch.items():
+            few[name] = tensor[:SAMPLES]
         labels = few.pop("labels")
         if self.task.spec.is_packed:
             return self._continue_text(model, few, labels)
         return self._answer_source(model, few, labels)
 
-    def _continue_text(self, model: Any, inputs: Batch, labels: Tensor) -> list[dict[str, Any]]:
-        half = max(1, (self.task.data.seq_len or 0) // 2)
+    def _continue_text(self, model: Any, inputs: Batch, labels: Tensor) -> Rows:
+        seq_len = self.task.data.seq_len or 2
+        half = max(1, seq_len // 2)
         written = _write(model, inputs, "input_ids", half)
-        # The label of a position is the token after it.
-        return self._rows(inputs["input_ids"][:, :half], written, labels[:, half - 1 :])
+        given = inputs["input_ids"][:, :half]
+        true = labels[:, half - 1 :]  # the label of a position is the token after it
+        return self._rows(given, written, true)
 
-    def _answer_source(self, model: Any, inputs: Batch, labels: Tensor) -> list[dict[str, Any]]:
+    def _answer_source(self, model: Any, inputs: Batch, labels: Tensor) -> Rows:
         written = _write(model, inputs, "decoder_input_ids", 1)
         return self._rows(inputs["input_ids"], written, labels)
 
-    def _rows(self, given: Tensor, written: Tensor, true: Tensor) -> list[dict[str, Any]]:
-        """Token ids [batch, any length] each → a row of texts for each example."""
-        given_texts = self.task.data.tokenizer.batch_decode(given, skip_special_tokens=True)
+    def _rows(self, given: Tensor, written: Tensor, true: Tensor) -> Rows:
+        """Token ids [batch, any length] each → for each example a row of texts."""
+        tokenizer = self.task.data.tokenizer
+        given_texts = tokenizer.batch_decode(given, skip_special_tokens=True)
         written_texts = self._decode_until_end(written)
         true_texts = self._decode_until_end(true[:, :_WRITTEN])
-        rows = []
+        rows: Rows = []
         for index, text in enumerate(given_texts):
-            row = {"given": text, "written": written_texts[index], "true": true_texts[index]}
+            row = {
+                "given": text,
+                "written": written_texts[index],
+                "true": true_texts[index],
+            }
             rows.append(row)
         return rows
 
@@ -93,24 +120,18 @@ class LanguageEvaluator(Evaluator):
         end = tokenizer.eos_token_id
         is_end = (ids == end) | (ids == IGNORED)
         is_over = is_end.cumsum(1) > 0
-        return tokenizer.batch_decode(ids.masked_fill(is_over, end), skip_special_tokens=True)
+        until_end = ids.masked_fill(is_over, end)
+        return tokenizer.batch_decode(until_end, skip_special_tokens=True)
 
     def metrics(self, loss: float) -> dict[str, float]:
-        metrics = {"perplexity": math.exp(min(loss, 700.0))}  # larger would overflow
+        metrics = {"perplexity": math.exp(min(loss, _MAX_LOSS))}
         num_bytes = self.task.data.eval_bytes
         if num_bytes is None:
             metrics["exact_match"] = float(self.exact.compute())
         else:
-            bits = float(self.total.compute()) / math.log(2)
-            metrics["bits_per_byte"] = bits / num_bytes
+            nats = float(self.total.compute())
+            metrics["bits_per_byte"] = nats / math.log(2) / num_bytes
         return metrics
-
-
-def _write(model: Any, inputs: Batch, key: str, start: int) -> Tensor:
-    """The likeliest tokens [batch, …] for the places of `inputs[key]` from `start` on, some of them at most."""
-    tokens = islice(generate_tokens(model, inputs, key, start, _likeliest), _WRITTEN)
-    places = max(inputs[key].shape[1] - start, 0)
-    return torch.stack(list(tokens), dim=1)[:, :places]
 
 
 class _TokenTask(Task):
@@ -120,10 +141,21 @@ class _TokenTask(Task):
     evaluator_class = LanguageEvaluator
 
     def num_targets(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
+        is_target = batch["labels"] != IGNORED
+        return int(is_target.sum())
 
     def expected_shape(self, logits: Tensor, labels: Tensor) -> tuple[int, ...]:
-        return (*labels.shape, logits.shape[-1])
+        vocabulary = logits.shape[-1]
+        return (*labels.shape, vocabulary)
+
+    def _pad_inputs(self, ids: list[Tensor]) -> Tensor:
+        """[length] each → [batch, length], padded on the right with the tokenizer's padding."""
+        padding = self.data.tokenizer.pad_token_id or 0
+        return pad_sequence(ids, batch_first=True, padding_value=padding)
+
+    def _pad_labels(self, ids: list[Tensor]) -> Tensor:
+        """[length] each → [batch, length], padded on the right with IGNORED."""
+        return pad_sequence(ids, batch_first=True, padding_value=IGNORED)
 
 
 class CausalLM(_TokenTask):
@@ -134,27 +166,30 @@ class CausalLM(_TokenTask):
 
         Short windows are padded on the right, where a causal model cannot see the padding.
         """
-        tokens = [torch.from_numpy(example["tokens"]) for example in examples]
-        inputs = [window[:-1] for window in tokens]
-        labels = [window[1:] for window in tokens]
-        padding = self.data.tokenizer.pad_token_id or 0
-        return {
-            "input_ids": pad_sequence(inputs, batch_first=True, padding_value=padding),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
+        windows = [torch.from_numpy(example["tokens"]) for example in examples]
+        inputs = [window[:-1] for window in windows]
+        labels = [window[1:] for window in windows]
+        return {"input_ids": self._pad_inputs(inputs), "labels": self._pad_labels(labels)}
 
 
 class Seq2Seq(_TokenTask):
     """Write the target sequence given the source."""
 
     def collate(self, examples: list[Example]) -> Batch:
-        """`source`, `target` token ids → input_ids, attention_mask [batch, source length] and
-        decoder_input_ids (the target shifted right), labels [batch, target length]."""
-        targets = [torch.from_numpy(example["target"]) for example in examples]
+        """`source` and `target` token ids → encoder inputs, decoder inputs and labels.
+
+        input_ids and attention_mask [batch, source length]; decoder_input_ids (the target shifted
+        right) and labels [batch, target length].
+        """
         padding = self.data.tokenizer.pad_token_id or 0
         start = torch.tensor([padding])  # as T5 does; the model's config is given the same
-        shifted = [torch.cat([start, target[:-1]]) for target in targets]
+        decoder_inputs: list[Tensor] = []
+        labels: list[Tensor] = []
+        for example in examples:
+            target = torch.from_numpy(example["target"])
+            decoder_inputs.append(torch.cat([start, target[:-1]]))
+            labels.append(target)
         batch = self.pad(example["source"] for example in examples)
-        batch["decoder_input_ids"] = pad_sequence(shifted, batch_first=True, padding_value=padding)
-        batch["labels"] = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        batch["decoder_input_ids"] = self._pad_inputs(decoder_inputs)
+        batch["labels"] = self._pad_labels(labels)
         return batch

@@ -1,8 +1,8 @@
 """What the model learns: from the recipe's `task` to the class that knows how to judge it.
 
-A task says how to collate examples, what a batch counts (target tokens, images, rows), the **sum** of the loss
-in fp32, and the metrics. The loop divides by the count of the whole global batch; that is why no loss depends
-on ranks or micro-batches.
+A task says how to collate examples, what a batch counts (target tokens, images, rows), the **sum**
+of the loss in fp32, and the metrics. The loop divides by the count of the whole global batch; that
+is why no loss depends on ranks or micro-batches.
 """
 
 from bigtrain.config.task_specs import TaskName

@@ -16,17 +16,19 @@ class RegressionEvaluator(Evaluator):
 
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
-        self.r2 = R2Score().set_dtype(torch.float64).to(device)
+        r2 = R2Score().set_dtype(torch.float64)
+        self.r2 = r2.to(device)
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
         """`logits` [batch] or [batch, 1], `labels` [batch]."""
-        self.r2.update(logits.flatten().double(), labels.double())
+        predictions = logits.flatten()
+        self.r2.update(predictions.double(), labels.double())
 
     def metrics(self, loss: float) -> dict[str, float]:
-        r2 = math.nan
+        metrics = {"mse": loss, "r2": math.nan}
         if self.count.compute() > 1:  # one row has no variance to explain
-            r2 = float(self.r2.compute())
-        return {"mse": loss, "r2": r2}
+            metrics["r2"] = float(self.r2.compute())
+        return metrics
 
 
 class Regression(Task):
@@ -42,4 +44,5 @@ class Regression(Task):
 
     def loss_from_logits(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """The squared errors, summed over the batch: a scalar, fp32."""
-        return F.mse_loss(logits.flatten(), labels, reduction="sum")
+        predictions = logits.flatten()
+        return F.mse_loss(predictions, labels, reduction="sum")
