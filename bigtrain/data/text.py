@@ -12,6 +12,7 @@ from bigtrain.data.examples import ColumnDataset, Example, Examples, PreparedDat
 from bigtrain.data.held_out import refuse_unreadable
 from bigtrain.data.records import Source
 from bigtrain.data.token_cache import Ragged, TokenCache, open_cache
+from bigtrain.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def prepare_text(recipe: Recipe, source: Source, evaluation: Source | None) -> P
     cache = open_cache(recipe, source, evaluation)
     meta = cache.meta
     refuse_unreadable(meta["bad"], recipe)
+    if TASK_SPECS[recipe.task].is_packed and "eval_bytes" not in meta:
+        raise RequestError("data.eval is empty: its texts have no characters", "text in each part")
     seq_len = recipe.data.seq_len
     notes = []
     if meta["cut"]:

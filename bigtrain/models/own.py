@@ -92,7 +92,8 @@ def build_own(recipe: Recipe, prepared: PreparedData) -> nn.Module:
         if "dropout" not in parameters:
             raise RequestError(f"model.dropout: {name} takes no dropout", "leave model.dropout out")
         from_recipe["dropout"] = recipe.model.dropout
-    arguments = from_data | from_recipe | recipe.model.args
+    from_recipe |= recipe.model.args
+    arguments = from_data | from_recipe
     refuse_small_vocabulary(prepared, arguments.get("vocab_size"))
     # Modules are built in the same order everywhere, so the draws are the same on every rank.
     torch.manual_seed(recipe.seed)
