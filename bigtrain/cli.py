@@ -137,14 +137,10 @@ def export(
     run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]
 ) -> None:
     """Copy a finished run's model (Hugging Face format) to OUT."""
-    import shutil
-
     from bigtrain.api import find_finished_run
+    from bigtrain.inference.export import copy_export
 
-    directory = find_finished_run(run)
-    if out.exists():
-        raise RequestError(f"{out} exists already", "a folder that does not exist yet")
-    shutil.copytree(directory.export, out)
+    copy_export(find_finished_run(run), out)
     print(out)
 
 

@@ -1,8 +1,9 @@
-"""Data: the order is a permutation, nothing is seen twice or left out, and bad data is explained before training."""
+"""Data: an order that sees all once, exact cuts, and bad data explained before training."""
 
 import json
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,12 +13,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS, MetricName, TaskName, lower_is_better
 from bigtrain.data.datasets import prepare
 from bigtrain.data.loader import eval_batches, train_batches
 from bigtrain.data.order import key, permute, samples_at
 from bigtrain.engine.plan import Plan
-from bigtrain.errors import BadSampleError, RequestError
+from bigtrain.errors import BadSampleError, RequestError, TrainingFailed
 from bigtrain.tasks.registry import TASKS
+
+MODEL_FOR_TASK = {
+    "causal_lm": "rnn",
+    "seq2seq": "t5",
+    "image_classification": "cnn",
+    "regression": "linear",
+}
 
 
 def recipe(task: str, data: dict[str, Any], model: str = "rnn") -> Recipe:
@@ -32,8 +41,8 @@ def plan(world: int, batch: int, micro: int) -> Plan:
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 5))
 def test_an_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    found = permute(np.arange(n, dtype=np.uint64), n, key(seed, epoch))
-    assert sorted(found.tolist()) == list(range(n))
+    order = permute(np.arange(n, dtype=np.uint64), n, key(seed, epoch))
+    assert sorted(order.tolist()) == list(range(n))
 
 
 def test_the_order_is_fixed_for_all_time() -> None:
@@ -42,7 +51,10 @@ def test_the_order_is_fixed_for_all_time() -> None:
 
 
 def test_the_order_looks_random() -> None:
-    """Every sample comes equally often at every tenth of the epoch, over seeds (chi-squared, 9 degrees of freedom)."""
+    """Over seeds every sample is equally often in each tenth of the epoch (chi-squared).
+
+    There are 9 degrees of freedom.
+    """
     n, seeds = 50, 4000
     places = np.zeros((n, 10))
     for seed in range(seeds):
@@ -59,12 +71,11 @@ def test_ranks_and_micro_batches_cut_the_global_batch_exactly(
 ) -> None:
     batch = max(batch, world)
     p = plan(world, batch, min(micro, -(-batch // world)))
-    micro_batches = [p.micro_batches(rank) for rank in range(world)]
-    assert [
-        offset for rank in micro_batches for micro_batch in rank for offset in micro_batch
-    ] == list(range(batch))
-    assert {len(rank) for rank in micro_batches} == {p.accumulation}
-    assert max(len(micro_batch) for rank in micro_batches for micro_batch in rank) <= p.micro_batch
+    of_ranks = [p.micro_batches(rank) for rank in range(world)]
+    assert {len(micro_batches) for micro_batches in of_ranks} == {p.accumulation}
+    micro_batches = list(chain(*of_ranks))
+    assert list(chain(*micro_batches)) == list(range(batch))
+    assert max(len(micro_batch) for micro_batch in micro_batches) <= p.micro_batch
 
 
 class Numbers:
@@ -75,6 +86,13 @@ class Numbers:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": 100.0 * index + torch.arange(16.0).view(1, 4, 4), "label": index}
+
+
+class Unreadable(Numbers):
+    """None of them can be read."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise BadSampleError(f"sample {index} is broken")
 
 
 class Holed(Numbers):
@@ -110,65 +128,63 @@ def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts
         micro_batches = stream(plan(world, 10, 3), rank, 20, workers=workers)
         for step in range(4):
             for micro_batch in next(micro_batches):
-                seen[step] += (
-                    micro_batch.batch["labels"].tolist() if micro_batch.has_samples else []
-                )
-                assert micro_batch.batch["labels"].tolist() == list(micro_batch.samples)
+                labels = micro_batch.batch["labels"].tolist()
+                assert labels == list(micro_batch.samples)
+                if micro_batch.has_samples:
+                    seen[step] += labels
     assert seen == [samples_at(range((2 + s) * 10, (3 + s) * 10), 23, 5) for s in range(4)]
 
 
 def test_augmentation_depends_on_the_position_alone() -> None:
     images = []
     for world, micro in ((1, 10), (2, 2)):
-        found = []
+        batches = []
         for rank in range(world):
-            micro_batches = next(
-                stream(plan(world, 10, micro), rank, 0, augment={"crop": 1, "flip": True})
-            )
-            found += [
-                micro_batch.batch["pixel_values"]
-                for micro_batch in micro_batches
-                if micro_batch.has_samples
-            ]
-        images.append(torch.cat(found))
+            augment = {"crop": 1, "flip": True}
+            for micro_batch in next(stream(plan(world, 10, micro), rank, 0, augment)):
+                if micro_batch.has_samples:
+                    batches.append(micro_batch.batch["pixel_values"])
+        images.append(torch.cat(batches))
     assert torch.equal(*images)
-    assert len({tuple((image % 100).flatten().tolist()) for image in images[0]}) > 3, (
-        "all shifted alike"
-    )
+    patterns = {tuple((image % 100).flatten().tolist()) for image in images[0]}
+    assert len(patterns) > 3, "all shifted alike"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_that_cannot_be_read_are_left_out_and_ranks_stay_aligned(workers: int) -> None:
-    found, bad = [], []
+    samples: list[int] = []
+    unreadable: list[str] = []
     for rank in range(2):
         micro_batches = next(stream(plan(2, 12, 1), rank, 0, workers=workers, examples=Holed()))
         assert len(micro_batches) == 6, "as many forward passes as without them"
-        found += [
-            sample
-            for micro_batch in micro_batches
-            if micro_batch.has_samples
-            for sample in micro_batch.samples
-        ]
-        bad += [text for micro_batch in micro_batches for text in micro_batch.unreadable]
-    asked = samples_at(range(12), 23, 5)
-    assert found == [index for index in asked if index % 3]
-    assert bad == [f"sample {index} is broken" for index in asked if index % 3 == 0]
+        for micro_batch in micro_batches:
+            unreadable += micro_batch.unreadable
+            if micro_batch.has_samples:
+                samples += micro_batch.samples
+    expected = samples_at(range(12), 23, 5)
+    assert samples == [index for index in expected if index % 3]
+    assert unreadable == [f"sample {index} is broken" for index in expected if index % 3 == 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_that_cannot_be_read_at_all_any_more_is_a_failure(workers: int) -> None:
+    batches = stream(plan(1, 4, 2), 0, 0, workers=workers, examples=Unreadable())
+    with pytest.raises(TrainingFailed, match=r"none of the 23 training samples can be read"):
+        next(batches)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 24])
 def test_evaluation_sees_every_example_once(world: int) -> None:
-    seen, micro_batches = [], set()
+    seen: list[int] = []
+    forward_passes = set()
     for rank in range(world):
-        batches = list(eval_batches(Numbers(), collate, plan(world, 24, 4), rank))
-        micro_batches.add(len(batches))
-        seen += [
-            label
-            for micro_batch in batches
-            if micro_batch.has_samples
-            for label in micro_batch.batch["labels"].tolist()
-        ]
+        micro_batches = list(eval_batches(Numbers(), collate, plan(world, 24, 4), rank))
+        forward_passes.add(len(micro_batches))
+        for micro_batch in micro_batches:
+            if micro_batch.has_samples:
+                seen += micro_batch.batch["labels"].tolist()
     assert sorted(seen) == list(range(23))
-    assert len(micro_batches) == 1, "ranks must run the same number of forward passes"
+    assert len(forward_passes) == 1, "ranks must run the same number of forward passes"
 
 
 def test_packed_text_predicts_every_token_once_and_splits_by_document(tmp_path: Path) -> None:
@@ -310,43 +326,49 @@ def latin1(tmp_path: Path) -> dict[str, Any]:
     return {"train": str(tmp_path / "a.txt")}
 
 
+def other_task(_: Path) -> dict[str, Any]:
+    return {"train": "diabetes"}
+
+
+def unknown_field(_: Path) -> dict[str, Any]:
+    return {"train": "python-stdlib", "columns": {"txt": "body"}}
+
+
+def no_files(tmp_path: Path) -> dict[str, Any]:
+    return {"train": f"{tmp_path}/*.txt"}
+
+
+def no_such_set(_: Path) -> dict[str, Any]:
+    return {"train": "no-such-set-anywhere"}
+
+
+def no_tokenizer(tmp_path: Path) -> dict[str, Any]:
+    return {"train": "python-stdlib", "tokenizer": str(tmp_path)}
+
+
 @pytest.mark.parametrize(
     ("task", "make", "expected"),
     [
         ("image_classification", broken_folder, "does not decode"),
         ("image_classification", two_sizes, "image_size"),
         ("image_classification", one_class, "no classes found"),
-        ("image_classification", lambda p: {"train": "diabetes"}, "does not serve task"),
+        ("image_classification", other_task, "data.train=diabetes does not serve task"),
         ("causal_lm", empty_file, "is empty"),
         ("causal_lm", one_document, "is empty"),
-        (
-            "causal_lm",
-            lambda p: {"train": "python-stdlib", "columns": {"txt": "body"}},
-            "has no such field",
-        ),
+        ("causal_lm", unknown_field, "has no such field"),
         ("regression", no_target, "nothing, or not a finite number"),
         ("causal_lm", wrong_columns, "has no column text; it has: body"),
         ("causal_lm", not_json, "cannot be read as json"),
         ("causal_lm", latin1, "not UTF-8"),
-        ("causal_lm", lambda p: {"train": f"{p}/*.txt"}, "no file matches"),
-        (
-            "causal_lm",
-            lambda p: {"train": "no-such-set-anywhere"},
-            "no data set 'no-such-set-anywhere'",
-        ),
-        ("causal_lm", lambda p: {"train": "python-stdlib", "tokenizer": str(p)}, "no tokenizer at"),
+        ("causal_lm", no_files, "data.train: no file matches"),
+        ("causal_lm", no_such_set, "data.train: no data set 'no-such-set-anywhere'"),
+        ("causal_lm", no_tokenizer, "no tokenizer at"),
         ("seq2seq", latin1, "no fields for task seq2seq"),
     ],
 )
 def test_bad_data_is_explained(task: str, make: Any, expected: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
-        prepare(
-            recipe(
-                task,
-                make(tmp_path),
-                {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn"),
-            )
-        )
+        prepare(recipe(task, make(tmp_path), MODEL_FOR_TASK[task]))
     assert expected in str(caught.value)
     assert "try:" in str(caught.value) or "expected:" in str(caught.value)
 
@@ -380,17 +402,83 @@ def missing_cell(tmp_path: Path) -> dict[str, Any]:
         ("regression", missing_cell, 20, "row 20: nothing, or not a finite number"),
     ],
 )
-def test_bad_records_are_left_out_within_the_budget(
+def test_unreadable_records_are_left_out_within_the_budget(
     task: str, make: Any, count: int, name: str, tmp_path: Path
 ) -> None:
-    data, model = (
-        make(tmp_path),
-        {"image_classification": "cnn", "regression": "linear"}.get(task, "rnn"),
-    )
+    data, model = make(tmp_path), MODEL_FOR_TASK[task]
     with pytest.raises(RequestError, match=r"data\.max_unreadable=1 to leave it out"):
         prepare(recipe(task, data, model))
     prepared = prepare(recipe(task, data | {"max_unreadable": 1}, model))
-    assert len(prepared.bad) == 1
-    assert name in prepared.bad[0]
+    assert len(prepared.unreadable) == 1
+    assert name in prepared.unreadable[0]
     if task != "causal_lm":
         assert len(prepared.train) + len(prepared.eval) == count
+
+
+def sound_text(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "book.txt").write_text("some text\n")
+    return str(folder / "book.txt")
+
+
+def sound_pairs(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    return str(folder / "pairs.jsonl")
+
+
+def sound_images(folder: Path) -> str:
+    for i in range(4):
+        picture(folder / "ab"[i % 2] / f"{i}.png", i)
+    return str(folder)
+
+
+def sound_table(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "table.csv").write_text("x,target\n1,2\n3,4\n")
+    return str(folder / "table.csv")
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "expected"),
+    [
+        ("image_classification", other_task, "data.eval=diabetes does not serve task"),
+        ("causal_lm", no_files, "data.eval: no file matches"),
+        ("causal_lm", no_such_set, "data.eval: no data set 'no-such-set-anywhere'"),
+        ("causal_lm", wrong_columns, "a.jsonl has no column text"),
+        ("seq2seq", latin1, "data.eval: plain text files have no fields"),
+        ("image_classification", torn_image, "image 0 of data.eval does not decode"),
+        ("regression", missing_cell, "row 20 of data.eval: nothing, or not a finite number"),
+        ("causal_lm", null_text, "record 20 of data.eval: text is NoneType"),
+        ("causal_lm", empty_file, "data.eval is empty"),
+    ],
+)
+def test_an_error_about_data_eval_names_data_eval(
+    task: str, make: Any, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "broken").mkdir()
+    broken = make(tmp_path / "broken")["train"]
+    sound = {
+        "causal_lm": sound_text,
+        "seq2seq": sound_pairs,
+        "image_classification": sound_images,
+        "regression": sound_table,
+    }[task]
+    data = {"train": sound(tmp_path / "sound"), "eval": broken, "tokenizer": "bytes"}
+    with pytest.raises(RequestError) as caught:
+        prepare(recipe(task, data, MODEL_FOR_TASK[task]))
+    assert expected in str(caught.value)
+    assert "data.train" not in str(caught.value)
+    assert "eval_fraction" not in str(caught.value)
+
+
+def test_every_task_has_one_spec_one_class_and_known_metrics() -> None:
+    assert set(TASK_SPECS) == set(TASKS) == set(get_args(TaskName))
+    for spec in TASK_SPECS.values():
+        assert set(spec.metrics) < set(get_args(MetricName))
+    assert [name for name in get_args(MetricName) if lower_is_better(name)] == [
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "mse",
+    ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bigtrain.config.task_specs import TaskName
+from bigtrain.config.task_specs import TASK_SPECS, MetricName, TaskName
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -206,20 +206,7 @@ class TrainConfig(Section):
     keep_last: PositiveInt = Field(
         default=2, description="how many of the newest checkpoints are kept"
     )
-    keep_best: (
-        Literal[
-            "loss",
-            "perplexity",
-            "bits_per_byte",
-            "mse",
-            "accuracy",
-            "recall",
-            "f1",
-            "exact_match",
-            "r2",
-        ]
-        | None
-    ) = Field(
+    keep_best: MetricName | None = Field(
         default=None,
         description="keep the checkpoint with the best value of this metric too, and export that one",
     )
@@ -325,18 +312,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "Recipe":
-        if self.task != "image_classification" and self.data.augment != AugmentConfig():
+        spec = TASK_SPECS[self.task]
+        if spec.data != "image" and self.data.augment != AugmentConfig():
             raise ValueError("data.augment is for image_classification")
-        metrics = {
-            "causal_lm": "perplexity bits_per_byte",
-            "seq2seq": "perplexity exact_match",
-            "regression": "mse r2",
-        }
-        known = ["loss", *metrics.get(self.task, "accuracy recall f1").split()]
-        if self.train.keep_best not in (None, *known):
+        keep_best = self.train.keep_best
+        metrics = ("loss", *spec.metrics)
+        if keep_best is not None and keep_best not in metrics:
             raise ValueError(
-                f"train.keep_best is {self.train.keep_best}; task {self.task} has {', '.join(known)}"
+                f"train.keep_best is {keep_best}; task {self.task} has {', '.join(metrics)}"
             )
-        if self.task == "regression" and self.train.label_smoothing:
+        if spec.predicts == "number" and self.train.label_smoothing:
             raise ValueError("train.label_smoothing is for losses over classes or tokens")
         return self

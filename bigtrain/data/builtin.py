@@ -1,4 +1,4 @@
-"""The built-in data sets: made from Python's own library, scikit-learn's bundled sets, or from a rule."""
+"""The built-in data sets: from Python's own library, from scikit-learn, or made by a rule."""
 
 import ast
 import datetime
@@ -7,122 +7,154 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.records import Record, Source, file_stamp
 
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
 
-def _python_stdlib(task: str) -> Source:
-    """The interpreter's own library, without tests and without tables that are data in the shape of code."""
+@dataclass(frozen=True)
+class BuiltIn:
+    """A set that comes with bigtrain: for which tasks, and how it is opened for one of them."""
+
+    tasks: tuple[TaskName, ...]
+    open: Callable[[TaskName], Source]
+
+
+def _python_stdlib(task: TaskName) -> Source:
+    """The interpreter's own library, without its tests and without tables written as code.
+
+    Whole files for a language model; for a classifier functions, labelled with their package.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _NOT_LIBRARY & set(path.relative_to(root).parts)
-    ]
-
-    def documents() -> Iterable[Record]:
-        for path in files:
-            yield {
-                "text": path.read_text(encoding="utf-8", errors="replace"),
-                "group": path.relative_to(root).as_posix(),
-            }
-
-    read = documents if task == "causal_lm" else lambda: _library_functions(documents())
-    return Source(f"python-stdlib 1 {task} {sys.version} {file_stamp(files)}", read)
+    files: list[Path] = []
+    for path in sorted(root.rglob("*.py")):
+        if not _NOT_LIBRARY.intersection(path.relative_to(root).parts):
+            files.append(path)
+    read = _library_functions if TASK_SPECS[task].has_labels else _library_files
+    identity = f"python-stdlib 1 {task} {sys.version} {file_stamp(files)}"
+    return Source(identity, partial(read, root, files))
 
 
-def _library_functions(documents: Iterable[Record]) -> list[Record]:
-    """Functions of at least four lines, labelled with their package, for the ten packages that have most of them."""
+def _library_files(root: Path, files: list[Path]) -> Iterable[Record]:
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield {"text": text, "group": path.relative_to(root).as_posix()}
+
+
+def _library_functions(root: Path, files: list[Path]) -> list[Record]:
+    """Functions of at least four lines, of the ten packages that have the largest number."""
     functions: list[Record] = []
-    for document in documents:
+    for document in _library_files(root, files):
         package, _, rest = document["group"].partition("/")
         if not rest:
             continue
         for node in ast.walk(ast.parse(document["text"])):
-            if (
-                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                and (node.end_lineno or 0) - node.lineno >= 3
-            ):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if (node.end_lineno or 0) - node.lineno >= 3:
                 text = ast.get_source_segment(document["text"], node) or ""
                 functions.append({"text": text, "label": package, "group": document["group"]})
-    largest = {name for name, _ in Counter(f["label"] for f in functions).most_common(10)}
+    counts = Counter(function["label"] for function in functions)
+    largest = {package for package, _ in counts.most_common(10)}
     return [function for function in functions if function["label"] in largest]
 
 
-def _sklearn(name: str, record: Callable[[Any, int], Record]) -> Callable[[str], Source]:
-    """One of scikit-learn's bundled sets; `record` makes one of it and a row number."""
+def _digits() -> list[Record]:
+    """8 × 8 images of handwritten digits, grey."""
+    from sklearn.datasets import load_digits
 
-    def read() -> Iterable[Record]:
-        import sklearn.datasets
-
-        table = getattr(sklearn.datasets, f"load_{name.replace('-', '_')}")()
-        return [record(table, row) for row in range(len(table.target))]
-
-    return lambda _: Source(f"{name} 1", read)
-
-
-def _digit(table: Any, row: int) -> Record:
-    return {
-        "image": (table.images[row] * (255 / 16)).round().astype(np.uint8),
-        "label": str(table.target[row]),
-    }
+    table = load_digits()
+    records = []
+    for image, label in zip(table.images, table.target, strict=True):
+        grey = (image * (255 / 16)).round().astype(np.uint8)
+        records.append({"image": grey, "label": str(label)})
+    return records
 
 
-def _tumour(table: Any, row: int) -> Record:
-    # by name, so that "malignant" comes second in the alphabet: the class whose recall a doctor asks for
-    return {
-        "features": table.data[row].astype(np.float32),
-        "label": str(table.target_names[table.target[row]]),
-    }
+def _breast_cancer() -> list[Record]:
+    """Measurements of tumours.
+
+    The label is the name, so that "malignant" comes second in the alphabet: the class whose recall
+    a doctor asks for.
+    """
+    from sklearn.datasets import load_breast_cancer
+
+    table = load_breast_cancer()
+    records = []
+    for row, answer in zip(table.data, table.target, strict=True):
+        label = str(table.target_names[answer])
+        records.append({"features": row.astype(np.float32), "label": label})
+    return records
 
 
-def _patient(table: Any, row: int) -> Record:
-    return {"features": table.data[row].astype(np.float32), "target": float(table.target[row])}
+def _diabetes() -> list[Record]:
+    """Measurements of patients; the target is the disease's progression in a year."""
+    from sklearn.datasets import load_diabetes
+
+    table = load_diabetes()
+    records = []
+    for row, target in zip(table.data, table.target, strict=True):
+        records.append({"features": row.astype(np.float32), "target": float(target)})
+    return records
 
 
-_SUFFIX = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
+_ORDINAL_SUFFIXES = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
 
 
 def _written_dates(count: int = 24_000, seed: int = 1) -> list[Record]:
-    """Dates from 1900 to 2099 in ten ways of writing them, no text twice.
-
-    Day before month when both are numbers and separated by dots or dashes; two-digit years are after an
-    apostrophe and mean 1970 to 2069, as POSIX has it.
-    """
+    """Dates from 1900 to 2099 in ten ways of writing, no text twice; the target is ISO 8601."""
     draw = random.Random(seed)
     first = datetime.date(1900, 1, 1).toordinal()
-    days = datetime.date(2099, 12, 31).toordinal() - first + 1
-    found: dict[str, str] = {}
-    while len(found) < count:
-        date = datetime.date.fromordinal(first + draw.randrange(days))
-        nth = f"{date.day}{_SUFFIX.get(date.day, 'th')}"
-        forms = [
-            f"{date.day} {date:%B} {date.year}",
-            f"{date:%B} {nth}, {date.year}",
-            f"{date:%a} {date.day} {date:%b} {date.year}",
-            f"{date.year}/{date.month}/{date.day}",
-            f"{date.day}.{date.month}.{date.year}",
-            f"the {nth} of {date:%B}, {date.year}",
-            f"{date:%d}-{date:%b}-{date.year}",
-            f"{date:%b} {date.day}, {date.year}",
-            f"{date:%A}, {date:%B} {date.day} {date.year}",
-        ]
-        if 1970 <= date.year <= 2069:
-            forms.append(f"{nth} {date:%b} '{date:%y}")
-        found[draw.choice(forms)] = date.isoformat()
-    return [{"source": text, "target": iso} for text, iso in found.items()]
+    num_days = datetime.date(2099, 12, 31).toordinal() - first + 1
+    iso_dates: dict[str, str] = {}  # by the date as written
+    while len(iso_dates) < count:
+        date = datetime.date.fromordinal(first + draw.randrange(num_days))
+        iso_dates[draw.choice(_ways_to_write(date))] = date.isoformat()
+    return [{"source": text, "target": iso} for text, iso in iso_dates.items()]
 
 
-BUILT_IN: dict[str, tuple[tuple[str, ...], Callable[[str], Source]]] = {
-    "python-stdlib": (("causal_lm", "text_classification"), _python_stdlib),
-    "digits": (("image_classification",), _sklearn("digits", _digit)),
-    "breast-cancer": (("tabular_classification",), _sklearn("breast-cancer", _tumour)),
-    "diabetes": (("regression",), _sklearn("diabetes", _patient)),
-    "dates": (("seq2seq",), lambda _: Source("dates 1", _written_dates)),
+def _ways_to_write(date: datetime.date) -> list[str]:
+    """Day before month when both are numbers and separated by dots or dashes.
+
+    Two-digit years are after an apostrophe and mean 1970 to 2069, as POSIX has it.
+    """
+    nth = f"{date.day}{_ORDINAL_SUFFIXES.get(date.day, 'th')}"
+    ways = [
+        f"{date.day} {date:%B} {date.year}",
+        f"{date:%B} {nth}, {date.year}",
+        f"{date:%a} {date.day} {date:%b} {date.year}",
+        f"{date.year}/{date.month}/{date.day}",
+        f"{date.day}.{date.month}.{date.year}",
+        f"the {nth} of {date:%B}, {date.year}",
+        f"{date:%d}-{date:%b}-{date.year}",
+        f"{date:%b} {date.day}, {date.year}",
+        f"{date:%A}, {date:%B} {date.day} {date.year}",
+    ]
+    if 1970 <= date.year <= 2069:
+        ways.append(f"{nth} {date:%b} '{date:%y}")
+    return ways
+
+
+def _fixed(name: str, read: Callable[[], Iterable[Record]]) -> Callable[[TaskName], Source]:
+    """The way to open a set that is the same on every machine and for every task."""
+
+    def open_it(_task: TaskName) -> Source:
+        return Source(f"{name} 1", read)
+
+    return open_it
+
+
+BUILT_IN = {
+    "python-stdlib": BuiltIn(("causal_lm", "text_classification"), _python_stdlib),
+    "digits": BuiltIn(("image_classification",), _fixed("digits", _digits)),
+    "breast-cancer": BuiltIn(("tabular_classification",), _fixed("breast-cancer", _breast_cancer)),
+    "diabetes": BuiltIn(("regression",), _fixed("diabetes", _diabetes)),
+    "dates": BuiltIn(("seq2seq",), _fixed("dates", _written_dates)),
 }

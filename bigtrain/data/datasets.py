@@ -1,47 +1,54 @@
-"""From the recipe's data section to a training and a held-out set."""
+"""From the recipe's data section to a training and a held-out set: the way into this package.
+
+`sources.py` and `builtin.py` find the records; `text.py`, `images.py` and `tables.py` make examples
+of them; `order.py` says which example comes when, and `loader.py` makes micro-batches for a rank.
+"""
 
 from typing import Any
 
-from torch.utils.data import Subset
-
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.examples import Part, PreparedData
-from bigtrain.data.held_out import held_out
+from bigtrain.data.held_out import is_held_out
 from bigtrain.data.images import prepare_images
-from bigtrain.data.records import FIELDS, Source
+from bigtrain.data.records import Source
 from bigtrain.data.sources import open_source
 from bigtrain.data.tables import prepare_table
 from bigtrain.data.text import prepare_text
 from bigtrain.errors import RequestError
 
 
-def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> PreparedData:
-    """Open, split and (for text) tokenise the data. Raises RequestError for data that cannot be trained on.
+def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedData:
+    """Open, split and (for text) tokenise the data.
 
-    `trained`: what an export says of the data its model has seen; classes and normalisation are then taken from
-    there, so that other data is shown to the model as it learnt to see.
+    Raises RequestError for data that cannot be trained on.
+
+    `exported`: an export's bigtrain.json. Normalisation is then the one its model was trained with,
+    and data of other classes is refused.
     """
-    if unknown := set(recipe.data.columns) - set(FIELDS[recipe.task]):
+    spec = TASK_SPECS[recipe.task]
+    unknown = set(recipe.data.columns) - set(spec.fields)
+    if unknown:
         raise RequestError(
             f"data.columns.{min(unknown)}: task {recipe.task} has no such field",
-            " or ".join(FIELDS[recipe.task]),
+            " or ".join(spec.fields),
         )
-    source = open_source(recipe.data.train, recipe.task, recipe.data)
-    evaluation = (
-        open_source(recipe.data.eval, recipe.task, recipe.data) if recipe.data.eval else None
-    )
-    kind = FIELDS[recipe.task][0]
-    if kind in ("text", "source"):
+    columns = recipe.data.columns
+    source = open_source("data.train", recipe.data.train, recipe.task, columns)
+    evaluation = None
+    if recipe.data.eval:
+        evaluation = open_source("data.eval", recipe.data.eval, recipe.task, columns)
+    if spec.data == "text":
         prepared = prepare_text(recipe, source, evaluation)
     else:
-        prepared = (prepare_images if kind == "image" else prepare_table)(
-            recipe, *_split(recipe, source, evaluation), trained
-        )
-    if trained is not None and prepared.classes != trained["classes"]:
+        train, held_out = _split(recipe, source, evaluation)
+        prepare_part = prepare_images if spec.data == "image" else prepare_table
+        prepared = prepare_part(recipe, train, held_out, exported)
+    if exported is not None and prepared.classes != exported["classes"]:
         raise RequestError(
-            f"the data has classes {prepared.classes}", f"those of the model: {trained['classes']}"
+            f"the data has classes {prepared.classes}", f"those of the model: {exported['classes']}"
         )
-    if "label" in FIELDS[recipe.task] and len(prepared.classes) < 2:
+    if spec.has_labels and len(prepared.classes) < 2:
         raise RequestError(
             f"{recipe.data.train} has one class only ({prepared.classes[0]})",
             "two classes at least",
@@ -50,12 +57,18 @@ def prepare(recipe: Recipe, trained: dict[str, Any] | None = None) -> PreparedDa
 
 
 def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple[Part, Part]:
-    everything: Any = source.records()
+    """The training part and the held-out one, of records that can be indexed."""
+    records: Any = source.records()
     if evaluation is not None:
-        other: Any = evaluation.records()
-        return Subset(everything, range(len(everything))), Subset(other, range(len(other)))
-    # By number, without reading the record: a record may be an image on a slow disk.
-    out = [held_out({}, index, "", recipe.data.eval_fraction) for index in range(len(everything))]
-    return Subset(everything, [i for i, o in enumerate(out) if not o]), Subset(
-        everything, [i for i, o in enumerate(out) if o]
-    )
+        eval_records: Any = evaluation.records()
+        return (
+            Part(records, range(len(records))),
+            Part(eval_records, range(len(eval_records)), " of data.eval"),
+        )
+    train: list[int] = []
+    held_out: list[int] = []
+    for number in range(len(records)):
+        # By number, without reading the record: it may be an image on a slow disk.
+        is_out = is_held_out(str(number), recipe.data.eval_fraction)
+        (held_out if is_out else train).append(number)
+    return Part(records, train), Part(records, held_out)

@@ -1,18 +1,18 @@
-"""Examples, and what a prepared data set says to the model."""
+"""Examples, as a task collates them, and both sets of them with what they say of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
-from torch.utils.data import Subset
+from torch import Tensor
 
 from bigtrain.data.records import Record
 from bigtrain.data.token_cache import Ragged
 
 Example = dict[str, Any]
+Batch = dict[str, Tensor]
 Shape = tuple[int, int, int]  # channels, height, width
-Part = Subset[Record]  # some of the records
 
 
 class Examples(Protocol):
@@ -23,29 +23,55 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some records of a source, by their numbers in it: the training part or the held-out one."""
+
+    records: Sequence[Record]
+    numbers: Sequence[int]
+    origin: str = ""
+    """Said of a record in errors, e.g. " of data.eval"; empty for data.train."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[self.numbers[index]]
+
+    def name(self, index: int) -> str:
+        """Which record it is, for errors: its number in its source."""
+        return f"{self.numbers[index]}{self.origin}"
+
+
+@dataclass(frozen=True)
 class PreparedData:
-    """Both sets, and the facts that shape a model: vocabulary, classes, image shape, number of features."""
+    """The training and the held-out set, and what they say of the model and of how to use it."""
 
     train: Examples
     eval: Examples
-    tokens_per_sample: int  # tokens (or elements ÷ 64) per sample, for the choice of a micro-batch
+    tokens_per_sample: int
+    """Tokens, or elements ÷ 64: what the micro-batch is chosen by."""
+    seq_len: int | None = None
+    """Tokens of a text sample (packed), or at most."""
     tokenizer: Any = None
     vocab_size: int | None = None
     classes: list[str] = field(default_factory=list)
     image: Shape | None = None
     features: int | None = None
+    """Numbers in a row of a table."""
     eval_bytes: int | None = None
+    """UTF-8 bytes of the held-out text, for bits per byte."""
     baselines: dict[str, float] = field(default_factory=dict)
-    preprocessing: dict[str, Any] = field(
-        default_factory=dict
-    )  # what export must tell users of the model
-    notes: list[str] = field(default_factory=list)  # what the user should know before training
-    bad: list[str] = field(default_factory=list)  # records that could not be read and are left out
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """What a user of the exported model must do to its inputs."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know before training."""
+    unreadable: list[str] = field(default_factory=list)
+    """Records that cannot be read and are left out."""
 
 
 @dataclass(frozen=True)
 class ColumnDataset:
-    """One column per field: token ids, features (standardised by the training set), class numbers or values."""
+    """One column per field: token ids, standardised features, class numbers or values."""
 
     fields: Mapping[str, Ragged | NDArray[Any]]
 

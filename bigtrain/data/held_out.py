@@ -1,4 +1,4 @@
-"""Which records are held out, and which data is refused."""
+"""Which records are held out for evaluation, and which data is refused."""
 
 from collections.abc import Collection
 
@@ -9,33 +9,44 @@ from bigtrain.data.records import Record
 from bigtrain.errors import RequestError
 
 
-def held_out(record: Record, index: int, field: str, fraction: float) -> bool:
-    """Whether a record belongs to the held-out part: decided by its group, text or number, never by the seed,
-    so that runs with other seeds are judged on the same examples."""
-    text = record.get("group") or (
-        record[field] if isinstance(record.get(field), str) else str(index)
-    )
-    return int.from_bytes(blake3(text.encode()).digest(8), "big") < fraction * 2**64
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether the record known by `key` is in the held-out part, a `fraction` of all.
+
+    The seed has no say in it, so runs with other seeds are judged on the same examples.
+    """
+    return int.from_bytes(blake3(key.encode()).digest(8), "big") < fraction * 2**64
 
 
-def refuse_empty(records: dict[str, int], bad: Collection[str] = ()) -> None:
-    """Raises RequestError if a part has no record."""
-    for part, count in records.items():
-        if not count:
-            unreadable = f"; {len(bad)} cannot be read, e.g. {min(bad)}" if bad else ""
-            raise RequestError(
-                f"data.{part} is empty ({records} records{unreadable})",
-                "at least one record in each part",
-                "data.eval_fraction=0.2",
-            )
+def split_key(record: Record, index: int, field: str) -> str:
+    """What decides about a record: its group (which is never torn), its text or its number."""
+    if record.get("group"):
+        return str(record["group"])
+    text = record.get(field)
+    return text if isinstance(text, str) else str(index)
 
 
-def refuse_bad(bad: list[str], recipe: Recipe) -> None:
-    """Raises RequestError for more bad records than the recipe allows."""
-    if len(bad) > recipe.data.max_unreadable:
-        more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
+def refuse_empty(counts: dict[str, int], recipe: Recipe, unreadable: Collection[str] = ()) -> None:
+    """Raises RequestError if a part ("train", "eval") has no record."""
+    for part, count in counts.items():
+        if count:
+            continue
+        note = ""
+        if unreadable:
+            note = f"; {len(unreadable)} cannot be read, e.g. {min(unreadable)}"
         raise RequestError(
-            f"{bad[0]}{more}",
-            "data that can be read",
-            f"mend it, or data.max_unreadable={len(bad)} to leave it out",
+            f"data.{part} is empty ({counts} records{note})",
+            "at least one record in each part",
+            "" if recipe.data.eval else "data.eval_fraction=0.2",
         )
+
+
+def refuse_unreadable(unreadable: list[str], recipe: Recipe) -> None:
+    """Raises RequestError for more unreadable records than the recipe allows."""
+    if len(unreadable) <= recipe.data.max_unreadable:
+        return
+    more = f" (and {len(unreadable) - 1} more like it)" if len(unreadable) > 1 else ""
+    raise RequestError(
+        f"{unreadable[0]}{more}",
+        "data that can be read",
+        f"repair it, or data.max_unreadable={len(unreadable)} to leave it out",
+    )

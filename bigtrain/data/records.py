@@ -1,4 +1,4 @@
-"""Records as a source yields them, and the fields that each task needs."""
+"""Records as a source yields them: one dictionary each, with the fields that the task needs."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-FIELDS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("text",),
-    "seq2seq": ("source", "target"),
-    "text_classification": ("text", "label"),
-    "image_classification": ("image", "label"),
-    "tabular_classification": ("features", "label"),
-    "regression": ("features", "target"),
-}
 
 
 @dataclass(frozen=True)
 class Source:
-    """`identity` changes whenever the records may have; `records` reads them."""
+    """Where records come from.
+
+    Images and table rows can be indexed; texts are read one after another.
+    """
 
     identity: str
+    """Changes whenever the records may have changed; a cache is keyed by it."""
     records: Callable[[], Iterable[Record]]
 
 
 def file_stamp(files: list[Path]) -> str:
-    return json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+    """Path, size and time of each file: what tells one version of the data from another."""
+    stamps = []
+    for path in files:
+        status = path.stat()
+        stamps.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return json.dumps(stamps)

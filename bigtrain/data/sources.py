@@ -1,102 +1,141 @@
-"""Where records come from: built-in sets, files, image folders, the hub.
+"""Where records come from: a built-in set, files, a folder of images, the hub.
 
-A source is an identity (what a cache is keyed by) and a function that yields records, one dictionary each, with
-the fields the task needs: `text`; `text, label`; `source, target`; `image, label`; `features, label|target`.
-`group` names what must not be torn apart by the held-out split (a file, say).
+Each record is a dictionary with the fields that the task needs (config/task_specs.py); `group`, if
+it is there, names what the held-out split must not tear apart (a file, say).
 """
 
 import glob
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from bigtrain.config.recipe import DataConfig
+from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.builtin import BUILT_IN
-from bigtrain.data.records import FIELDS, Record, Source, file_stamp
+from bigtrain.data.records import Record, Source, file_stamp
 from bigtrain.errors import RequestError
 
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-def open_source(name: str, task: str, data: DataConfig) -> Source:
-    """The source that `name` stands for; RequestError if there is none or it does not serve the task."""
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked for: a key of the recipe and its value, the task, the columns by field."""
+
+    key: str  # data.train or data.eval
+    name: str
+    task: TaskName
+    columns: dict[str, str]
+
+    @property
+    def setting(self) -> str:
+        return f"{self.key}={self.name}"
+
+    def column(self, field: str) -> str:
+        return self.columns.get(field, field)
+
+
+def open_source(
+    key: Literal["data.train", "data.eval"], name: str, task: TaskName, columns: dict[str, str]
+) -> Source:
+    """The source that `name`, the value of `key`, stands for.
+
+    Raises RequestError if there is none, or if it does not serve the task.
+    """
+    wanted = _Wanted(key, name, task, columns)
     if name in BUILT_IN:
-        tasks, build = BUILT_IN[name]
-        if task not in tasks:
-            able = [key for key, (serves, _) in BUILT_IN.items() if task in serves]
-            raise RequestError(
-                f"data.train={name} does not serve task {task}",
-                f"task {' or '.join(tasks)}",
-                _or(able),
-            )
-        return build(task)
-    if Path(name).is_dir():
-        if task == "image_classification":
-            return _from_datasets(
-                task,
-                data,
-                "imagefolder",
-                sorted(p for p in Path(name).rglob("*") if p.is_file()),
-                name,
-            )
-        name = str(Path(name) / "**" / "*")
-    if files := [
-        Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()
-    ]:
-        return _from_files(task, data, files)
-    if any(sign in name for sign in "*?[") or name.startswith((".", "/", "~")) or Path(name).suffix:
+        return _from_built_in(wanted)
+    folder = Path(name)
+    pattern = name
+    if folder.is_dir():
+        if TASK_SPECS[task].data == "image":
+            return _from_image_folder(wanted, folder)
+        pattern = str(folder / "**" / "*")
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in paths if path.is_file()]
+    if files:
+        return _from_files(wanted, files)
+    if _looks_like_files(pattern):
         raise RequestError(
-            f"no file matches {name!r}", "files, a folder, or a source", _or(list(BUILT_IN))
+            f"{key}: no file matches {pattern!r}",
+            "files, a folder, or a source",
+            f"{key}={' | '.join(BUILT_IN)}",
         )
-    return _from_hub(task, data, name)
+    return _from_hub(wanted)
 
 
-def _or(names: list[str]) -> str:
-    return "data.train=" + " | ".join(names) if names else ""
+def _looks_like_files(name: str) -> bool:
+    has_wildcard = any(sign in name for sign in "*?[")
+    return has_wildcard or name.startswith((".", "/", "~")) or Path(name).suffix != ""
 
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def _from_files(task: str, data: DataConfig, files: list[Path]) -> Source:
-    kinds = {_BUILDERS.get(path.suffix.lower(), "text") for path in files}
-    if len(kinds) > 1:
-        found = ", ".join(sorted({path.suffix or path.name for path in files}))
+def _from_built_in(wanted: _Wanted) -> Source:
+    built_in = BUILT_IN[wanted.name]
+    if wanted.task not in built_in.tasks:
+        others = [name for name, other in BUILT_IN.items() if wanted.task in other.tasks]
         raise RequestError(
-            f"data files of several kinds: {found}",
+            f"{wanted.setting} does not serve task {wanted.task}",
+            f"task {' or '.join(built_in.tasks)}",
+            f"{wanted.key}={' | '.join(others)}" if others else "",
+        )
+    return built_in.open(wanted.task)
+
+
+def _from_image_folder(wanted: _Wanted, folder: Path) -> Source:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return Source(
+        f"imagefolder {file_stamp(files)}",
+        partial(_read_table, wanted, "imagefolder", str(folder), data_dir=str(folder)),
+    )
+
+
+def _from_files(wanted: _Wanted, files: list[Path]) -> Source:
+    formats = {_FORMATS.get(path.suffix.lower(), "text") for path in files}
+    if len(formats) > 1:
+        suffixes = sorted({path.suffix or path.name for path in files})
+        raise RequestError(
+            f"{wanted.key}: files of several kinds: {', '.join(suffixes)}",
             "one kind per glob",
-            "data.train='folder/*.jsonl'",
+            f"{wanted.key}='folder/*.jsonl'",
         )
-    kind = kinds.pop()
-    if kind != "text":
-        return _from_datasets(task, data, kind, files, None)
-    if task != "causal_lm":
+    file_format = formats.pop()
+    if file_format != "text":
+        names = [str(path) for path in files]
+        return Source(
+            f"{file_format} {file_stamp(files)}",
+            partial(_read_table, wanted, file_format, names[0], data_files=names),
+        )
+    if not TASK_SPECS[wanted.task].is_packed:
         raise RequestError(
-            f"plain text files have no fields for task {task}",
+            f"{wanted.key}: plain text files have no fields for task {wanted.task}",
             "jsonl, csv or parquet",
-            "data.train='*.jsonl'",
+            f"{wanted.key}='*.jsonl'",
         )
-
-    def read() -> Iterable[Record]:
-        root = os.path.commonpath([path.resolve().parent for path in files])
-        for path in files:
-            try:
-                text, name = path.read_text(encoding="utf-8"), os.path.relpath(path.resolve(), root)
-                # A lone file is cut at line ends, or there would be nothing to hold out.
-                parts = [text] if len(files) > 1 else _cut(text, max(1, len(text) // 100))
-                yield from (
-                    {"text": part, "group": f"{name} {number}"} for number, part in enumerate(parts)
-                )
-            except UnicodeDecodeError as problem:
-                raise RequestError(
-                    f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
-                ) from None
-
-    return Source(file_stamp(files), read)
+    return Source(file_stamp(files), partial(_read_texts, files))
 
 
-def _cut(text: str, least: int) -> list[str]:
+def _read_texts(files: list[Path]) -> Iterable[Record]:
+    root = os.path.commonpath([path.resolve().parent for path in files])
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as problem:
+            raise RequestError(
+                f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
+            ) from None
+        name = os.path.relpath(path.resolve(), root)
+        parts = [text]
+        if len(files) == 1:  # else there would be nothing to hold out
+            parts = _whole_lines(text, max(1, len(text) // 100))
+        for number, part in enumerate(parts):
+            yield {"text": part, "group": f"{name} {number}"}
+
+
+def _whole_lines(text: str, least: int) -> list[str]:
     """`text` in parts of whole lines, each of at least `least` characters but for the last."""
     parts = [""]
     for line in text.splitlines(keepends=True):
@@ -106,91 +145,89 @@ def _cut(text: str, least: int) -> list[str]:
     return parts
 
 
-def _from_datasets(
-    task: str, data: DataConfig, builder: str, files: list[Path], folder: str | None
-) -> Source:
-    def read() -> Iterable[Record]:
-        import datasets  # half a second that built-in sources need not pay
+def _read_table(wanted: _Wanted, builder: str, shown_name: str, **place: Any) -> Any:
+    """Records from what the `datasets` library reads from `place` (its data_dir or data_files)."""
+    import datasets  # half a second that built-in sources need not pay
 
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(
-            datasets.logging.CRITICAL
-        )  # what is wrong is said below, once
-        try:
-            where: dict[str, Any] = (
-                {"data_dir": folder} if folder else {"data_files": [str(path) for path in files]}
-            )
-            table = datasets.load_dataset(builder, split="train", **where)
-        except Exception as problem:  # datasets raises whatever its reader raised
-            cause = problem.__cause__ or problem
-            raise RequestError(
-                f"{folder or files[0]}: cannot be read as {builder}: {str(cause).splitlines()[0]}",
-                f"valid {builder}",
-            ) from None
-        if folder is not None and "label" not in table.column_names:
-            raise RequestError(
-                f"{folder}: no classes found", "one folder of images per class, two at least"
-            )
-        return _with_fields(table, task, data)
-
-    return Source(f"{builder} {file_stamp(files)}", read)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it, once
+    try:
+        table = datasets.load_dataset(builder, split="train", **place)
+    except Exception as problem:  # datasets raises whatever its reader raised
+        cause = problem.__cause__ or problem
+        raise RequestError(
+            f"{shown_name}: cannot be read as {builder}: {str(cause).splitlines()[0]}",
+            f"valid {builder}",
+        ) from None
+    if builder == "imagefolder" and "label" not in table.column_names:
+        raise RequestError(
+            f"{shown_name}: no classes found", "one folder of images per class, two at least"
+        )
+    return _with_fields(table, wanted)
 
 
-def _from_hub(task: str, data: DataConfig, name: str) -> Source:
+def _from_hub(wanted: _Wanted) -> Source:
     import datasets
     from huggingface_hub import constants, dataset_info
 
     try:
         if not constants.HF_HUB_OFFLINE:
-            dataset_info(
-                name, timeout=5
-            )  # datasets would try for half a minute before it says that a name is wrong
-        table = datasets.load_dataset(name, split="train")
+            # datasets would try for half a minute before it says that a name is wrong
+            dataset_info(wanted.name, timeout=5)
+        table = datasets.load_dataset(wanted.name, split="train")
     except Exception as problem:
         raise RequestError(
-            f"no data set {name!r}: neither a built-in source, nor files, nor to be had from the hub ({type(problem).__name__})",
+            f"{wanted.key}: no data set {wanted.name!r}: neither a built-in source, nor files,"
+            f" nor to be had from the hub ({type(problem).__name__})",
             f"a built-in source ({', '.join(BUILT_IN)}), a glob, a folder or a hub id",
         ) from None
-    return Source(f"hub {name} {table._fingerprint}", lambda: _with_fields(table, task, data))
+    identity = f"hub {wanted.name} {table._fingerprint}"
+    return Source(identity, partial(_with_fields, table, wanted))
 
 
-def _with_fields(table: Any, task: str, data: DataConfig) -> Any:
-    """`table` under the task's field names; class labels by name."""
-    fields = FIELDS[task]
-    if fields[0] == "features":
-        return _numeric_rows(table, fields[1], data)
-    wanted = {field: data.columns.get(field, field) for field in fields}
-    if missing := [column for column in wanted.values() if column not in table.column_names]:
+def _with_fields(table: Any, wanted: _Wanted) -> Any:
+    """`table` (datasets.Dataset) with the task's fields; class labels by name."""
+    spec = TASK_SPECS[wanted.task]
+    if spec.data == "table":
+        return _numeric_rows(table, spec.fields[1], wanted)
+    columns = {field: wanted.column(field) for field in spec.fields}
+    missing = [column for column in columns.values() if column not in table.column_names]
+    if missing:
         raise RequestError(
-            f"the data has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}",
-            f"columns for task {task}: {', '.join(fields)}",
-            f"data.columns.{fields[0]}=NAME_OF_A_COLUMN",
+            f"{wanted.setting} has no column {' or '.join(missing)};"
+            f" it has: {', '.join(table.column_names)}",
+            f"columns for task {wanted.task}: {', '.join(spec.fields)}",
+            f"data.columns.{spec.fields[0]}=NAME_OF_A_COLUMN",
         )
-    names = getattr(table.features.get(wanted.get("label")), "names", None)
+    class_names = getattr(table.features.get(columns.get("label")), "names", None)
 
-    def renamed(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        found = {field: rows[column] for field, column in wanted.items()}
-        return found | {"label": [names[number] for number in found["label"]]} if names else found
+    def rename(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        renamed = {field: rows[column] for field, column in columns.items()}
+        if class_names:
+            renamed["label"] = [class_names[number] for number in renamed["label"]]
+        return renamed
 
     # A view, not rename_columns: two fields may be the same column.
-    return table.select_columns(list(dict.fromkeys(wanted.values()))).with_transform(renamed)
+    distinct = list(dict.fromkeys(columns.values()))
+    return table.select_columns(distinct).with_transform(rename)
 
 
-def _numeric_rows(table: Any, answer: str, data: DataConfig) -> Iterable[Record]:
-    column = data.columns.get(answer, answer)
-    kinds = {
-        name: str(getattr(kind, "dtype", ""))
-        for name, kind in table.features.items()
-        if name != column
-    }
-    inputs = [name for name, kind in kinds.items() if kind.startswith(("int", "float"))]
-    if column not in table.column_names or not inputs:
+def _numeric_rows(table: Any, answer: str, wanted: _Wanted) -> list[Record]:
+    """All numeric columns but the answer's as one row of `features` float32."""
+    answer_column = wanted.column(answer)
+    inputs: list[str] = []
+    for name, feature in table.features.items():
+        dtype = str(getattr(feature, "dtype", ""))
+        if name != answer_column and dtype.startswith(("int", "float")):
+            inputs.append(name)
+    if answer_column not in table.column_names or not inputs:
         raise RequestError(
-            f"the data has columns {', '.join(table.column_names)}",
-            f"a column {column!r} and at least one numeric column",
+            f"{wanted.setting} has columns {', '.join(table.column_names)}",
+            f"a column {answer_column!r} and at least one numeric column",
             f"data.columns.{answer}=NAME_OF_A_COLUMN",
         )
     rows = np.stack([np.asarray(table[name], np.float32) for name in inputs], axis=1)
-    return [
-        {"features": row, answer: value} for row, value in zip(rows, table[column], strict=True)
-    ]
+    records = []
+    for row, value in zip(rows, table[answer_column], strict=True):
+        records.append({"features": row, answer: value})
+    return records

@@ -1,64 +1,98 @@
 """Rows of numeric columns as examples."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.examples import ColumnDataset, Part, PreparedData
-from bigtrain.data.held_out import refuse_bad, refuse_empty
-from bigtrain.data.records import FIELDS, Record
+from bigtrain.data.held_out import refuse_empty, refuse_unreadable
 from bigtrain.errors import RequestError
 
 
+@dataclass
+class _Rows:
+    """The complete rows of a part."""
+
+    features: list[NDArray[np.float32]] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)  # labels or targets
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+
 def prepare_table(
-    recipe: Recipe, train: Part, held: Part, trained: dict[str, Any] | None
+    recipe: Recipe, train: Part, held_out: Part, exported: dict[str, Any] | None
 ) -> PreparedData:
-    answer = FIELDS[recipe.task][1]
-    good: list[list[Record]] = [[], []]
-    bad: list[str] = []
-    for part, kept in zip((train, held), good, strict=True):
-        for index in range(len(part)):
-            record = part[index]
-            value = record[answer]
-            unknown = value is None or (isinstance(value, float) and not math.isfinite(value))
-            if unknown or not np.isfinite(record["features"]).all():
-                bad.append(
-                    f"row {part.indices[index]}: nothing, or not a finite number, in one of its columns"
-                )
-            else:
-                kept.append(record)
-    refuse_bad(bad, recipe)
-    refuse_empty({"train": len(good[0]), "eval": len(good[1])}, bad)
-    rows = [np.stack([record["features"] for record in part]) for part in good]
-    answers = [[record[answer] for record in part] for part in good]
+    """Both sets, features standardised by the training set.
+
+    Raises RequestError for rows that cannot be used.
+    """
+    spec = TASK_SPECS[recipe.task]
+    answer = spec.fields[1]
+    unreadable: list[str] = []
+    train_rows = _complete_rows(train, answer, unreadable)
+    eval_rows = _complete_rows(held_out, answer, unreadable)
+    refuse_unreadable(unreadable, recipe)
+    refuse_empty({"train": len(train_rows), "eval": len(eval_rows)}, recipe, unreadable)
     classes: list[str] = []
-    if answer == "label":
-        classes = sorted({str(a) for part in answers for a in part})
-        columns = [np.asarray([classes.index(str(a)) for a in part], np.int64) for part in answers]
+    if spec.has_labels:
+        classes = sorted({str(label) for label in train_rows.answers + eval_rows.answers})
+    train_features = np.stack(train_rows.features)
+    if exported is None:
+        mean = train_features.mean(0)
+        std = train_features.std(0)
+        std[std == 0] = 1  # a constant column
     else:
-        try:
-            columns = [np.asarray(part, np.float32) for part in answers]
-        except (TypeError, ValueError):
-            raise RequestError(
-                "regression target is not a number", "numbers in every row"
-            ) from None
-    mean, std = rows[0].mean(0), rows[0].std(0)
-    std[std == 0] = 1
-    if trained is not None:
-        mean, std = (np.asarray(trained[f"feature_{name}"], np.float32) for name in ("mean", "std"))
-    sets = [
-        ColumnDataset({"features": (r - mean) / std, answer: column})
-        for r, column in zip(rows, columns, strict=True)
-    ]
-    width, seen = rows[0].shape[1], {"feature_mean": mean.tolist(), "feature_std": std.tolist()}
+        mean = np.asarray(exported["feature_mean"], np.float32)
+        std = np.asarray(exported["feature_std"], np.float32)
+
+    def dataset(rows: _Rows) -> ColumnDataset:
+        features = (np.stack(rows.features) - mean) / std
+        if spec.has_labels:
+            labels = _class_numbers(rows.answers, classes)
+            return ColumnDataset({"features": features, answer: labels})
+        return ColumnDataset({"features": features, answer: _targets(rows.answers)})
+
+    num_features = train_features.shape[1]
     return PreparedData(
-        sets[0],
-        sets[1],
-        width // 64 + 1,
+        dataset(train_rows),
+        dataset(eval_rows),
+        tokens_per_sample=num_features // 64 + 1,
         classes=classes,
-        features=width,
-        preprocessing=seen,
-        bad=bad,
+        features=num_features,
+        preprocessing={"feature_mean": mean.tolist(), "feature_std": std.tolist()},
+        unreadable=unreadable,
     )
+
+
+def _complete_rows(part: Part, answer: str, unreadable: list[str]) -> _Rows:
+    """The rows of finite numbers with an answer; the others are named in `unreadable`."""
+    rows = _Rows()
+    for index in range(len(part)):
+        record = part[index]
+        value = record[answer]
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if value is None or not is_finite or not np.isfinite(record["features"]).all():
+            unreadable.append(
+                f"row {part.name(index)}: nothing, or not a finite number, in one of its columns"
+            )
+            continue
+        rows.features.append(record["features"])
+        rows.answers.append(value)
+    return rows
+
+
+def _class_numbers(labels: list[Any], classes: list[str]) -> NDArray[np.int64]:
+    return np.asarray([classes.index(str(label)) for label in labels], np.int64)
+
+
+def _targets(values: list[Any]) -> NDArray[np.float32]:
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        raise RequestError("regression target is not a number", "numbers in every row") from None

@@ -1,6 +1,6 @@
 """Text to token ids, once: a memory-mapped cache keyed by everything it was made from.
 
-Whoever takes the lock builds; other ranks (and other runs) wait for it and map the same pages.
+Whoever takes the lock builds it; other ranks (and other runs) wait for it and map the same pages.
 """
 
 import json
@@ -11,9 +11,9 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -23,27 +23,27 @@ from rich.console import Console
 from rich.progress import track
 
 from bigtrain.config.recipe import Recipe, TokenizerConfig
-from bigtrain.data.held_out import held_out, refuse_empty
-from bigtrain.data.records import FIELDS, Record, Source
+from bigtrain.config.task_specs import TASK_SPECS, TaskSpec
+from bigtrain.data.held_out import is_held_out, refuse_empty, split_key
+from bigtrain.data.records import Record, Source
 from bigtrain.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stamp, vocabulary_size
 from bigtrain.errors import RequestError
 
 _VERSION = 2  # of the cache's format and of how text becomes ids
+_BATCH = 64  # texts that the tokenizer encodes at once, on all cores
 
 
 class Ragged:
-    """Sequences of ids of different lengths: one flat file of ids and one of ends, both memory-mapped."""
+    """Sequences of ids of different lengths: a flat file of ids and one of ends, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        self.ends: NDArray[np.int64] = np.load(
-            path.with_suffix(".ends.npy"), mmap_mode="r", allow_pickle=False
-        )
+        ends = path.with_suffix(".ends.npy")
+        self.ends: NDArray[np.int64] = np.load(ends, mmap_mode="r", allow_pickle=False)
         dtype = np.dtype(path.with_suffix(".dtype").read_text())
         size = int(self.ends[-1]) if len(self.ends) else 0
-        flat = path.with_suffix(".bin")
-        self.flat: NDArray[Any] = (
-            np.memmap(flat, dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
-        )
+        self.flat: NDArray[Any] = np.empty(0, dtype)
+        if size:  # an empty file cannot be mapped
+            self.flat = np.memmap(path.with_suffix(".bin"), dtype, mode="r", shape=(size,))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -54,8 +54,11 @@ class Ragged:
 
 
 class _RaggedWriter:
+    """Writes what Ragged reads."""
+
     def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path, self.lengths = path, []  # type: tuple[Path, list[int]]
+        self.path = path
+        self.lengths: list[int] = []
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.file = path.with_suffix(".bin").open("wb")
 
@@ -71,7 +74,7 @@ class _RaggedWriter:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """An opened cache: the tokenizer, and per part ("train", "eval") its fields as Ragged or labels."""
+    """An opened cache: the tokenizer, and for each part ("train", "eval") its texts and labels."""
 
     folder: Path
     meta: dict[str, Any]
@@ -85,15 +88,18 @@ class TokenCache:
 
 
 def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> TokenCache:
-    """The token cache for this data, built now if it is not there yet."""
-    task, data = recipe.task, recipe.data
-    tokenizer = data.tokenizer if data.tokenizer != "auto" else recipe.model.pretrained or "bytes"
-    spec = tokenizer.model_dump() if isinstance(tokenizer, TokenizerConfig) else tokenizer
-    # A pretrained tokenizer adds its special tokens and cuts; then the length is part of what the ids are.
-    held = evaluation.identity if evaluation else data.eval_fraction
-    made_from = [_VERSION, task, source.identity, held, tokenizer_stamp(spec), data.columns]
-    if task != "causal_lm":
-        made_from.append(data.seq_len)
+    """The token cache for this data, built now if there is none yet."""
+    tokenizer_spec = _tokenizer_spec(recipe)
+    made_from = [
+        _VERSION,
+        recipe.task,
+        source.identity,
+        evaluation.identity if evaluation else recipe.data.eval_fraction,
+        tokenizer_stamp(tokenizer_spec),
+        recipe.data.columns,
+    ]
+    if not TASK_SPECS[recipe.task].is_packed:
+        made_from.append(recipe.data.seq_len)  # texts are stored as they were cut
     root = Path(os.environ.get("BIGTRAIN_CACHE") or Path.home() / ".cache" / "bigtrain")
     folder = root / "tokens" / blake3(json.dumps(made_from).encode()).hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +109,7 @@ def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> Tok
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
             try:
-                _build(building, recipe, spec, source, evaluation)
+                _build(building, recipe, tokenizer_spec, source, evaluation)
                 building.rename(folder)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
@@ -111,114 +117,187 @@ def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> Tok
     return TokenCache(folder, meta, load_tokenizer(str(folder / "tokenizer")))
 
 
+def _tokenizer_spec(recipe: Recipe) -> str | dict[str, Any]:
+    """The settings of a tokenizer to train, or `bytes`, a folder or a hub id."""
+    tokenizer = recipe.data.tokenizer
+    if isinstance(tokenizer, TokenizerConfig):
+        return tokenizer.model_dump()
+    if tokenizer == "auto":
+        return recipe.model.pretrained or "bytes"
+    return tokenizer
+
+
+class _Placed(NamedTuple):
+    """A record and the part ("train" or "eval") that it belongs to."""
+
+    part: str
+    record: Record
+
+
 def _build(
-    folder: Path, recipe: Recipe, spec: Any, source: Source, evaluation: Source | None
-) -> None:
-    task, first, note = recipe.task, FIELDS[recipe.task][0], Console(stderr=True)
-    bad: set[str] = set()
-
-    def parts() -> Iterator[tuple[str, Record]]:
-        for part, origin in (("train", source), ("eval", evaluation)):
-            for index, record in enumerate(origin.records() if origin else []):
-                if problem := _bad_text(record, task):
-                    bad.add(f"record {index} of data.{part}: {problem}")
-                    continue
-                held = part == "eval" or (
-                    evaluation is None and held_out(record, index, first, recipe.data.eval_fraction)
-                )
-                yield ("eval" if held else "train"), record
-
-    fields = [field for field in FIELDS[task] if field != "label"]
-    training_texts = (
-        record[field] for part, record in parts() if part == "train" for field in fields
-    )
-    if isinstance(spec, dict):
-        note.print(f"training a {spec['train']} tokenizer of {spec['vocab_size']:,} entries")
-    tokenizer = make_tokenizer(spec, training_texts)
-    if tokenizer.eos_token_id is None and task != "text_classification":
-        raise RequestError(
-            f"data.tokenizer: {spec} has no end-of-text token", "a tokenizer with eos_token"
-        )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    meta = _encode(folder, recipe, tokenizer, parts(), fields, note)
-    refuse_empty(meta["records"], bad)
-    (folder / "meta.json").write_text(json.dumps(meta | {"bad": sorted(bad)}))
-
-
-def _bad_text(record: Record, task: str) -> str:
-    """What is wrong with a record; empty: nothing."""
-    wrong = (
-        f
-        for f in FIELDS[task]
-        if record[f] is None or (f != "label" and not isinstance(record[f], str))
-    )
-    return next((f"{field} is {type(record[field]).__name__}, not text" for field in wrong), "")
-
-
-def _encode(
     folder: Path,
     recipe: Recipe,
-    tokenizer: Any,
-    parts: Iterator[tuple[str, Record]],
-    fields: list[str],
-    note: Console,
-) -> dict[str, Any]:
-    """Write every record's ids; returns what is known of them."""
-    task, most, eos = recipe.task, recipe.data.seq_len, tokenizer.eos_token_id
-    labels: dict[str, list[str]] = {"train": [], "eval": []}
-    writers = {
-        (part, f): _RaggedWriter(folder / f"{part}-{f}", vocabulary_size(tokenizer))
-        for part in labels
-        for f in fields
-    }
-    cut, text = 0, _TextStatistics()
-    batches = iter(lambda: list(islice(parts, 64)), [])
-    for batch in track(
-        batches, "tokenising", console=note, transient=True, disable=not sys.stderr.isatty()
-    ):
-        for field in fields:
-            texts = [record[field] for _, record in batch]
-            # The Rust tokenizer works on all cores within a batch.
-            encoded = tokenizer(
-                texts, add_special_tokens=task != "causal_lm", return_attention_mask=False
-            )["input_ids"]
-            for (part, record), ids in zip(batch, encoded, strict=True):
-                cut += task != "causal_lm" and len(ids) > most
-                writers[part, field].add(
-                    [*ids, eos] if task == "causal_lm" else _fit(ids, most, eos, field != "text")
-                )
-                if part == "eval" and task == "causal_lm":
-                    text.add(record[field])
-        if "label" in FIELDS[task]:
-            for part, record in batch:
-                labels[part].append(str(record["label"]))
-    for writer in writers.values():
-        writer.close()
-    classes = sorted(set(chain(*labels.values())))
-    numbers = {name: number for number, name in enumerate(classes)}
-    for part, names in labels.items():
-        np.save(
-            folder / f"{part}-label.npy", np.asarray([numbers[name] for name in names], np.int64)
+    tokenizer_spec: str | dict[str, Any],
+    source: Source,
+    evaluation: Source | None,
+) -> None:
+    spec = TASK_SPECS[recipe.task]
+    console = Console(stderr=True)
+    if isinstance(tokenizer_spec, dict):
+        kind, size = tokenizer_spec["train"], tokenizer_spec["vocab_size"]
+        console.print(f"training a {kind} tokenizer of {size:,} entries")
+    unreadable: set[str] = set()  # a set, because the records are read twice
+    records = _read(recipe, source, evaluation, unreadable)
+    tokenizer = make_tokenizer(tokenizer_spec, _training_texts(records, spec))
+    if tokenizer.eos_token_id is None and spec.is_language:
+        raise RequestError(
+            f"data.tokenizer: {tokenizer_spec} has no end-of-text token",
+            "a tokenizer with eos_token",
         )
-    records = {part: len(writers[part, fields[0]].lengths) for part in labels}
-    return {
-        "records": records,
-        "classes": classes,
-        "cut": cut,
-        "vocab_size": vocabulary_size(tokenizer),
-        **text.summary(),
-    }
+    tokenizer.save_pretrained(folder / "tokenizer")
+    records = _read(recipe, source, evaluation, unreadable)
+    writer = _CacheWriter(folder, recipe, tokenizer)
+    for batch in track(
+        _batches(records),
+        "tokenising",
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ):
+        writer.add(batch)
+    meta = writer.close()
+    refuse_empty(meta["records"], recipe, unreadable)
+    meta["bad"] = sorted(unreadable)
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _fit(ids: list[int], most: int, eos: int | None, ends: bool) -> list[int]:
-    """At most `most` ids; with `ends` the last one is the end-of-text token."""
-    if not ids or (ends and ids[-1] != eos):
-        ids.append(eos or 0)  # an empty text is one token, not none
-    return [*ids[: most - 1], ids[-1]] if ends and len(ids) > most else ids[:most]
+def _read(
+    recipe: Recipe, source: Source, evaluation: Source | None, unreadable: set[str]
+) -> Iterator[_Placed]:
+    """All records that can be read; the others are named in `unreadable`."""
+    spec = TASK_SPECS[recipe.task]
+    for index, record in enumerate(source.records()):
+        if problem := _text_problem(record, spec):
+            unreadable.add(f"record {index} of data.train: {problem}")
+            continue
+        part = "train"
+        if evaluation is None:
+            key = split_key(record, index, spec.fields[0])
+            part = "eval" if is_held_out(key, recipe.data.eval_fraction) else "train"
+        yield _Placed(part, record)
+    if evaluation is None:
+        return
+    for index, record in enumerate(evaluation.records()):
+        if problem := _text_problem(record, spec):
+            unreadable.add(f"record {index} of data.eval: {problem}")
+        else:
+            yield _Placed("eval", record)
+
+
+def _text_problem(record: Record, spec: TaskSpec) -> str:
+    """What is wrong with a record; empty: nothing."""
+    for field in spec.fields:
+        value = record[field]
+        if value is None or (field != "label" and not isinstance(value, str)):
+            return f"{field} is {type(value).__name__}, not text"
+    return ""
+
+
+def _text_fields(spec: TaskSpec) -> list[str]:
+    return [field for field in spec.fields if field != "label"]
+
+
+def _training_texts(records: Iterator[_Placed], spec: TaskSpec) -> Iterator[str]:
+    for part, record in records:
+        if part == "train":
+            for field in _text_fields(spec):
+                yield record[field]
+
+
+def _batches(records: Iterator[_Placed]) -> Iterator[list[_Placed]]:
+    while batch := list(islice(records, _BATCH)):
+        yield batch
+
+
+class _CacheWriter:
+    """Writes the ids and labels of records, batch by batch, into a cache's folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe, tokenizer: Any) -> None:
+        self.folder = folder
+        self.spec = TASK_SPECS[recipe.task]
+        self.seq_len = recipe.data.seq_len
+        self.tokenizer = tokenizer
+        self.vocab_size = vocabulary_size(tokenizer)
+        self.fields = _text_fields(self.spec)
+        self.labels: dict[str, list[str]] = {"train": [], "eval": []}
+        self.num_cut = 0
+        self.statistics = _TextStatistics()
+        self.writers: dict[tuple[str, str], _RaggedWriter] = {}
+        for part in self.labels:
+            for field in self.fields:
+                path = folder / f"{part}-{field}"
+                self.writers[part, field] = _RaggedWriter(path, self.vocab_size)
+
+    def add(self, batch: list[_Placed]) -> None:
+        for field in self.fields:
+            encoded = self.tokenizer(
+                [placed.record[field] for placed in batch],
+                add_special_tokens=not self.spec.is_packed,
+                return_attention_mask=False,
+            )
+            for placed, ids in zip(batch, encoded["input_ids"], strict=True):
+                self.writers[placed.part, field].add(self._fit(ids))
+                if self.spec.is_packed and placed.part == "eval":
+                    self.statistics.add(placed.record[field])
+        if self.spec.has_labels:
+            for part, record in batch:
+                self.labels[part].append(str(record["label"]))
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        """The ids of a text as they are stored.
+
+        A packed text is whole and ended; any other is cut to `seq_len`, and never empty. Sources
+        and targets that are cut keep the end-of-text token.
+        """
+        eos = self.tokenizer.eos_token_id
+        if self.spec.is_packed:
+            return [*ids, eos]
+        if len(ids) > self.seq_len:
+            self.num_cut += 1
+        must_end = self.spec.is_language
+        if not ids or (must_end and ids[-1] != eos):
+            ids = [*ids, eos or 0]
+        if len(ids) <= self.seq_len:
+            return ids
+        if must_end:
+            return [*ids[: self.seq_len - 1], ids[-1]]
+        return ids[: self.seq_len]
+
+    def close(self) -> dict[str, Any]:
+        """Finish all files; returns what meta.json says of them."""
+        for writer in self.writers.values():
+            writer.close()
+        first = self.fields[0]
+        return {
+            "records": {part: len(self.writers[part, first].lengths) for part in self.labels},
+            "classes": self._write_labels(),
+            "cut": self.num_cut,
+            "vocab_size": self.vocab_size,
+            **self.statistics.summary(),
+        }
+
+    def _write_labels(self) -> list[str]:
+        """Write the labels of each part as class numbers; returns the classes."""
+        classes = sorted({*self.labels["train"], *self.labels["eval"]})
+        numbers = {name: number for number, name in enumerate(classes)}
+        for part, names in self.labels.items():
+            column = np.asarray([numbers[name] for name in names], np.int64)
+            np.save(self.folder / f"{part}-label.npy", column)
+        return classes
 
 
 class _TextStatistics:
-    """What a language model on the held-out text is measured against: no model (unigram bytes) and gzip -9."""
+    """What a language model is compared with on the held-out text: byte frequencies and gzip -9."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(256, np.int64)
@@ -235,7 +314,8 @@ class _TextStatistics:
         if not size:
             return {}
         self.compressed += len(self.gzip.flush())
-        entropy = -sum(c / size * math.log2(c / size) for c in self.counts.tolist() if c)
+        shares = [count / size for count in self.counts.tolist() if count]
+        entropy = -sum(share * math.log2(share) for share in shares)
         return {
             "eval_bytes": size,
             "baselines": {

@@ -8,17 +8,21 @@ from blake3 import blake3
 
 from bigtrain.errors import RequestError
 
-PAD, EOS = "<pad>", "<eos>"
+PAD = "<pad>"
+EOS = "<eos>"
 
 
-def tokenizer_stamp(spec: Any) -> Any:
-    """A local tokenizer is known by its content, so that training it again makes a new cache."""
-    path = Path(spec, "tokenizer.json") if isinstance(spec, str) else None
-    return blake3(path.read_bytes()).hexdigest() if path and path.is_file() else spec
+def tokenizer_stamp(spec: str | dict[str, Any]) -> str | dict[str, Any]:
+    """What a cache is keyed by: of a local tokenizer its content, since it may be trained again."""
+    if isinstance(spec, str):
+        file = Path(spec, "tokenizer.json")
+        if file.is_file():
+            return blake3(file.read_bytes()).hexdigest()
+    return spec
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a folder or the hub. Never runs remote code."""
+    """A transformers.PreTrainedTokenizerFast from a folder or the hub. Never runs remote code."""
     from transformers import AutoTokenizer
 
     try:
@@ -30,29 +34,40 @@ def load_tokenizer(name: str) -> Any:
         ) from None
 
 
-def make_tokenizer(spec: Any, texts: Iterable[str]) -> Any:
-    """The tokenizer that `spec` describes; byte-level ones cannot meet a text they do not know."""
-    if isinstance(spec, str) and spec != "bytes":
-        return load_tokenizer(spec)
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+def make_tokenizer(spec: str | dict[str, Any], texts: Iterable[str]) -> Any:
+    """The tokenizer of `spec`: the settings of one to train on `texts`, `bytes`, or a name."""
+    if isinstance(spec, dict):
+        return _train_byte_level(texts, spec["vocab_size"], use_regex=True)
+    if spec == "bytes":
+        # Trained on nothing, the vocabulary is the special tokens and the 256 bytes.
+        return _train_byte_level([], 0, use_regex=False)
+    return load_tokenizer(spec)
+
+
+def _train_byte_level(texts: Iterable[str], vocab_size: int, use_regex: bool) -> Any:
+    """A byte-level BPE tokenizer: it can encode any text, seen in training or not."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    # Trained on nothing, the vocabulary is the special tokens and the 256 bytes.
-    train, size = (False, 0) if spec == "bytes" else (True, spec["vocab_size"])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=train)
-    fast.decoder = decoders.ByteLevel()
-    fast.train_from_iterator(texts if train else [], trainer)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
     )
 
 
 def vocabulary_size(tokenizer: Any) -> int:
     """Ids up to the largest there is: some tokenizers have more of them than entries."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    largest = max(tokenizer.get_vocab().values())
+    return max(len(tokenizer), largest + 1)

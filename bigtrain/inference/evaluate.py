@@ -3,6 +3,7 @@
 import json
 
 import torch
+from torch import nn
 
 from bigtrain.config.loader import load_recipe
 from bigtrain.data.datasets import prepare
@@ -16,17 +17,30 @@ from bigtrain.training.evaluation import evaluate
 
 
 def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
-    """The metrics of a finished run's model on its held-out set (or on data named by an override), in one process."""
+    """The metrics of a finished run's model on its held-out set (or on data named by an override).
+
+    In one process.
+    """
+    exported = json.loads((run.export / "bigtrain.json").read_text())
     forced = ["engine.kind=ddp", "engine.offload=none", f"model.pretrained={run.export}"]
-    forced += [f"data.tokenizer={run.export}"] * (run.export / "tokenizer.json").is_file()
+    if (run.export / "tokenizer.json").is_file():
+        forced.append(f"data.tokenizer={run.export}")
     recipe = load_recipe(str(run.recipe), [*overrides, *forced]).recipe
-    prepared = prepare(recipe, json.loads((run.export / "bigtrain.json").read_text()))
+    prepared = prepare(recipe, exported)
     device = find_device(recipe.engine.device)
     plan, _ = make_plan(
-        recipe.engine, 1, len(prepared.train), prepared.tokens_per_sample, device.bf16_is_fast
+        recipe.engine,
+        world_size=1,
+        samples=len(prepared.train),
+        tokens_per_sample=prepared.tokens_per_sample,
+        bf16_is_fast=device.bf16_is_fast,
     )
-    ranks = start_engine(plan, device, {}, 0.0)
-    ranks.prepare(
-        build_model(recipe, prepared), lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
-    )
-    return evaluate(ranks, TASKS[recipe.task](recipe.task, prepared)) or {}
+    engine = start_engine(plan, device, {}, 0.0)
+    engine.prepare(build_model(recipe, prepared), _idle_optimizer)
+    task = TASKS[recipe.task](recipe.task, prepared)
+    return evaluate(engine, task) or {}
+
+
+def _idle_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """An engine wants an optimizer; this one never steps."""
+    return torch.optim.SGD(model.parameters(), lr=0.0)

@@ -1,26 +1,32 @@
 """Let a finished language model write."""
 
 import json
-from itertools import islice, takewhile
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import RequestError
 from bigtrain.models.export import load_exported
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.language import generate_tokens
 
+_TOP_K = 50  # the likeliest tokens that are drawn from
+
 
 def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """What the model writes after `prompt` (causal_lm), or for it (seq2seq, greedily).
 
-    `tokens` at most; `temperature` 0 takes the likeliest token each time.
+    `tokens` at most; `temperature` 0 takes the likeliest token each time. Raises RequestError for a
+    run of another task, and for a prompt that is too long.
     """
     task = json.loads((run.export / "bigtrain.json").read_text())["task"]
-    if task not in ("causal_lm", "seq2seq"):
+    spec = TASK_SPECS[task]
+    if not spec.is_language:
         raise RequestError(
             f"{run.path} is a {task} model",
             "a causal_lm or seq2seq run",
@@ -29,52 +35,74 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
     tokenizer = load_tokenizer(str(run.export))
     model = load_exported(run.export, task).eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # Training saw an end-of-text token before every document, and after every source.
-    ids = [tokenizer.eos_token_id, *ids] if task == "causal_lm" else [*ids, tokenizer.eos_token_id]
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or tokens + len(
-        ids
-    )
-    if len(ids) >= most:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if spec.is_packed:
+        # In training an end-of-text token came before every document.
+        ids = [tokenizer.eos_token_id, *ids]
+        if positions:
+            tokens = min(tokens, positions - len(ids))
+    else:
+        ids = [*ids, tokenizer.eos_token_id]
+        temperature = 0.0
+    if positions and len(ids) >= positions:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens", f"fewer than the model's {most} positions"
+            f"the prompt has {len(ids)} tokens", f"fewer than the model's {positions} positions"
         )
-    tokens = min(tokens, most - len(ids)) if task == "causal_lm" else tokens
     torch.manual_seed(seed)
     with torch.inference_mode():
-        written = _generate(
-            model, torch.tensor([ids]), tokens, 0.0 if task == "seq2seq" else temperature, tokenizer
-        )
+        if hasattr(model, "generate"):
+            written = _generate(model, ids, tokens, temperature, tokenizer)
+        else:
+            written = _generate_own(model, ids, tokens, temperature, tokenizer)
     return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
 def _generate(
-    model: Any, ids: Tensor, tokens: int, temperature: float, tokenizer: Any
+    model: Any, ids: list[int], tokens: int, temperature: float, tokenizer: Any
 ) -> list[int]:
-    if hasattr(model, "generate"):
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 50}
-            if temperature > 0
-            else {"do_sample": False}
-        )
-        mask = torch.ones_like(ids)
-        found = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
-        start = 0 if model.config.is_encoder_decoder else ids.shape[1]
-        return list(found[0, start:].tolist())
+    """The tokens after `ids`, or for them, by transformers' own generation."""
+    input_ids = torch.tensor([ids])
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": _TOP_K}
+    is_answer = model.config.is_encoder_decoder
+    if is_answer:
+        options["decoder_start_token_id"] = tokenizer.pad_token_id or 0  # as in training
+    generated = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    start = 0 if is_answer else len(ids)
+    return list(generated[0, start:].tolist())
+
+
+def _generate_own(
+    model: nn.Module, ids: list[int], tokens: int, temperature: float, tokenizer: Any
+) -> list[int]:
+    """The tokens after `ids` by a model that only has a forward pass."""
+    room = torch.nn.functional.pad(torch.tensor([ids]), (0, tokens))
+    chosen = generate_tokens(
+        model, {"input_ids": room}, "input_ids", len(ids), _sampler(temperature)
+    )
+    written: list[int] = []
+    for token in islice(chosen, tokens):
+        if int(token) == tokenizer.eos_token_id:
+            break
+        written.append(int(token))
+    return written
+
+
+def _sampler(temperature: float) -> Callable[[Tensor], Tensor]:
+    """From logits [batch, vocabulary] to tokens [batch]."""
 
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        best = torch.topk(logits / temperature, min(50, logits.shape[-1]))
-        return best.indices.gather(-1, torch.multinomial(best.values.softmax(-1), 1))[:, 0]
+        best = torch.topk(logits / temperature, min(_TOP_K, logits.shape[-1]))
+        drawn = torch.multinomial(best.values.softmax(-1), 1)
+        return best.indices.gather(-1, drawn)[:, 0]
 
-    room = {"input_ids": torch.nn.functional.pad(ids, (0, tokens))}
-    chosen = (
-        int(token) for (token,) in generate_tokens(model, room, "input_ids", ids.shape[1], choose)
-    )
-    return list(takewhile(lambda token: token != tokenizer.eos_token_id, islice(chosen, tokens)))
+    return choose

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.examples import PreparedData
 from bigtrain.errors import RequestError
 
@@ -15,33 +16,34 @@ Shard = Callable[[list[nn.Parameter]], None]
 
 
 def on_meta() -> bool:
+    """Whether models are being built without memory, inside `torch.device("meta")`."""
     return torch.get_default_device().type == "meta"
 
 
-def data_shapes(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
-    """What the data says of a model's shape, by the argument names our models (and a user's class) may have."""
-    classes = len(prepared.classes) or (
-        prepared.vocab_size if recipe.task in ("causal_lm", "seq2seq") else 1
-    )
-    facts: dict[str, Any] = {
-        "num_outputs": classes,
-        "num_classes": classes,
+def shape_arguments(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
+    """The model's shape as the data has it, by all names that our models or a user's may use."""
+    spec = TASK_SPECS[recipe.task]
+    num_outputs: int | None = 1
+    if spec.has_labels:
+        num_outputs = len(prepared.classes)
+    elif spec.is_language:
+        num_outputs = prepared.vocab_size
+    arguments = {
+        "num_outputs": num_outputs,
+        "num_classes": num_outputs,
         "vocab_size": prepared.vocab_size,
-    }
-    facts |= {
-        "per_position": recipe.task == "causal_lm",
+        "per_position": spec.is_packed,
         "in_features": prepared.features,
-        "dropout": recipe.model.dropout,
     }
     if prepared.image is not None:
         channels, height, width = prepared.image
-        facts |= {
+        arguments |= {
             "in_channels": channels,
             "image_size": height,
             "in_features": channels * height * width,
+            "row_width": channels * width,
         }
-        facts |= {"row_width": channels * width}
-    return {key: value for key, value in facts.items() if value is not None}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def refuse_unknown(recipe: Recipe, known: Collection[str], expected: str) -> None:
@@ -56,15 +58,17 @@ def refuse_unknown(recipe: Recipe, known: Collection[str], expected: str) -> Non
 
 def refuse_small_vocabulary(prepared: PreparedData, size: int | None) -> None:
     """Raises RequestError for a model of `size` token ids, if the data has more."""
-    if size is not None and prepared.vocab_size is not None and size < prepared.vocab_size:
-        tokens = prepared.vocab_size
-        raise RequestError(
-            f"the tokenizer has {tokens:,} entries, but the model's vocabulary {size:,}: some token ids would be beyond it",
-            f"model.args.vocab_size of at least {tokens}",
-            "leave model.args.vocab_size out",
-        )
+    if size is None or prepared.vocab_size is None or size >= prepared.vocab_size:
+        return
+    raise RequestError(
+        f"the tokenizer has {prepared.vocab_size:,} entries, but the model's vocabulary {size:,}:"
+        " some token ids would be beyond it",
+        f"model.args.vocab_size of at least {prepared.vocab_size}",
+        "leave model.args.vocab_size out",
+    )
 
 
 def nearest(name: str, known: Collection[str]) -> str:
+    """`; did you mean …?`, or nothing if no known name is like it."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""From the recipe's model section to a module: our own models, any of transformers', or the user's class."""
+"""From the recipe's model section to a module: ours, one of transformers', or the user's."""
 
 from torch import nn
 
@@ -9,19 +9,18 @@ from bigtrain.models.own import MODELS, build_own
 
 
 def build_model(recipe: Recipe, prepared: PreparedData, shard: Shard | None = None) -> nn.Module:
-    """The model with its starting weights, on the CPU (or on the meta device inside `torch.device("meta")`).
+    """The model with its starting weights, on the CPU (or inside `torch.device("meta")` on none).
 
-    The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is called with
-    parameters as soon as they hold their values, so that a sharding engine can let go of what is not its own.
-    Raises RequestError for names, arguments and shapes that do not fit.
+    The weights depend on the seed alone, never on the engine or the number of ranks. `shard` is
+    called with parameters as soon as they hold their values, so that a sharding engine can free
+    what other ranks keep. Raises RequestError for names, arguments and shapes that do not fit.
     """
     name = recipe.model.name
     if name in MODELS or ":" in name:
         model = build_own(recipe, prepared)
     else:
-        from bigtrain.models.hf import (
-            build_transformer,
-        )  # takes two seconds that our own models need not pay
+        # transformers takes two seconds to import, which our own models need not pay
+        from bigtrain.models.hf import build_transformer
 
         model = build_transformer(recipe, prepared, shard)
     if shard is not None:

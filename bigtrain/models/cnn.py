@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """Stages of 3×3 convolution → GroupNorm → GELU → 2×2 max-pooling, then a linear classifier.
 
-    GroupNorm and not BatchNorm: its result does not depend on who else is in the micro-batch, so the loss stays the
-    same on any number of ranks (Wu & He 2018).
+    GroupNorm and not BatchNorm: its result does not depend on the other images of the micro-batch,
+    so the loss stays the same on any number of ranks (Wu & He 2018).
     """
 
     def __init__(
@@ -22,13 +22,14 @@ class CNN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         before = in_channels
-        for number, width in enumerate(channels):
-            for _ in range(depth):
-                norm = nn.GroupNorm(_groups(width), width)
-                layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), norm, nn.GELU()]
-                before = width
-            if number < len(channels) - 1:
+        for stage, width in enumerate(channels):
+            if stage > 0:
                 layers.append(nn.MaxPool2d(2))
+            for _ in range(depth):
+                layers.append(nn.Conv2d(before, width, 3, padding=1, bias=False))
+                layers.append(nn.GroupNorm(_num_groups(width), width))
+                layers.append(nn.GELU())
+                before = width
         self.features = nn.Sequential(*layers)
         # Four quarters, not one mean: where a stroke is tells a 6 from a 9.
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
@@ -37,9 +38,13 @@ class CNN(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[batch, channels, height, width] → logits [batch, classes]."""
-        return self.classifier(self.dropout(self.pool(self.features(pixel_values))))
+        pooled = self.pool(self.features(pixel_values))
+        return self.classifier(self.dropout(pooled))
 
 
-def _groups(width: int) -> int:
-    """The most groups up to 8 that divide `width`."""
-    return next(groups for groups in range(8, 0, -1) if width % groups == 0)
+def _num_groups(width: int) -> int:
+    """The largest number of groups up to 8 that divides `width`."""
+    groups = 8
+    while width % groups:
+        groups -= 1
+    return groups

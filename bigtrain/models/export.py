@@ -1,4 +1,4 @@
-"""The trained model as others load it: Hugging Face format, or safetensors and a small config for our own."""
+"""The trained model as others load it: Hugging Face's format, or safetensors and a config."""
 
 import json
 from pathlib import Path
@@ -9,35 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import PreparedData
 from bigtrain.models.build import build_model
 from bigtrain.models.own import load_own, model_class
-
-
-def save_own(model: nn.Module, weights: dict[str, Tensor], name: str, folder: Path) -> None:
-    """Weights and what it takes to build the model again; tied tensors once."""
-    kept: dict[int | str, tuple[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        kept.setdefault(tensor.data_ptr() if tensor.numel() else key, (key, tensor.contiguous()))
-    save_file(dict(kept.values()), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(
-        json.dumps({"architecture": name, "args": model.bigtrain_args}, indent=2) + "\n"
-    )
-
-
-def load_exported(folder: Path, task: str) -> nn.Module:
-    """The model that a run has exported."""
-    config = json.loads((folder / "config.json").read_text())
-    if "architecture" not in config:
-        from bigtrain.models.hf import auto_class
-
-        whole: nn.Module = auto_class(task, config["model_type"]).from_pretrained(
-            folder, dtype=torch.float32
-        )
-        return whole
-    model = model_class(config["architecture"])(**config["args"])
-    load_own(model, folder)
-    return model
 
 
 def export_model(
@@ -56,7 +31,7 @@ def export_model(
         model.tie_weights()  # type: ignore[operator]
         model.save_pretrained(folder)  # type: ignore[operator]
     else:
-        save_own(model, weights, recipe.model.name, folder)
+        _save_own(model, weights, recipe.model.name, folder)
     if prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(folder)
     about = {
@@ -66,23 +41,59 @@ def export_model(
         **prepared.preprocessing,
     }
     (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
-    (folder / "README.md").write_text(_card(recipe, summary))
+    (folder / "README.md").write_text(_model_card(recipe, summary))
 
 
-def _card(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """A model card with what was measured, on what."""
-    measured = "\n".join(f"| {k} | {v:.6g} |" for k, v in summary.items() if isinstance(v, float))
-    origin = (
-        f"pretrained {recipe.model.pretrained}" if recipe.model.pretrained else "random weights"
-    )
+def _save_own(model: nn.Module, weights: dict[str, Tensor], name: str, folder: Path) -> None:
+    """Weights, and what it takes to build the model again."""
+    distinct: dict[str, Tensor] = {}
+    stored: set[int] = set()  # addresses, so that tied tensors are written once
+    for key, tensor in weights.items():
+        address = tensor.data_ptr()
+        if tensor.numel() and address in stored:
+            continue
+        stored.add(address)
+        distinct[key] = tensor.contiguous()
+    save_file(distinct, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"architecture": name, "args": model.bigtrain_args}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_exported(folder: Path, task: TaskName) -> nn.Module:
+    """The model that a run has exported."""
+    config = json.loads((folder / "config.json").read_text())
+    if "architecture" in config:
+        model = model_class(config["architecture"])(**config["args"])
+        load_own(model, folder)
+        return model
+    from bigtrain.models.hf import auto_class
+
+    auto = auto_class(task, config["model_type"])
+    transformer: nn.Module = auto.from_pretrained(folder, dtype=torch.float32)
+    return transformer
+
+
+def _model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
+    """What was trained on what, and what was measured (README.md of the export)."""
+    rows = []
+    for name, value in summary.items():
+        if isinstance(value, float):
+            rows.append(f"| {name} | {value:.6g} |")
+    measured = "\n".join(rows)
+    origin = "random weights"
+    if recipe.model.pretrained:
+        origin = f"pretrained {recipe.model.pretrained}"
+    library = "transformers" if TASK_SPECS[recipe.task].is_language else "bigtrain"
     return f"""---
-library_name: {"transformers" if recipe.task in ("causal_lm", "seq2seq") else "bigtrain"}
+library_name: {library}
 tags: [bigtrain, {recipe.task}]
 ---
 # {recipe.name}
 
-A {recipe.model.name} model for {recipe.task}, trained with bigtrain from {origin} on `{recipe.data.train}`:
-{summary["step"]:,} steps, {summary["samples"]:,} samples, seed {recipe.seed}. `recipe.yaml` in the run directory trains it again.
+A {recipe.model.name} model for {recipe.task}, trained with bigtrain from {origin} on \
+`{recipe.data.train}`:
+{summary["step"]:,} steps, {summary["samples"]:,} samples, seed {recipe.seed}. \
+`recipe.yaml` in the run directory trains it again.
 
 | held-out metric | value |
 |---|---|

@@ -1,7 +1,10 @@
-"""Models of transformers, by model type and arguments, or from pretrained safetensors. Remote code is never run."""
+"""Models of transformers, by model type and arguments, or from pretrained safetensors.
+
+Remote code is never run.
+"""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -11,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import PreparedData
 from bigtrain.errors import RequestError
 from bigtrain.models.arguments import (
@@ -24,12 +28,16 @@ from bigtrain.models.own import MODELS
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-AUTO = {
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image_classification": "AutoModelForImageClassification",
-    "text_classification": "AutoModelForSequenceClassification",
-}
+
+# What a model's constructor raises for arguments that do not fit each other.
+_CONSTRUCTOR_ERRORS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AssertionError,
+    AttributeError,
+    ZeroDivisionError,
+)
 
 
 def build_transformer(
@@ -41,69 +49,76 @@ def build_transformer(
     if recipe.model.pretrained and not on_meta():
         model = _pretrained(auto, recipe, config)
     else:
-        try:
-            with torch.device("meta"):
-                model = auto.from_config(config, trust_remote_code=False)
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-            AssertionError,
-            AttributeError,
-            ZeroDivisionError,
-        ) as problem:
-            found = f"model {recipe.model.name} with {recipe.model.args}: {problem}"
-            raise RequestError(found, "a consistent model.args") from None
+        model = _without_memory(auto, recipe, config)
         if not on_meta():
             materialise(model, recipe.seed, shard)
-    for module in model.modules():
-        if recipe.model.dropout is not None and isinstance(module, nn.Dropout):
-            module.p = recipe.model.dropout
+    if recipe.model.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = recipe.model.dropout
     return model
 
 
-def auto_class(task: str, model_name: str) -> Any:
-    """The transformers Auto class for a task."""
-    if task not in AUTO:
+def auto_class(task: TaskName, model_name: str) -> Any:
+    """The transformers Auto class for a task. Raises RequestError if there is none."""
+    name = TASK_SPECS[task].auto_class
+    if name is None:
         raise RequestError(
             f"model {model_name}: transformers has none for task {task}",
             "model mlp, linear, or package.module:Class",
         )
-    return getattr(transformers, AUTO[task])
+    return getattr(transformers, name)
+
+
+def _without_memory(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False)
+    except _CONSTRUCTOR_ERRORS as problem:
+        raise RequestError(
+            f"model {recipe.model.name} with {recipe.model.args}: {problem}",
+            "a consistent model.args",
+        ) from None
 
 
 def _config(recipe: Recipe, prepared: PreparedData) -> PreTrainedConfig:
-    """The model's configuration: the recipe's arguments and what the data says, every key known to the model."""
-    name, args, pretrained = recipe.model.name, recipe.model.args, recipe.model.pretrained
-    default = _pretrained_config(pretrained, name) if pretrained else _default_config(name)
-    known = set(default.to_dict()) | set(getattr(type(default), "attribute_map", {}))
-    refuse_unknown(recipe, known, f"arguments of {type(default).__name__}")
-    facts = {
-        key: value
-        for key, value in _facts(recipe, prepared).items()
-        if key in known or key == "id2label"
-    }
-    vocab_size = args.get(
-        "vocab_size", getattr(default.get_text_config(), "vocab_size", None) if pretrained else None
-    )
+    """The model's configuration: its defaults, then what the data says, then what the recipe says.
+
+    Every argument of the recipe must be one that the model knows.
+    """
+    name = recipe.model.name
+    pretrained = recipe.model.pretrained
+    defaults = _pretrained_config(pretrained, name) if pretrained else _default_config(name)
+    known = set(defaults.to_dict()) | set(getattr(type(defaults), "attribute_map", {}))
+    refuse_unknown(recipe, known, f"arguments of {type(defaults).__name__}")
+    from_data = {}
+    for key, value in _data_arguments(recipe, prepared).items():
+        if key in known or key == "id2label":
+            from_data[key] = value
+    vocab_size = recipe.model.args.get("vocab_size")
+    if vocab_size is None and pretrained:
+        vocab_size = getattr(defaults.get_text_config(), "vocab_size", None)
     refuse_small_vocabulary(prepared, vocab_size)
     if prepared.vocab_size is not None and vocab_size is not None:
-        facts["vocab_size"] = vocab_size
-    dropouts = _dropouts(default, recipe.model.dropout)
+        from_data["vocab_size"] = vocab_size  # larger than the tokenizer needs
+    dropouts = _dropout_arguments(defaults, recipe.model.dropout)
     if recipe.model.dropout is not None and not dropouts:
         raise RequestError(f"model.dropout: {name} has no dropout", "leave model.dropout out")
-    settings = facts | dropouts | args
+    from_recipe = dropouts | recipe.model.args
+    config_kwargs = from_data | from_recipe
     try:
         if pretrained:
-            config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **settings)
+            config = AutoConfig.from_pretrained(
+                pretrained, trust_remote_code=False, **config_kwargs
+            )
         else:
-            config = AutoConfig.for_model(name, **settings)
+            config = AutoConfig.for_model(name, **config_kwargs)
     except Exception as problem:  # each config checks its arguments in its own way
         raise RequestError(
             f"model.args: {name} refuses them: {str(problem).splitlines()[0]}",
             "arguments it accepts",
         ) from None
-    _check_length(recipe, config)
+    _refuse_long_samples(recipe, config)
     return config
 
 
@@ -115,7 +130,8 @@ def _default_config(name: str) -> PreTrainedConfig:
 
         raise RequestError(
             f"model.name {name!r} is unknown{nearest(name, [*CONFIG_MAPPING_NAMES, *MODELS])}",
-            f"one of {', '.join(MODELS)}, a transformers model type (gpt2, llama, t5, bert, resnet …), or package.module:Class",
+            f"one of {', '.join(MODELS)}, a transformers model type"
+            " (gpt2, llama, t5, bert, resnet …), or package.module:Class",
         ) from None
 
 
@@ -135,50 +151,61 @@ def _pretrained_config(folder: str, name: str) -> PreTrainedConfig:
     return config
 
 
-def _facts(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
-    """What the data knows and the model's configuration may ask for."""
-    facts: dict[str, Any] = {}
+def _data_arguments(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
+    """What the data decides, by the names that transformers' configurations have for it."""
+    arguments: dict[str, Any] = {}
     if prepared.tokenizer is not None:
-        pad, end = prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id
-        start = end if prepared.tokenizer.bos_token_id is None else prepared.tokenizer.bos_token_id
-        ids = {"pad_token_id": pad, "eos_token_id": end, "bos_token_id": start}
-        facts |= {"vocab_size": prepared.vocab_size} | {
-            key: number for key, number in ids.items() if number is not None
-        }
-        if recipe.task == "causal_lm":
-            facts["is_decoder"] = True  # else BERT and its family look ahead
-        if recipe.task == "seq2seq":
-            facts["decoder_start_token_id"] = pad
+        arguments |= _token_arguments(recipe, prepared.tokenizer)
+        arguments["vocab_size"] = prepared.vocab_size
     if prepared.classes:
-        numbers = {label: number for number, label in enumerate(prepared.classes)}
-        facts |= {"id2label": dict(enumerate(prepared.classes)), "label2id": numbers}
+        names = dict(enumerate(prepared.classes))
+        arguments["id2label"] = names
+        arguments["label2id"] = {name: number for number, name in names.items()}
     if prepared.image is not None:
-        facts |= {"num_channels": prepared.image[0], "image_size": prepared.image[1]}
-    return facts
+        channels, height, _ = prepared.image
+        arguments["num_channels"] = channels
+        arguments["image_size"] = height
+    return arguments
 
 
-def _dropouts(config: PreTrainedConfig, dropout: float | None) -> dict[str, float]:
-    """Every dropout of a configuration set to one value (each architecture has its own names for them)."""
-    if dropout is None:
-        return {}
-    numbers = {
-        key: value for key, value in config.to_dict().items() if isinstance(value, int | float)
+def _token_arguments(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """The ids of special tokens, and whether the model may look ahead."""
+    spec = TASK_SPECS[recipe.task]
+    begin = tokenizer.bos_token_id
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id if begin is None else begin,
     }
-    return {key: dropout for key in numbers if "dropout" in key or key.endswith("pdrop")}
+    arguments: dict[str, Any] = {key: value for key, value in ids.items() if value is not None}
+    if spec.predicts == "next_token":
+        arguments["is_decoder"] = True  # else BERT and its family look ahead
+    elif spec.predicts == "text":
+        arguments["decoder_start_token_id"] = tokenizer.pad_token_id
+    return arguments
 
 
-def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
-    text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
-    if recipe.data.seq_len > (most or 0) > 0 and recipe.task in (
-        "causal_lm",
-        "text_classification",
-        "seq2seq",
-    ):
+def _dropout_arguments(config: PreTrainedConfig, dropout: float | None) -> dict[str, float]:
+    """Every dropout of a configuration set to one value; each architecture has its own names."""
+    arguments: dict[str, float] = {}
+    if dropout is None:
+        return arguments
+    for key, value in config.to_dict().items():
+        is_dropout = "dropout" in key or key.endswith("pdrop")
+        if is_dropout and isinstance(value, int | float):
+            arguments[key] = dropout
+    return arguments
+
+
+def _refuse_long_samples(recipe: Recipe, config: PreTrainedConfig) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if TASK_SPECS[recipe.task].data != "text" or not positions or positions < 0:
+        return
+    if recipe.data.seq_len > positions:
         raise RequestError(
-            f"data.seq_len is {recipe.data.seq_len}, but the model has {most} positions",
-            f"data.seq_len of at most {most}",
-            f"data.seq_len={most}, or more positions in model.args",
+            f"data.seq_len is {recipe.data.seq_len}, but the model has {positions} positions",
+            f"data.seq_len of at most {positions}",
+            f"data.seq_len={positions}, or more positions in model.args",
         )
 
 
@@ -200,27 +227,28 @@ def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrain
             "safetensors of this architecture and shape",
         ) from None
     # A new head for a new task is drawn; a layer that the file does not have would be a silent lie.
-    if lacking := [
-        name for name in report["missing_keys"] if any(part.isdigit() for part in name.split("."))
-    ]:
-        raise RequestError(
-            f"model.pretrained: {folder} has no {lacking[0]}", "all layers of the model"
-        )
+    for name in report["missing_keys"]:
+        in_a_layer = any(part.isdigit() for part in name.split("."))
+        if in_a_layer:
+            raise RequestError(
+                f"model.pretrained: {folder} has no {name}", "all layers of the model"
+            )
     return model
 
 
 def materialise(model: PreTrainedModel, seed: int, shard: Shard | None = None) -> None:
     """Give a model on the meta device memory and its starting weights, module by module.
 
-    Each module draws from a seed made of (seed, its name): the draws depend neither on the order nor on the engine.
-    transformers' own rules (`_init_weights`) say what is drawn. With `shard`, an element of a list of layers is
-    handed over as soon as it is drawn, so a rank holds one layer and its shards, not the model.
-    (Building inside `deepspeed.zero.Init` instead starts wrongly: transformers#43847, #44236.)
+    Each module draws from a seed made of (seed, its name): the draws depend neither on the order
+    nor on the engine. transformers' own rules (`_init_weights`) say what is drawn. With `shard`, an
+    element of a list of layers is passed to it as soon as it is drawn, so a rank holds one layer
+    and its shards, not the model. (Building inside `deepspeed.zero.Init` instead starts wrongly:
+    transformers#43847, #44236.)
     """
     with torch.no_grad():
         _materialise(model, "", model, seed, shard, {})
     model.tie_weights()
-    _all_drawn(model)
+    _refuse_undrawn(model)
 
 
 def _materialise(
@@ -231,12 +259,13 @@ def _materialise(
     shard: Shard | None,
     made: dict[int, nn.Parameter],
 ) -> None:
+    """`owner` has the rules for `module`; `made`: old parameter's id → new one, for tied ones."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta:
-            fresh = nn.Parameter(
-                torch.full_like(parameter, math.nan, device="cpu"), parameter.requires_grad
-            )
+            # NaN until it is drawn, so that what no rule draws is found.
+            undrawn = torch.full_like(parameter, math.nan, device="cpu")
+            fresh = nn.Parameter(undrawn, parameter.requires_grad)
             module._parameters[key] = made.setdefault(id(parameter), fresh)
     for key, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta:
@@ -244,21 +273,22 @@ def _materialise(
     for key, child in module.named_children():
         _materialise(child, f"{name}.{key}", owner, seed, shard, made)
         if shard is not None and isinstance(module, nn.ModuleList):
-            _all_drawn(child)
+            _refuse_undrawn(child)
             shard(list(child.parameters()))
     torch.manual_seed(int.from_bytes(blake3(f"{seed}{name}".encode()).digest(7), "big"))
     owner._init_weights(module)
-    if hasattr(module, "reset_parameters") and any(
-        p.isnan().any() for p in module.parameters(recurse=False)
-    ):
-        cast(
-            Any, module
-        ).reset_parameters()  # transformers has no rule for it (RegNet's squeeze-and-excitation, for one)
+    reset_parameters: Any = getattr(module, "reset_parameters", None)
+    if reset_parameters is not None:
+        own_parameters = module.parameters(recurse=False)
+        if any(parameter.isnan().any() for parameter in own_parameters):
+            # transformers has no rule for it (RegNet's squeeze-and-excitation, for one)
+            reset_parameters()
 
 
-def _all_drawn(module: nn.Module) -> None:
-    if left := [name for name, parameter in module.named_parameters() if parameter.isnan().any()]:
-        raise RequestError(
-            f"nothing gives {left[0]} of {type(module).__name__} a starting value",
-            "another model type",
-        )
+def _refuse_undrawn(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.isnan().any():
+            raise RequestError(
+                f"nothing gives {name} of {type(module).__name__} a starting value",
+                "another model type",
+            )

@@ -19,11 +19,12 @@ class MLP(nn.Module):
         for width in hidden:
             layers += [nn.Linear(before, width), nn.GELU(), nn.Dropout(dropout)]
             before = width
-        self.layers = nn.Sequential(*layers, nn.Linear(before, num_outputs))
+        layers.append(nn.Linear(before, num_outputs))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor | None = None, pixel_values: Tensor | None = None) -> Tensor:
         """[batch, features], or images that are flattened → [batch, outputs]."""
-        inputs = features if features is not None else pixel_values
+        inputs = pixel_values if features is None else features
         assert inputs is not None
         return self.layers(inputs.flatten(1))
 

@@ -10,7 +10,10 @@ _CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class RNN(nn.Module):
-    """An LSTM or GRU over tokens (vocab_size) or rows of pixels (row_width); logits at every position or one per sequence."""
+    """An LSTM or GRU over tokens (`vocab_size`) or rows of pixels (`row_width`).
+
+    Logits at every position (`per_position`: a language model) or one per sequence.
+    """
 
     def __init__(
         self,
@@ -26,29 +29,34 @@ class RNN(nn.Module):
         tied: bool = True,
         dropout: float = 0.0,
     ) -> None:
-        """`tied` shares the embedding with the output layer (language model only; Press & Wolf 2017)."""
+        """`tied`: a language model's output layer is its embedding (Press & Wolf 2017)."""
         super().__init__()
         if cell not in _CELLS:
             raise ValueError(f"cell is {cell!r}; expected one of: {', '.join(_CELLS)}")
         if per_position and bidirectional:
             raise ValueError(
-                "a language model that reads backwards would see the answer; expected bidirectional: false"
+                "a language model that reads backwards would see the answer;"
+                " expected bidirectional: false"
             )
         self.per_position = per_position
         self.embedding = nn.Embedding(vocab_size, embed) if vocab_size else None
         self.dropout = nn.Dropout(dropout)
-        inputs, between = embed if vocab_size else row_width, dropout if layers > 1 else 0.0
         self.rnn = _CELLS[cell](
-            inputs, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=between
+            embed if vocab_size else row_width,
+            hidden,
+            layers,
+            batch_first=True,
+            bidirectional=bidirectional,
+            dropout=dropout if layers > 1 else 0.0,  # it is between layers
         )
-        width = hidden * (1 + bidirectional)
-        tied = tied and per_position and self.embedding is not None
+        width = 2 * hidden if bidirectional else hidden
+        if not per_position or self.embedding is None:
+            tied = False
         self.project = nn.Linear(width, embed) if tied and width != embed else None
         self.head = nn.Linear(embed if tied else width, num_outputs)
         if tied and self.embedding is not None:
-            nn.init.normal_(
-                self.embedding.weight, std=0.02
-            )  # 1.0, torch's default, would start a tied output far too sure
+            # 1.0, torch's default, would start a tied output far too sure of itself
+            nn.init.normal_(self.embedding.weight, std=0.02)
             self.head.weight = self.embedding.weight
 
     def forward(
@@ -57,7 +65,10 @@ class RNN(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [batch, length] or images [batch, channels, rows, width] → logits [batch, (length,) outputs]."""
+        """Tokens [batch, length] or images [batch, channels, rows, width] → logits.
+
+        [batch, length, outputs] with `per_position`, else [batch, outputs].
+        """
         if self.embedding is not None:
             assert input_ids is not None
             sequence = self.embedding(input_ids)
@@ -65,18 +76,19 @@ class RNN(nn.Module):
             assert pixel_values is not None
             sequence = pixel_values.transpose(1, 2).flatten(2)
         states, last = self._run(self.dropout(sequence), attention_mask)
-        found = self.dropout(states if self.per_position else last)
-        return self.head(self.project(found) if self.project is not None else found)
+        hidden = self.dropout(states if self.per_position else last)
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return self.head(hidden)
 
     def _run(self, sequence: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """All states, and the last true one of each sequence (of both directions)."""
         if self.per_position or mask is None:
             states, last = self.rnn(sequence)
         else:
-            packed = pack_padded_sequence(
-                sequence, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
-            )
+            lengths = mask.sum(1).cpu()
+            packed = pack_padded_sequence(sequence, lengths, batch_first=True, enforce_sorted=False)
             states, last = self.rnn(packed)
-        final = last[0] if isinstance(last, tuple) else last
+        final = last[0] if isinstance(last, tuple) else last  # an LSTM has a cell state too
         directions = 2 if self.rnn.bidirectional else 1
         return states, torch.cat(list(final[-directions:]), dim=-1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.task_specs import LOWER_IS_BETTER
+from bigtrain.config.task_specs import lower_is_better
 from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RUNS, RunDir
 from bigtrain.runs.metrics_file import Columns, Record, read_columns
@@ -174,7 +174,7 @@ def _eval_results(run: Run) -> dict[str, Any]:
         values = [run.evals[step].get(name) for step in sorted(run.evals)]
         numbers = [value for value in values if isinstance(value, int | float)]
         if numbers:
-            best = min if name in LOWER_IS_BETTER else max
+            best = min if lower_is_better(name) else max
             row[f"held-out {name}"] = numbers[-1]
             row[f"best held-out {name}"] = best(numbers)
     return row

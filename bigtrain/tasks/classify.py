@@ -1,10 +1,11 @@
-"""Classification of images, texts and table rows: one class for all three, since only their input differs."""
+"""Classification of images, texts and table rows, which differ in their input only."""
 
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryF1Score,
     BinaryRecall,
@@ -13,72 +14,86 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from bigtrain.data.examples import Example
-from bigtrain.tasks.base import SAMPLES, Batch, Evaluator, Task
+from bigtrain.data.examples import Batch, Example
+from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task
 
 
 class ClassificationEvaluator(Evaluator):
     """loss, accuracy, recall and F1.
 
-    With two classes recall and F1 are those of the second (in alphabetical order: malignant, positive, yes …);
-    with more they are means over the classes (macro).
+    With two classes recall and F1 are those of the second (in alphabetical order: malignant,
+    positive, yes …); with more they are means over the classes (macro).
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
-        classes = len(task.data.classes)
-        metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(classes, average="micro")}
-        if classes == 2:
-            metrics |= {"recall": BinaryRecall(), "f1": BinaryF1Score()}
+        num_classes = len(task.data.classes)
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro")
+        }
+        if num_classes == 2:
+            metrics["recall"] = BinaryRecall()
+            metrics["f1"] = BinaryF1Score()
         else:
-            metrics |= {"recall": MulticlassRecall(classes), "f1": MulticlassF1Score(classes)}
+            metrics["recall"] = MulticlassRecall(num_classes)
+            metrics["f1"] = MulticlassF1Score(num_classes)
         self.collection = MetricCollection(metrics, compute_groups=False).to(device)
-        self.wrong: list[dict[str, Any]] = []
+        self.wrong: Rows = []
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
-        found = logits.argmax(-1)
-        self.collection.update(found, labels)
-        if len(self.wrong) < SAMPLES:
-            for index in (
-                (found != labels).nonzero().flatten()[: SAMPLES - len(self.wrong)].tolist()
-            ):
-                said, true = (
-                    self.task.data.classes[int(answer[index])] for answer in (found, labels)
-                )
-                self.wrong.append(
-                    {"input": self._input(batch, index), "label": true, "predicted": said}
-                )
+        """`logits` [batch, classes], `labels` [batch]; keeps the first wrong answers."""
+        predictions = logits.argmax(-1)
+        self.collection.update(predictions, labels)
+        room = SAMPLES - len(self.wrong)
+        if room <= 0:
+            return
+        classes = self.task.data.classes
+        wrong = (predictions != labels).nonzero().flatten()
+        for index in wrong[:room].tolist():
+            row = {
+                "input": self._shown_input(batch, index),
+                "label": classes[int(labels[index])],
+                "predicted": classes[int(predictions[index])],
+            }
+            self.wrong.append(row)
 
-    def _input(self, batch: Batch, index: int) -> Any:
+    def _shown_input(self, batch: Batch, index: int) -> Any:
         if "pixel_values" in batch:
-            seen, shape = self.task.data.preprocessing, (-1, 1, 1)
-            mean, std = (
-                torch.tensor(seen[f"image_{name}"]).view(shape) for name in ("mean", "std")
-            )
-            pixels = batch["pixel_values"][index].float().cpu() * std + mean
-            return (pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).squeeze(-1).numpy()
+            return self._shown_image(batch["pixel_values"][index])
         if "input_ids" in batch:
-            return self.task.data.tokenizer.decode(
-                batch["input_ids"][index], skip_special_tokens=True
-            )
-        return str([round(value, 4) for value in batch["features"][index].tolist()])
+            ids = batch["input_ids"][index]
+            return self.task.data.tokenizer.decode(ids, skip_special_tokens=True)
+        features = batch["features"][index].tolist()
+        return str([round(value, 4) for value in features])
 
-    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+    def _shown_image(self, pixels: Tensor) -> NDArray[Any]:
+        """Normalised [channels, height, width] → uint8 [height, width(, channels)]."""
+        preprocessing = self.task.data.preprocessing
+        mean = torch.tensor(preprocessing["image_mean"]).view(-1, 1, 1)
+        std = torch.tensor(preprocessing["image_std"]).view(-1, 1, 1)
+        pixels = pixels.float().cpu() * std + mean
+        shown = (pixels.clamp(0, 1) * 255).byte()
+        channels_last = shown.permute(1, 2, 0)
+        return channels_last.squeeze(-1).numpy()
+
+    def samples(self, model: Any, batch: Batch) -> Rows:
         """The first examples that were classified wrongly."""
         return self.wrong
 
     def metrics(self, loss: float) -> dict[str, float]:
-        return {name: float(value) for name, value in self.collection.compute().items()}
+        metrics = self.collection.compute()
+        return {name: float(value) for name, value in metrics.items()}
 
 
 class Classification(Task):
     """One label per example; cross entropy."""
 
-    evaluation = ClassificationEvaluator
+    evaluator_class = ClassificationEvaluator
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Inputs by the name transformers gives them, and labels [batch]."""
+        """Inputs by the names that transformers has for them, and labels [batch]."""
         if "text" not in examples[0]:
             return super().collate(examples)
-        labels = torch.tensor([example["label"] for example in examples])
-        return self.padded(example["text"] for example in examples) | {"labels": labels}
+        batch = self.pad(example["text"] for example in examples)
+        batch["labels"] = torch.tensor([example["label"] for example in examples])
+        return batch

@@ -10,108 +10,186 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import MeanMetric
 
-from bigtrain.data.examples import Example
-from bigtrain.tasks.base import IGNORED, SAMPLES, Batch, Evaluator, Task, outputs
+from bigtrain.data.examples import Batch, Example
+from bigtrain.tasks.base import IGNORED, SAMPLES, Evaluator, Rows, Task, outputs
 
 _WRITTEN = 24  # tokens of a sample, at most
+_MAX_LOSS = 700.0  # its exponential is still a number
 
 
 def generate_tokens(
-    model: Any, batch: Batch, key: str, given: int, choose: Callable[[Tensor], Tensor]
+    model: Any,
+    batch: Batch,
+    key: str,
+    start: int,
+    choose: Callable[[Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    """Tokens [batch] for `batch[key]` [batch, length] from position `given` on, one place after another and without end:
-    each chosen from the logits [batch, vocabulary] of those before. One forward pass each, and all of one shape."""
+    """Write after the first `start` tokens of `batch[key]` [batch, length]; yields tokens [batch].
+
+    `choose` takes logits [batch, vocabulary] to tokens [batch]. Endless: beyond `length` the last
+    logits are chosen from again. One forward pass for each place, all of one shape.
+    """
     ids = batch[key].clone()
-    for place in count(given):
-        logits = outputs(model, **batch | {key: ids})
-        chosen = choose(logits[:, min(place, ids.shape[1]) - 1])
-        if place < ids.shape[1]:
-            ids[:, place] = chosen
-        yield chosen
+    length = ids.shape[1]
+    inputs = batch | {key: ids}
+    for place in count(start):
+        logits = outputs(model, **inputs)
+        last = min(place, length) - 1
+        tokens = choose(logits[:, last])
+        if place < length:
+            ids[:, place] = tokens
+        yield tokens
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _write(model: Any, inputs: Batch, key: str, start: int) -> Tensor:
+    """The likeliest tokens [batch, …] after the first `start` of `inputs[key]`; a few of them."""
+    tokens = generate_tokens(model, inputs, key, start, _likeliest)
+    first_tokens = list(islice(tokens, _WRITTEN))
+    written = torch.stack(first_tokens, dim=1)
+    places = inputs[key].shape[1] - start
+    return written[:, : max(places, 0)]
 
 
 class LanguageEvaluator(Evaluator):
-    """loss (nats per target token) and perplexity; bits per byte of text; or the share of exact sequences."""
+    """loss (nats per target token), perplexity, and bits per byte or the share of exact targets."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
         self.exact = MeanMetric(nan_strategy="disable").to(device)
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
-        # All target tokens likeliest, given the target before them: then greedy decoding, which meets the same
-        # prefixes, writes exactly the target; and the reverse. So no decoding is needed to count exact matches.
-        right = (logits.argmax(-1) == labels) | (labels == IGNORED)
-        self.exact.update(right.all(-1).float())
+        """`logits` [batch, length, vocabulary], `labels` [batch, length].
 
-    def samples(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+        If every target token is the likeliest, given the target tokens before it, then greedy
+        decoding, which meets the same prefixes, writes exactly the target; and the reverse. So
+        exact matches need no decoding.
+        """
+        is_right = logits.argmax(-1) == labels
+        is_right |= labels == IGNORED
+        self.exact.update(is_right.all(-1).float())
+
+    def samples(self, model: Any, batch: Batch) -> Rows:
         """What the model writes by itself: after the first half of some texts, or for some sources.
 
-        The number of forward passes does not depend on the batch: where weights are sharded all ranks make them together.
+        The number of forward passes does not depend on the batch: where weights are sharded all
+        ranks run them together.
         """
-        some = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
-        labels, most = (
-            some.pop("labels"),
-            self.task.data.tokens_per_sample // 2,
-        )  # half of data.seq_len
-        key, given = (
-            ("decoder_input_ids", 1) if "decoder_input_ids" in some else ("input_ids", most)
-        )
-        chosen = islice(
-            generate_tokens(model, some, key, given, lambda logits: logits.argmax(-1)), _WRITTEN
-        )
-        written = torch.stack([*chosen], dim=1)[:, : max(some[key].shape[1] - given, 0)]
-        read, end = self.task.data.tokenizer.batch_decode, self.task.data.tokenizer.eos_token_id
-        until_end = lambda ids: ids.masked_fill(
-            ((ids == end) | (ids == IGNORED)).cumsum(1) > 0, end
-        )  # noqa: E731
-        true = labels[:, given - 1 : given - 1 + _WRITTEN]
-        given_ids = some["input_ids"][:, : None if given == 1 else given]
-        parts = {"given": given_ids, "written": until_end(written), "true": until_end(true)}
-        texts = [read(ids, skip_special_tokens=True) for ids in parts.values()]
-        return [dict(zip(parts, row, strict=True)) for row in zip(*texts, strict=True)]
+        few: Batch = {}
+        for name, tensor in batch.items():
+            few[name] = tensor[:SAMPLES]
+        labels = few.pop("labels")
+        if self.task.spec.is_packed:
+            return self._continue_text(model, few, labels)
+        return self._answer_source(model, few, labels)
+
+    def _continue_text(self, model: Any, inputs: Batch, labels: Tensor) -> Rows:
+        seq_len = self.task.data.seq_len or 2
+        half = max(1, seq_len // 2)
+        written = _write(model, inputs, "input_ids", half)
+        given = inputs["input_ids"][:, :half]
+        true = labels[:, half - 1 :]  # the label of a position is the token after it
+        return self._rows(given, written, true)
+
+    def _answer_source(self, model: Any, inputs: Batch, labels: Tensor) -> Rows:
+        written = _write(model, inputs, "decoder_input_ids", 1)
+        return self._rows(inputs["input_ids"], written, labels)
+
+    def _rows(self, given: Tensor, written: Tensor, true: Tensor) -> Rows:
+        """Token ids [batch, any length] each → for each example a row of texts."""
+        tokenizer = self.task.data.tokenizer
+        given_texts = tokenizer.batch_decode(given, skip_special_tokens=True)
+        written_texts = self._decode_until_end(written)
+        true_texts = self._decode_until_end(true[:, :_WRITTEN])
+        rows: Rows = []
+        for index, text in enumerate(given_texts):
+            row = {
+                "given": text,
+                "written": written_texts[index],
+                "true": true_texts[index],
+            }
+            rows.append(row)
+        return rows
+
+    def _decode_until_end(self, ids: Tensor) -> list[str]:
+        """Texts of `ids` [batch, length] up to the end-of-text token or to what is ignored."""
+        tokenizer = self.task.data.tokenizer
+        end = tokenizer.eos_token_id
+        is_end = (ids == end) | (ids == IGNORED)
+        is_over = is_end.cumsum(1) > 0
+        until_end = ids.masked_fill(is_over, end)
+        return tokenizer.batch_decode(until_end, skip_special_tokens=True)
 
     def metrics(self, loss: float) -> dict[str, float]:
-        perplexity = {"perplexity": math.exp(min(loss, 700.0))}
-        if (size := self.task.data.eval_bytes) is None:
-            return perplexity | {"exact_match": float(self.exact.compute())}
-        return perplexity | {"bits_per_byte": float(self.total.compute()) / math.log(2) / size}
+        metrics = {"perplexity": math.exp(min(loss, _MAX_LOSS))}
+        num_bytes = self.task.data.eval_bytes
+        if num_bytes is None:
+            metrics["exact_match"] = float(self.exact.compute())
+        else:
+            nats = float(self.total.compute())
+            metrics["bits_per_byte"] = nats / math.log(2) / num_bytes
+        return metrics
 
 
 class _TokenTask(Task):
-    """Cross entropy over target tokens; a position labelled IGNORED weighs nothing."""
+    """Cross entropy over target tokens; a position labelled IGNORED counts nothing."""
 
-    unit, shape, evaluation = "tokens", "[batch, target length, vocabulary]", LanguageEvaluator
+    logits_shape = "[batch, target length, vocabulary]"
+    evaluator_class = LanguageEvaluator
 
     def num_targets(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
+        is_target = batch["labels"] != IGNORED
+        return int(is_target.sum())
 
-    def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
-        return (*labels.shape, found.shape[-1])
+    def expected_shape(self, logits: Tensor, labels: Tensor) -> tuple[int, ...]:
+        vocabulary = logits.shape[-1]
+        return (*labels.shape, vocabulary)
+
+    def _pad_inputs(self, ids: list[Tensor]) -> Tensor:
+        """[length] each → [batch, length], padded on the right with the tokenizer's padding."""
+        padding = self.data.tokenizer.pad_token_id or 0
+        return pad_sequence(ids, batch_first=True, padding_value=padding)
+
+    def _pad_labels(self, ids: list[Tensor]) -> Tensor:
+        """[length] each → [batch, length], padded on the right with IGNORED."""
+        return pad_sequence(ids, batch_first=True, padding_value=IGNORED)
 
 
 class CausalLM(_TokenTask):
     """Predict each token of a packed text from those before it."""
 
     def collate(self, examples: list[Example]) -> Batch:
-        """tokens [length + 1] each → input_ids and labels [batch, length]; short windows are padded on the right,
-        where a causal model cannot see the padding."""
-        tokens = [torch.from_numpy(example["tokens"]) for example in examples]
-        padding = self.data.tokenizer.pad_token_id or 0
-        inputs = pad_sequence([t[:-1] for t in tokens], batch_first=True, padding_value=padding)
-        labels = pad_sequence([t[1:] for t in tokens], batch_first=True, padding_value=IGNORED)
-        return {"input_ids": inputs, "labels": labels}
+        """`tokens` [length + 1] each → input_ids and labels [batch, length].
+
+        Short windows are padded on the right, where a causal model cannot see the padding.
+        """
+        windows = [torch.from_numpy(example["tokens"]) for example in examples]
+        inputs = [window[:-1] for window in windows]
+        labels = [window[1:] for window in windows]
+        return {"input_ids": self._pad_inputs(inputs), "labels": self._pad_labels(labels)}
 
 
 class Seq2Seq(_TokenTask):
     """Write the target sequence given the source."""
 
     def collate(self, examples: list[Example]) -> Batch:
-        """source, target token ids → encoder inputs, decoder inputs (the target shifted right) and labels."""
+        """`source` and `target` token ids → encoder inputs, decoder inputs and labels.
+
+        input_ids and attention_mask [batch, source length]; decoder_input_ids (the target shifted
+        right) and labels [batch, target length].
+        """
         padding = self.data.tokenizer.pad_token_id or 0
-        targets = [torch.from_numpy(example["target"]) for example in examples]
         start = torch.tensor([padding])  # as T5 does; the model's config is given the same
-        decoder = [torch.cat([start, target[:-1]]) for target in targets]
-        return self.padded(example["source"] for example in examples) | {
-            "decoder_input_ids": pad_sequence(decoder, batch_first=True, padding_value=padding),
-            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
-        }
+        decoder_inputs: list[Tensor] = []
+        labels: list[Tensor] = []
+        for example in examples:
+            target = torch.from_numpy(example["target"])
+            decoder_inputs.append(torch.cat([start, target[:-1]]))
+            labels.append(target)
+        batch = self.pad(example["source"] for example in examples)
+        batch["decoder_input_ids"] = self._pad_inputs(decoder_inputs)
+        batch["labels"] = self._pad_labels(labels)
+        return batch

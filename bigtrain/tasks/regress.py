@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.regression import R2Score
 
-from bigtrain.tasks.base import Batch, Evaluator, Task
+from bigtrain.data.examples import Batch
+from bigtrain.tasks.base import Evaluator, Task
 
 
 class RegressionEvaluator(Evaluator):
@@ -15,26 +16,33 @@ class RegressionEvaluator(Evaluator):
 
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
-        self.r2 = R2Score().set_dtype(torch.float64).to(device)
+        r2 = R2Score().set_dtype(torch.float64)
+        self.r2 = r2.to(device)
 
     def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
-        self.r2.update(logits.flatten().double(), labels.double())
+        """`logits` [batch] or [batch, 1], `labels` [batch]."""
+        predictions = logits.flatten()
+        self.r2.update(predictions.double(), labels.double())
 
     def metrics(self, loss: float) -> dict[str, float]:
-        # one row has no variance to explain
-        return {
-            "mse": loss,
-            "r2": float(self.r2.compute()) if self.count.compute() > 1 else math.nan,
-        }
+        metrics = {"mse": loss, "r2": math.nan}
+        if self.count.compute() > 1:  # one row has no variance to explain
+            metrics["r2"] = float(self.r2.compute())
+        return metrics
 
 
 class Regression(Task):
     """Loss is the mean squared error, in the target's own units."""
 
-    shape, evaluation = "[batch] or [batch, 1]", RegressionEvaluator
+    logits_shape = "[batch] or [batch, 1]"
+    evaluator_class = RegressionEvaluator
 
-    def output_shape(self, found: Tensor, labels: Tensor) -> tuple[int, ...]:
-        return (len(labels), 1)[: max(1, found.ndim)]
+    def expected_shape(self, logits: Tensor, labels: Tensor) -> tuple[int, ...]:
+        if logits.ndim <= 1:
+            return (len(labels),)
+        return (len(labels), 1)
 
     def loss_from_logits(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        return F.mse_loss(logits.flatten(), labels, reduction="sum")
+        """The squared errors, summed over the batch: a scalar, fp32."""
+        predictions = logits.flatten()
+        return F.mse_loss(predictions, labels, reduction="sum")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from bigtrain.config.task_specs import LOWER_IS_BETTER
+from bigtrain.config.task_specs import lower_is_better
 from bigtrain.data.loader import eval_batches
 from bigtrain.engine.base import Engine
 from bigtrain.tasks.base import Evaluator, Task
@@ -90,7 +90,7 @@ def _remember_best(ctx: TrainContext, metric: str) -> None:
     """Note the step whose `metric` is the best so far; its checkpoint is kept."""
     state = ctx.state
     value = state.results[metric]
-    if metric not in LOWER_IS_BETTER:
+    if not lower_is_better(metric):
         value = -value
     is_first = state.best is None or state.best_metric != metric
     if math.isfinite(value) and (is_first or value < (state.best or 0.0)):

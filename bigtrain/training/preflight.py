@@ -58,11 +58,11 @@ def refuse_different_ranks(engine: Engine, task: Task) -> None:
                 "the same versions on every rank",
                 "bigtrain doctor on every rank shows them all",
             )
-    data = engine.gather([len(task.data.train), len(task.data.eval), task.data.bad])
+    data = engine.gather([len(task.data.train), len(task.data.eval), task.data.unreadable])
     for rank, seen in enumerate(data):
         if seen != data[0]:
             raise RequestError(
-                f"rank {rank} sees other data than rank 0: (training, held out, bad) {seen},"
+                f"rank {rank} sees other data than rank 0: (training, held out, unreadable) {seen},"
                 f" not {data[0]}",
                 "the same files on every node",
             )
@@ -82,7 +82,7 @@ def try_forward(engine: Engine, task: Task) -> float:
         with torch.no_grad(), engine.autocast():
             with flop_counter() as counted, _without_compiling(engine):
                 task.loss_sum(engine.model, batch)
-            looks_ahead = task.name == "causal_lm" and _looks_ahead(engine, task, batch)
+            looks_ahead = task.spec.is_packed and _looks_ahead(engine, task, batch)
     except RequestError:
         raise
     except Exception as problem:  # whatever a model says of an input that does not fit it

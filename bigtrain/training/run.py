@@ -29,6 +29,7 @@ from bigtrain.errors import RequestError, StoppedEarly
 from bigtrain.models.build import build_model
 from bigtrain.models.export import export_model
 from bigtrain.runs.directory import RunDir, run_directory, write_atomic
+from bigtrain.runs.events import Event
 from bigtrain.runs.lock import release_ownership, take_ownership
 from bigtrain.runs.metrics_file import MetricsFile
 from bigtrain.tasks.base import Task
@@ -156,7 +157,7 @@ def build_training(
     batches = train_batches(
         prepared.train, task.collate, recipe, engine.plan, engine.data_rank, state.samples
     )
-    state.bad = sorted({*state.bad, *prepared.bad})
+    state.bad = sorted({*state.bad, *prepared.unreadable})
     watchdog.report_to(tracker, state.step)
     return TrainContext(
         recipe=recipe,
@@ -273,8 +274,8 @@ def _report_start(
         tracker.event(step, "normalisation", **settings["normalisation"])
     for line in resume.rejected:
         tracker.event(step, "checkpoint_rejected", reason=line)
-    if task.data.bad:
-        tracker.event(step, "samples_unreadable", samples=task.data.bad)
+    if task.data.unreadable:
+        tracker.event(step, "samples_unreadable", samples=task.data.unreadable)
     if resume.restored is None:
         return
     if changes:
@@ -311,7 +312,7 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
     except StoppedEarly:
         raise  # the loop has reported it
     except BaseException as problem:
-        event = "lost_peer" if lost_a_peer(problem, ctx.engine.world_size) else "failed"
+        event: Event = "lost_peer" if lost_a_peer(problem, ctx.engine.world_size) else "failed"
         reason = str(problem).split("\n")[0] or type(problem).__name__
         ctx.tracker.event(ctx.state.step, event, reason=reason)
         raise

@@ -27,6 +27,7 @@ import torch
 
 from bigtrain.engine.base import Engine
 from bigtrain.errors import LOST_PEERS
+from bigtrain.runs.events import Event
 from bigtrain.tracking.base import TrackerGroup
 
 Phase = Literal[
@@ -72,7 +73,7 @@ class Diagnosis:
 class PendingEvent(NamedTuple):
     """An event that the loop is to log."""
 
-    name: str
+    name: Event
     details: dict[str, Any]
 
 
