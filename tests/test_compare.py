@@ -1,4 +1,4 @@
-"""What is read back from run directories: status, goodput, compare and its page, the doctor's judgement, counted FLOPs."""
+"""What is read back from run directories (status, goodput, compare and its page); doctor; FLOPs."""
 
 import csv
 import html
@@ -102,10 +102,10 @@ def test_six_runs_are_compared_as_written_down(six: Path) -> None:
 
 
 def test_json_and_csv_say_the_same(six: Path) -> None:
-    (plain,) = (json.loads(bigtrain("compare", "fast-0", "--json", cwd=six).stdout)["results"],)
+    (result,) = json.loads(bigtrain("compare", "fast-0", "--json", cwd=six).stdout)["results"]
     (row,) = csv.DictReader(io.StringIO(bigtrain("compare", "fast-0", "--csv", cwd=six).stdout))
-    assert {key: str(value) for key, value in plain[0].items()} == row
-    assert plain[0]["hours"] == pytest.approx(200 * 0.05 / 3600)
+    assert {key: str(value) for key, value in result.items()} == row
+    assert result["hours"] == pytest.approx(200 * 0.05 / 3600)
 
 
 def test_seeds_of_one_recipe_are_one_group_with_an_interval(six: Path) -> None:
@@ -191,10 +191,14 @@ setTimeout(() => {
   const box = $("canvas").getBoundingClientRect(), pen = $("canvas").getContext("2d");
   const middle = {clientX: box.left + box.width / 2, clientY: box.top + 50, pointerType: "mouse"};
   $("canvas").dispatchEvent(new PointerEvent("pointermove", middle));
-  const pixels = pen.getImageData(0, 0, $("canvas").width, $("canvas").height).data, colours = new Set();
-  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] === 255) colours.add(pixels.slice(i, i + 3).join());
-  parent.document.title = JSON.stringify({tip: $("tip").innerText, shown: $("tip").style.display, colours: [...colours],
-    page: document.documentElement.scrollWidth, window: innerWidth, rows: $("results").rows.length});
+  const pixels = pen.getImageData(0, 0, $("canvas").width, $("canvas").height).data;
+  const colours = new Set();
+  for (let i = 0; i < pixels.length; i += 4)
+    if (pixels[i + 3] === 255) colours.add(pixels.slice(i, i + 3).join());
+  parent.document.title = JSON.stringify({
+    tip: $("tip").innerText, shown: $("tip").style.display, colours: [...colours],
+    page: document.documentElement.scrollWidth, window: innerWidth,
+    rows: $("results").rows.length});
 }, 300);
 </script></body>"""
 
@@ -205,20 +209,15 @@ setTimeout(() => {
 def test_the_page_draws_and_answers_in_a_real_browser(
     six: Path, tmp_path: Path, width: int
 ) -> None:
-    assert (
-        bigtrain(
-            "compare", "slow-*", "fast-*", "--html", str(tmp_path / "page.html"), cwd=six
-        ).returncode
-        == 0
-    )
-    page = (tmp_path / "page.html").read_text()
+    file = tmp_path / "page.html"
+    done = bigtrain("compare", "slow-*", "fast-*", "--html", str(file), cwd=six)
+    assert done.returncode == 0, done.stderr
+    page = file.read_text()
     assert "http" not in page, "no network"
-    probed = html.escape(
-        page.replace("</body>", PROBE)
-    )  # in a frame, because Chromium's own window is never that narrow
-    (tmp_path / "page.html").write_text(
-        f'<title>-</title><iframe style="width:{width}px;height:900px" srcdoc="{probed}"></iframe>'
-    )
+    # In a frame, because Chromium's own window is never that narrow.
+    probed = html.escape(page.replace("</body>", PROBE))
+    style = f"width:{width}px;height:900px"
+    file.write_text(f'<title>-</title><iframe style="{style}" srcdoc="{probed}"></iframe>')
     flags = [
         "--headless=new",
         "--no-sandbox",
@@ -228,59 +227,59 @@ def test_the_page_draws_and_answers_in_a_real_browser(
     ]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
     done = subprocess.run(
-        [str(CHROMIUM), *flags, f"file://{tmp_path}/page.html"],
+        [str(CHROMIUM), *flags, f"file://{file}"],
         capture_output=True,
         text=True,
         timeout=90,
         check=False,
     )
-    assert "CONSOLE" not in done.stderr, [
-        line for line in done.stderr.splitlines() if "CONSOLE" in line
-    ]
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert complaints == []
     title = done.stdout.split("<title>")[1].split("</title>")[0]
-    found = json.loads(html.unescape(title))
-    assert found["shown"] == "block"
-    assert "fast-0 (3 seeds): 0." in found["tip"]
-    assert {"112,72,232", "138,109,59"} <= set(found["colours"]), "both curves, in their colours"
-    assert found["page"] <= found["window"], "nothing wider than the window"
-    assert found["rows"] > 10
+    probe = json.loads(html.unescape(title))
+    assert probe["shown"] == "block"
+    assert "fast-0 (3 seeds): 0." in probe["tip"]
+    assert {"112,72,232", "138,109,59"} <= set(probe["colours"]), "both curves, in their colours"
+    assert probe["page"] <= probe["window"], "nothing wider than the window"
+    assert probe["rows"] > 10
 
 
 def test_status_says_what_each_run_does(six: Path, tmp_path: Path) -> None:
     shutil.copytree(six / "runs", tmp_path / "runs")
     died = tmp_path / "runs" / "slow-1"
+    failed = tmp_path / "runs" / "slow-2"
     (died / "summary.json").unlink()
-    failed = tmp_path / "runs" / "slow-2" / "metrics.jsonl"
-    failed.write_text(
-        failed.read_text()
-        + '{"kind": "event", "step": 200, "event": "failed", "reason": "it burnt"}\n'
-    )
-    (tmp_path / "runs" / "slow-2" / "summary.json").unlink()
-    found = {
-        one["run"]: one for one in json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)
+    (failed / "summary.json").unlink()
+    with (failed / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "event", "step": 200, "event": "failed", "reason": "it burnt"}\n')
+    statuses = json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)
+    by_run = {status["run"]: status for status in statuses}
+    assert {run: status["state"] for run, status in by_run.items()} == {
+        "fast-0": "finished",
+        "fast-1": "finished",
+        "fast-2": "finished",
+        "slow-0": "finished",
+        "slow-1": "died",
+        "slow-2": "FAILED",
     }
-    assert {name: one["state"] for name, one in found.items()} == dict.fromkeys(
-        ("fast-0", "fast-1", "fast-2", "slow-0"), "finished"
-    ) | {"slow-1": "died", "slow-2": "FAILED"}
-    assert found["slow-2"]["health"] == ["it burnt"]
-    assert found["fast-0"]["goodput"] == pytest.approx(0.5, rel=0.01), (
-        "half a step's time is spent on steps"
-    )
+    assert by_run["slow-2"]["health"] == ["it burnt"]
+    half = pytest.approx(0.5, rel=0.01)
+    assert by_run["fast-0"]["goodput"] == half, "half the wall time is spent on steps"
     assert "it burnt" in bigtrain("status", cwd=tmp_path, COLUMNS="160").stdout
 
 
 def test_status_has_the_same_keys_for_every_run(tmp_path: Path) -> None:
     """Other programs read them. Of a run whose files are not readable too."""
     make_run(tmp_path, "good", 0, 0.01)
-    (make_run(tmp_path, "bad", 0, 0.01) / "metrics.jsonl").write_text(
-        '{"kind": "train", "step": []}\n'
-    )
+    bad = make_run(tmp_path, "bad", 0, 0.01)
+    (bad / "metrics.jsonl").write_text('{"kind": "train", "step": []}\n')
     statuses = json.loads(bigtrain("status", "--json", cwd=tmp_path).stdout)
     assert {status["run"]: status["state"] for status in statuses} == {
         "good": "finished",
         "bad": "UNREADABLE",
     }
-    keys = "run state step steps loss samples_per_s left restarts goodput job health".split()
+    keys = ["run", "state", "step", "steps", "loss", "samples_per_s"]
+    keys += ["left", "restarts", "goodput", "job", "health"]
     for status in statuses:
         assert list(status) == keys
     tokens = RunStatus("text", "running", rate=5.0, unit="tokens").as_dict()
@@ -307,7 +306,7 @@ def test_lines_are_read_alike_in_both_ways(six: Path) -> None:
 
 @st.composite
 def written_lines(draw: st.DrawFn) -> tuple[Record, str]:
-    """A record, and its line as some program may have written it: any order of keys, any spacing."""
+    """A record, and its line as a program may have written it: any order of keys, any spacing."""
     kind = draw(st.sampled_from(["train", "eval", "event"]))
     record: Record = {"kind": kind, "step": draw(st.integers(0, 9)), "loss": draw(st.floats(0, 9))}
     if kind == "event":
@@ -346,9 +345,8 @@ def test_the_writer_puts_the_kind_first(tmp_path: Path) -> None:
     file = MetricsFile(RunDir(tmp_path))
     file.log({"step": 1, "kind": "train", "loss": math.inf})
     file.close({})
-    assert (
-        tmp_path / "metrics.jsonl"
-    ).read_text() == '{"kind": "train", "step": 1, "loss": null}\n'
+    line = '{"kind": "train", "step": 1, "loss": null}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == line
 
 
 def test_a_run_of_an_earlier_version_is_read_with_todays_names(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tracking: one W&B run whatever ends it on the way, no server that can hold training up, and no secret in any file."""
+"""Tracking: one W&B run whatever interrupts it; no server delays training; no secret in a file."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ import termios
 import time
 from collections import Counter
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -38,18 +38,26 @@ RUN = Path("runs") / "digits-cnn"
 KEY = "0123456789abcdef0123456789abcdef01234567"  # of the form of W&B's
 
 
-def told(run: Path) -> tuple[list[tuple[int, float]], set[str]]:
-    """(step, training loss) of every segment, as W&B's own reader has them; the ids of the segments."""
-    found, ids = [], set()
+def wandb_entries(file: Path) -> list[dict[str, Any]]:
+    """What a file of W&B's holds, as W&B's own reader shows it."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def wandb_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines that were logged to a file of W&B's."""
+    return [entry.get("history", {}).get("item", {}) for entry in wandb_entries(file)]
+
+
+def wandb_losses(run: Path) -> list[tuple[int, float]]:
+    """(step, training loss) in all segments of a run, in their order."""
+    losses = []
     for file in sorted(run.glob("wandb/*run-*/*.wandb")):
-        ids.add(file.stem.removeprefix("run-"))
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        shown = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-        items = [json.loads(line).get("history", {}).get("item", {}) for line in shown.splitlines()]
-        found += [(item["step"], item["train/loss"]) for item in items if "train/loss" in item]
-    return found, ids
+        for line in wandb_lines(file):
+            if "train/loss" in line:
+                losses.append((line["step"], line["train/loss"]))
+    return losses
 
 
 def test_a_run_killed_twice_is_one_run_in_wandb_with_each_step_once(tmp_path: Path) -> None:
@@ -60,13 +68,15 @@ def test_a_run_killed_twice_is_one_run_in_wandb_with_each_step_once(tmp_path: Pa
         assert {rank.wait(60).returncode for rank in ranks} == {76, -signal.SIGKILL}
     done = on_ranks(2, "train", *recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found, ids = told(tmp_path / RUN)
+    losses = wandb_losses(tmp_path / RUN)
     expected = {
         line["step"]: line["loss"]
         for line in read_metrics(tmp_path / RUN / "metrics.jsonl", "train")
     }
-    assert Counter(step for step, _ in found) == dict.fromkeys(range(1, 13), 1)
-    assert dict(found) == expected
+    assert Counter(step for step, _ in losses) == dict.fromkeys(range(1, 13), 1)
+    assert dict(losses) == expected
+    files = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
+    ids = {file.stem.removeprefix("run-") for file in files}
     assert ids == {(tmp_path / RUN / "wandb_id").read_text()}
 
 
@@ -93,23 +103,19 @@ def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Pa
     assert lines[0]["time"] - began < 10
     assert ended - lines[-1]["time"] < 15
     assert "later: bigtrain sync digits-cnn" in done.stderr
-    assert len(told(tmp_path / RUN)[0]) == 12, "all is there, to be synced"
+    assert len(wandb_losses(tmp_path / RUN)) == 12, "all is there, to be synced"
 
 
-def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(
+def test_tensorboard_and_trackio_have_the_same_lines_and_drop_what_a_kill_undid(
     tmp_path: Path,
 ) -> None:
-    """Killed in step 10, resumed from 8: each step once in TensorBoard, as its own reader has it."""
+    """Killed in step 10, resumed from 8: each step once in TensorBoard, as its own reader shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = [*CNN, "track.wandb=off", "track.extra=[tensorboard, trackio]"]
     environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
-    assert (
-        bigtrain(
-            "train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT="kill@0:10", **environment
-        ).returncode
-        == -signal.SIGKILL
-    )
+    killed = bigtrain("train", *recipe, cwd=tmp_path, BIGTRAIN_FAULT="kill@0:10", **environment)
+    assert killed.returncode == -signal.SIGKILL
     done = bigtrain("train", *recipe, "--json", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 12, "and nothing else on standard output"
@@ -119,23 +125,24 @@ def test_tensorboard_and_trackio_are_told_the_same_and_forget_what_a_kill_undid(
     }
     events = EventAccumulator(str(tmp_path / RUN / "tensorboard"))
     events.Reload()
-    assert {found.step: found.value for found in events.Scalars("train/loss")} == pytest.approx(
-        expected
-    )
-    assert [found.step for found in events.Scalars("eval/accuracy")] == [6, 12]
+    losses = {scalar.step: scalar.value for scalar in events.Scalars("train/loss")}
+    assert losses == pytest.approx(expected)
+    assert [scalar.step for scalar in events.Scalars("eval/accuracy")] == [6, 12]
     with sqlite3.connect(tmp_path / "trackio" / "bigtrain.db") as database:
         rows = database.execute("select step, metrics from metrics").fetchall()
     lines = [(step, json.loads(values)) for step, values in rows]
-    told = {step: line["train/loss"] for step, line in lines if "train/loss" in line}
-    assert told == pytest.approx({step: expected[step] for step in told})
-    assert {11, 12} <= told.keys(), "it sends every half second, and a kill costs what was not sent"
+    losses = {step: line["train/loss"] for step, line in lines if "train/loss" in line}
+    assert losses == pytest.approx({step: expected[step] for step in losses})
+    assert {11, 12} <= losses.keys(), "it sends every half second; a kill costs what was not sent"
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\ninner = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'trackio' else inner(n, *a)\n"
+        "import importlib.util as u\n"
+        "inner = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'trackio' else inner(n, *a)\n"
     )
     command = [sys.executable, "-m", "bigtrain", "train", "digits-cnn", "track.extra=[trackio]"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -217,12 +224,8 @@ def test_every_machine_is_seen_in_wandb(tmp_path: Path) -> None:
     ]
     assert seen and all(set(machines) == {"n1", "n2"} for machines in seen)
     (file,) = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    items = [json.loads(line).get("history", {}).get("item", {}) for line in shown.splitlines()]
-    assert [item["nodes/n2/cpu"] for item in items if "nodes/n2/cpu" in item] == [
-        machines["n2"]["cpu"] for machines in seen
-    ]
+    loads = [line["nodes/n2/cpu"] for line in wandb_lines(file) if "nodes/n2/cpu" in line]
+    assert loads == [machines["n2"]["cpu"] for machines in seen]
 
 
 def test_warnings_of_libraries_are_kept_and_those_of_the_user_shown(tmp_path: Path) -> None:
@@ -231,8 +234,8 @@ def test_warnings_of_libraries_are_kept_and_those_of_the_user_shown(tmp_path: Pa
         "class Mine(CNN):\n"
         "    def forward(self, pixel_values):\n"
         "        warnings.warn('mine: look here')\n"
-        "        said = \"logging.getLogger('DeepSpeed').warning('deepspeed: of no use to you')\"\n"
-        "        exec(compile(said, '/x/site-packages/deepspeed/engine.py', 'exec'))\n"
+        "        text = \"logging.getLogger('DeepSpeed').warning('deepspeed: of no use to you')\"\n"
+        "        exec(compile(text, '/x/site-packages/deepspeed/engine.py', 'exec'))\n"
         "        return super().forward(pixel_values)\n"
     )
     done = on_ranks(
@@ -292,8 +295,11 @@ def test_a_terminal_shows_a_live_panel(tmp_path: Path) -> None:
         assert expected in text, text[-3000:]
 
 
-def test_a_step_that_was_done_twice_is_told_once(tmp_path: Path) -> None:
-    """Killed twice before W&B is switched on: metrics.jsonl has steps 9 and 10 twice, and W&B once, as they were done last."""
+def test_a_step_that_was_done_twice_is_logged_once(tmp_path: Path) -> None:
+    """Killed twice before W&B is switched on.
+
+    metrics.jsonl has steps 9 and 10 twice, and W&B once, as they were done last.
+    """
     recipe = [
         "digits-mlp",
         "train.steps=16",
@@ -307,17 +313,19 @@ def test_a_step_that_was_done_twice_is_told_once(tmp_path: Path) -> None:
         )
         assert done.returncode == -signal.SIGKILL
     assert bigtrain("train", *recipe, "track.wandb=offline", cwd=tmp_path).returncode == 0
-    assert [step for step, _ in told(tmp_path / "runs" / "digits-mlp")[0]] == list(range(1, 17))
+    losses = wandb_losses(tmp_path / "runs" / "digits-mlp")
+    assert [step for step, _ in losses] == list(range(1, 17))
 
 
 def test_a_secret_that_an_error_or_a_warning_names_is_redacted(tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(
-        "import logging, os, warnings\nfrom bigtrain.models.cnn import CNN\n\n\nclass Leaky(CNN):\n    calls = 0\n\n"
+        "import logging, os, warnings\nfrom bigtrain.models.cnn import CNN\n\n\n"
+        "class Leaky(CNN):\n    calls = 0\n\n"
         "    def forward(self, pixel_values):\n"
         "        Leaky.calls += 1\n"
         "        if Leaky.calls > 3:\n"
         "            warnings.warn('the key is ' + os.environ['MY_TOKEN'])\n"
-        "            logging.getLogger(__name__).warning('with more than it has room for', 'here')\n"
+        "            logging.getLogger(__name__).warning('more than it has room for', 'here')\n"
         "            try:\n"
         "                raise RuntimeError('no access with ' + os.environ['MY_TOKEN'])\n"
         "            except RuntimeError:\n"
@@ -391,10 +399,8 @@ def test_wandb_knows_how_a_run_ended(steps: str, code: int, tmp_path: Path) -> N
     )
     assert done.returncode == (3 if code else 0)
     (file,) = (tmp_path / RUN).glob("wandb/*run-*/*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    exits = [json.loads(line)["exit"] for line in shown.splitlines() if "exit" in json.loads(line)]
-    assert [found.get("exit_code", 0) for found in exits] == [code]
+    exits = [entry["exit"] for entry in wandb_entries(file) if "exit" in entry]
+    assert [values.get("exit_code", 0) for values in exits] == [code]
 
 
 def test_a_number_of_tokens_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +452,7 @@ def test_a_secret_of_the_environment_is_in_no_output(tmp_path: Path) -> None:
         "HF_TOKEN": CANARIES["of its form"],
         "MY_SECRET": CANARIES["of this environment"],
     }
-    said = ""
+    output = ""
     commands = [
         ["train", *CNN, "track.wandb=offline"],
         ["train", *CNN, "name=other", "model.name=none:None"],
@@ -458,11 +464,11 @@ def test_a_secret_of_the_environment_is_in_no_output(tmp_path: Path) -> None:
     ]
     for command in commands:
         done = bigtrain(*command, cwd=tmp_path, **secrets)
-        said += done.stdout + done.stderr
+        output += done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     for secret in secrets.values():
-        assert secret not in said
+        assert secret not in output
         assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
