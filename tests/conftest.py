@@ -67,6 +67,7 @@ def _server() -> Any:
         command, stdin=subprocess.PIPE, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}
     )
     atexit.register(lambda: (server.stdin and server.stdin.close(), server.wait(10)))
+    os.environ["FORK_SERVER"] = f"/proc/{server.pid}/fd/0"
     return server
 
 
@@ -75,14 +76,15 @@ class Started:
 
     def __init__(self, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
         self.files = Path(tempfile.mkdtemp(prefix="started-"))
+        server = _server()  # first: it puts its name into the environment
         asked = {
             "arguments": arguments,
             "cwd": str(cwd),
-            "environment": environment,
+            "environment": os.environ | environment,
             "files": str(self.files),
         }
-        _server().stdin.write(json.dumps(asked) + "\n")
-        _server().stdin.flush()
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
         wait_for((self.files / "pid").exists)
         self.pid = int((self.files / "pid").read_text())
 
@@ -103,7 +105,7 @@ class Started:
 
 def start(*arguments: str, cwd: Path, **environment: str) -> Started:
     """Start the command line as a user would."""
-    return Started(arguments, cwd, os.environ | environment)
+    return Started(arguments, cwd, environment)
 
 
 def start_ranks(

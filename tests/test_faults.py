@@ -457,6 +457,21 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
     assert rows[1]["sample ids"].startswith("DIFFERENT")
 
 
+@pytest.mark.parametrize("model", ["rnn-lm", "tiny-lm"])
+def test_a_proof_passes_for_language_models_under_zero3(model: str, tmp_path: Path) -> None:
+    """Forward passes before the load leave weights gathered, which later ones must not use."""
+    (tmp_path / "text.txt").write_text("def square(number):\n    return number * number\n" * 200)
+    small = ["data.train=text.txt", "data.tokenizer=bytes", "data.seq_len=64"]
+    launcher = f"{sys.executable} {TESTS / 'fork_server.py'} {{ranks}}"
+    engine = ["engine.kind=zero3", "engine.precision=fp32"]
+    options = ["--steps", "8", "--launcher", launcher, "--json"]
+    done = bigtrain("prove", model, *small, *engine, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again, half = json.loads(done.stdout)["rows"]
+    assert again["losses"] == again["final weights"] == "same"
+    assert half["sample ids"] == "same"
+
+
 def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
     (run.path / "SAVE").touch()
