@@ -487,10 +487,10 @@ def saved_weights(path: Path) -> dict[str, Tensor]:
 def differences(
     training: TrainContext, expected: dict[str, Tensor], act: Callable[[], Any]
 ) -> list[str]:
-    """Parameters that differ from `expected` within the first forward pass of `act`, on any rank."""
-    module, seen, names = training.engine.module, {}, {}
-    for name, parameter in module.named_parameters():
-        names[id(parameter)] = name
+    """Parameters that differ from `expected` in the first forward pass of `act`, on any rank."""
+    module = training.engine.module
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    seen: dict[str, Tensor] = {}
 
     def look(submodule: nn.Module, *_: Any) -> None:
         for parameter in submodule.parameters(recurse=False):
@@ -511,8 +511,8 @@ def differences(
 def run_in_use(case: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     """Which weights forward passes use after a load that is not the first thing that happens.
 
-    As a run does it: at the start, in an evaluation; after a step; after a rewind; and when the best
-    checkpoint is exported. Returns those that are not the checkpoint's, by when.
+    As a run does it: at the start, in an evaluation; after a step; after a rewind; and when the
+    best checkpoint is exported. Returns those that are not the checkpoint's, by when.
     """
     first, _ = build(case, folder)
     frozen = {name for name, p in first.engine.module.named_parameters() if not p.requires_grad}
@@ -551,7 +551,7 @@ def run_in_use(case: dict[str, Any], folder: Path) -> dict[str, list[str]]:
 
 
 def run_sabotage(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A load that leaves old weights with the forward passes, on every rank: how it ends, on each."""
+    """A load that leaves old weights with the forward passes: how it ends, on each rank."""
     first, _ = build(case, folder)
     train_step(first)
     path = save(first)

@@ -117,7 +117,7 @@ def _deeds() -> dict[str, dict[str, Any]]:
 
 
 def _in_use(world: int) -> dict[str, dict[str, Any]]:
-    """Which weights forward passes use after a load: models of every sort × engines × precisions."""
+    """The weights in use after a load: models of every sort × engines × precisions."""
     cases = {}
     models = ("transformer", "rnn", "cnn", "mixed")
     for model, engine, precision in product(models, ENGINES, TOLERANCE):

@@ -163,9 +163,9 @@ def test_a_checkpoint_of_the_first_form_loads(tmp_path: Path) -> None:
     }
     (tmp_path / "state.json").write_text(json.dumps(state))
     engine = make_engine(DDPEngine, 6)
-    loaded, changes = load_checkpoint(engine, tmp_path)
-    assert vars(loaded) == state
-    assert changes == "engine zero2 → ddp, world_size 2 → 1"
+    restored = load_checkpoint(engine, tmp_path)
+    assert vars(restored.state) == state
+    assert restored.moved == "engine zero2 → ddp, world_size 2 → 1"
     assert torch.equal(engine.module.weight.data.view(-1), weight)
     assert engine.module.running_mean == 3.5
     optimizer_state = engine.optimizer.state[engine.module.weight]
