@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain.engine.base import Context, Engine, MakeOptimizer, StepResult
+from bigtrain.engine.batch_norm import use_fp32_statistics
 from bigtrain.engine.fragments import Fragment, flat_range
 from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import (
@@ -77,6 +78,8 @@ class DeepSpeedEngine(Engine):
                 self._init._zero_init_param(parameter)
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        if self.plan.precision == "bf16":
+            use_fp32_statistics(model)
         apply_compute_options(model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module

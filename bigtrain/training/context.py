@@ -9,6 +9,7 @@ from bigtrain.checkpoint.writer import CheckpointWriter
 from bigtrain.config.recipe import Recipe, TrainConfig
 from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
+from bigtrain.engine.batch_norm import RunningStatistics
 from bigtrain.tasks.base import Task
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.signals import StopFlag
@@ -89,6 +90,7 @@ class TrainContext:
     stop: StopFlag
     checkpoints: CheckpointWriter
     watchdog: Watchdog
+    running_statistics: RunningStatistics
     # Seconds for one target if all devices ran at their peak; 0 where nothing is known.
     peak_seconds_per_target: float = 0.0
     # Why the last checkpoint could not be written; empty if it was.

@@ -165,9 +165,16 @@ def _compute_gradients(
     loss_sum = torch.zeros((), device=engine.device)
     spiked = False
     forward_seconds = 0.0
+    with_samples = sum(micro_batch.has_samples for micro_batch in micro_batches)
+    passes = 0  # over micro-batches with samples
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         _seed_random_draws(ctx.recipe.seed, micro_batch.first)
+        if micro_batch.has_samples:
+            ctx.running_statistics.enter(passes, with_samples)
+            passes += 1
+        else:
+            ctx.running_statistics.enter(with_samples, with_samples)
         with engine.micro_batch(last):
             ctx.watchdog.enter("forward")
             began = time.perf_counter()

@@ -19,6 +19,7 @@ from bigtrain.data.datasets import prepare
 from bigtrain.data.examples import PreparedData
 from bigtrain.data.loader import train_batches
 from bigtrain.engine.base import Engine
+from bigtrain.engine.batch_norm import RunningStatistics
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import read_launcher, refuse_contradictions
 from bigtrain.engine.peer_loss import lost_a_peer
@@ -169,6 +170,7 @@ def build_training(
         stop=stop,
         checkpoints=CheckpointWriter(engine, run, recipe, state),
         watchdog=watchdog,
+        running_statistics=RunningStatistics(engine.module),
         peak_seconds_per_target=peak_seconds_per_target,
     )
 
