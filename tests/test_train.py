@@ -441,3 +441,12 @@ def test_pretrained_weights_are_where_training_starts(finished: Path, tmp_path: 
     for name in ("one", "two"):
         (line,) = read_metrics(tmp_path / "runs" / name / "metrics.jsonl", "eval")
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sequence_to_sequence_model_answers_a_prompt(tmp_path: Path) -> None:
+    short = ["train.steps=1", "data.eval_fraction=0.01", "track.wandb=off"]
+    assert bigtrain("train", "dates-seq2seq", *short, cwd=tmp_path).returncode == 0
+    command = ["generate", "dates-seq2seq", "1 May 1999", "--tokens", "4", "--json"]
+    answer = bigtrain(*command, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["prompt"] == "1 May 1999"
