@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types browser slurm soak gpu clean
+.PHONY: demo test check lint types size docs reference golden browser slurm soak gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
@@ -12,7 +12,7 @@ test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed"
 	$(BIN)/python -m pytest -m timed
 
-check: lint types test browser slurm  ## what CI runs
+check: lint types size docs test browser slurm  ## what CI runs
 
 browser: .venv/installed-dev  ## the page of `bigtrain compare` in a real Chromium (Debian; as root)
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
@@ -28,10 +28,23 @@ soak: .venv/installed-dev  ## ten minutes of random kills; the curve must be the
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch examples/*.sh .ci/run
 
 types: .venv/installed-dev
 	$(BIN)/mypy bigtrain
+
+size: .venv/installed-dev  ## lines, tokens and tokens per line of each package; fails above the limits
+	$(BIN)/python tools/size.py
+
+docs: .venv/installed-dev  ## the documentation as a site in build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+reference: .venv/installed-dev  ## docs/recipe.md, from the recipe's schema
+	$(BIN)/python tools/recipe_reference.py
+
+golden: .venv/installed-dev  ## write down the numbers of runs that tests/test_golden.py compares with
+	$(BIN)/python tests/test_golden.py
 
 gpu: .venv/installed-dev  ## the engines on CUDA; prints a table of losses and peak memory
 	$(BIN)/python -m pytest -m gpu -s

@@ -1,6 +1,8 @@
-"""What a checkpoint costs: written in the background, at once, and beside a plain write of as many bytes.
+"""What a checkpoint costs: written in the background, at once, and beside a plain write of as many
+bytes.
 
-python benchmarks/checkpoints.py    (two ranks, a Transformer of 102 M parameters, below runs/ here; ten minutes)
+python benchmarks/checkpoints.py (two ranks, a Transformer of 102 M parameters, below runs/ here;
+ten minutes)
 """
 
 import json
@@ -50,7 +52,9 @@ print(time.perf_counter() - began)
 
 
 def measure(name: str, background: bool) -> dict[str, Any]:
-    """Train; what the third checkpoint cost, the first that is written over another; and for how long the first blocked."""
+    """Train; what the third checkpoint cost, the first that is written over another; and for how
+    long the first blocked.
+    """
     launch = [
         sys.executable,
         "-m",
@@ -89,7 +93,9 @@ def measure(name: str, background: bool) -> dict[str, Any]:
 
 
 def plain_write(shards: list[Path]) -> float:
-    """Seconds for as many processes to write and sync as many bytes to new files; the slowest, the median of three."""
+    """Seconds for as many processes to write and sync as many bytes to new files; the slowest, the
+    median of three.
+    """
     times = []
     for number in range(3):
         time.sleep(
@@ -118,7 +124,8 @@ def main() -> None:
     size = found["at-once"]["size"]
     print(f"{size / 2**20:,.0f} MiB by two ranks; a step takes {found['at-once']['step']:.2f} s")
     print(
-        "| checkpoint written | training waits | the first time | lost in all | slowdown at one per 50 steps | writes |"
+        "| checkpoint written | training waits | the first time | lost in all "
+        "| slowdown at one per 50 steps | writes |"
     )
     print("|---|---|---|---|---|---|")
     for name, cost in found.items():

@@ -1,7 +1,9 @@
-"""What logging costs: `python benchmarks/log_cost.py` (one process, tiny-lm, below runs/ here; two minutes).
+"""What logging costs: `python benchmarks/log_cost.py` (one process, tiny-lm, below runs/ here; two
+minutes).
 
-Every step logs to metrics.jsonl, the terminal's lines, and W&B offline. The time spent in trackers is taken in the run itself,
-and set against a step of 50 ms; beside it, the same run with a line at its end alone.
+Every step logs to metrics.jsonl, the terminal's lines, and W&B offline. The time spent in trackers
+is taken in the run itself, and set against a step of 50 ms; beside it, the same run with a line at
+its end alone.
 """
 
 import json

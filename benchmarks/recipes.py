@@ -52,7 +52,8 @@ def main() -> None:
             result += f" (unigram {unigram:.2f}, gzip -9 {gzip:.2f})"
         size = f"{summary['parameters']:,}"
         print(
-            f"| `{name}` | {ALL.get(name, '')} | {size} | {summary['step']:,} | {seconds:.0f} | {result} |",
+            f"| `{name}` | {ALL.get(name, '')} | {size} | {summary['step']:,} "
+            f"| {seconds:.0f} | {result} |",
             flush=True,
         )
 

@@ -1,8 +1,9 @@
 """Ten minutes of random kills: `python benchmarks/soak.py [MINUTES]` (make soak).
 
-Two ranks under ZeRO-2 train digits-cnn, once undisturbed and once while one rank or another is killed (SIGKILL), stopped
-for good (SIGSTOP, found by the watchdog) or all are asked to save (SIGTERM), every few seconds. The run is started
-again with the same command until it has finished. Both must have the same losses at every step, to the bit.
+Two ranks under ZeRO-2 train digits-cnn, once undisturbed and once while one rank or another is
+killed (SIGKILL), stopped for good (SIGSTOP, found by the watchdog) or all are asked to save
+(SIGTERM), every few seconds. The run is started again with the same command until it has finished.
+Both must have the same losses at every step, to the bit.
 """
 
 import os
@@ -96,7 +97,8 @@ def main() -> None:
     same = losses("control") == losses("survivor")
     survivor = status_of(RunDir(Path("runs") / "survivor"))
     print(
-        f"{sum(faults.values())} faults {dict(faults)}, {survivor.restarts} restarts, {time.monotonic() - began:.0f} s in all"
+        f"{sum(faults.values())} faults {dict(faults)}, {survivor.restarts} restarts, "
+        f"{time.monotonic() - began:.0f} s in all"
     )
     print(
         f"goodput {survivor.goodput:.1%}; losses of {len(losses('control')):,} steps "

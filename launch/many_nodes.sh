@@ -12,12 +12,12 @@ MASTER_PORT="${MASTER_PORT:-29500}"
 if [ -n "${HOSTS:-}" ]; then
     read -r -a hosts <<<"$HOSTS"
     here=$(printf '%q' "$PWD")
-    arguments=$(printf '%q ' "$@") # each word arrives as it is: ssh hands the other side's shell one line
+    arguments=$(printf '%q ' "$@") # quoted, because ssh passes one line to the shell of the other side
     pids=()
     trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT INT TERM HUP # Ctrl-C, and when one machine fails: all of them end
     for node in "${!hosts[@]}"; do
         settings="HOSTS= NODES=${#hosts[@]} NODE=$node MASTER_ADDR=${hosts[0]##*@} MASTER_PORT=$MASTER_PORT RANKS=${RANKS:-gpu}"
-        # -tt: when ssh ends, so do the ranks over there. Variables of this shell do not come along.
+        # -tt: when ssh ends, the remote ranks end too. Variables of this shell are not passed on.
         ${SSH:-ssh -tt -o BatchMode=yes} "${hosts[$node]}" \
             "cd $here && env PATH=$(printf '%q' "$PATH") $settings $(printf '%q' "$0") $arguments" &
         pids+=($!)

@@ -113,8 +113,9 @@ def start_ranks(
     each: Sequence[dict[str, str]] = ({},) * 9,
     **environment: str,
 ) -> list[Started]:
-    """Start it on several ranks, with the environment that torchrun sets (and what is `each` one's own), and nobody who
-    watches over them."""
+    """Start it on several ranks, with the environment that torchrun sets (and what is `each` one's
+    own), and nobody who watches over them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -146,7 +147,9 @@ def on_ranks(
 
 
 def quickest(act: Callable[[], Any], limit: float, tries: int = 40) -> float:
-    """Seconds that `act` takes at best; tried again while that is above the limit, because a machine has busy neighbours."""
+    """Seconds that `act` takes at best; tried again while that is above the limit, because a
+    machine has busy neighbours.
+    """
     best = math.inf
     for _ in range(tries):
         began = time.perf_counter()

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -395,22 +396,25 @@ RUN = {
 
 
 def main() -> None:
+    """Run every case; a line of JSON, [name, result], is written when one has ended."""
     importlib.import_module("deepspeed")
     importlib.import_module("bigtrain.models.hf")
-    gc.freeze()  # DeepSpeed collects garbage at every start of ZeRO-3: a second each time, with all that is imported
+    # DeepSpeed collects garbage at every start of ZeRO-3, which takes a second with all these.
+    gc.freeze()
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     rank = world_from_environment()[0]
-    results = {}
     for name, case in cases.items():
         folder = out.parent / name.replace("/", "-")
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            results[name] = RUN[case["run"]](case, folder)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = RUN[case["run"]](case, folder)
+        except Exception:
+            result = {"error": traceback.format_exc()}
         if rank == 0:
-            print("done", name, flush=True)
-    if rank == 0:
-        out.write_text(json.dumps(results))
+            with out.open("a") as file:
+                file.write(json.dumps([name, result]) + "\n")
 
 
 def sample_ids(step: int) -> list[int]:

@@ -1,7 +1,8 @@
 """A process that has imported everything once and forks a child for each command line it is sent.
 
-Each child is what `python -m bigtrain …` would be, but for the seconds that imports take. Lines of JSON come in on
-standard input; a child's output, process id and exit code go to files, for whoever asked to wait for.
+Each child is what `python -m bigtrain …` would be, but for the seconds that imports take. Lines of
+JSON come in on standard input; a child's output, process id and exit code go to files, for whoever
+asked to wait for.
 """
 
 import gc
@@ -15,12 +16,30 @@ from pathlib import Path
 from typing import Any
 
 
+IMPORTED = (
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "wandb",
+    "bigtrain.models.hf",
+    "bigtrain.inference.evaluate",
+    "bigtrain.inference.generate",
+    "bigtrain.training.run",
+    "bigtrain.training.doctor",
+    # imported late, at a first step, say
+    "torch._dynamo",
+    "kornia.geometry.transform",
+    "sklearn.datasets",
+    "torch.utils.tensorboard",
+)
+
+
 def serve() -> None:
     """Fork for every line, until the pipe closes."""
-    late = "torch._dynamo kornia.geometry.transform sklearn.datasets torch.utils.tensorboard"  # at a first step, say
-    for name in f"accelerate datasets deepspeed wandb bigtrain.models.hf bigtrain.inference.evaluate bigtrain.inference.generate bigtrain.training.run bigtrain.training.doctor {late}".split():
+    for name in IMPORTED:
         importlib.import_module(name)
-    gc.freeze()  # or every child would copy, by looking through it for garbage, what it was forked for to share
+    # Otherwise each child's garbage collector would copy the pages that forking is to share.
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:

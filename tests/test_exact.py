@@ -1,6 +1,7 @@
 """Promise 1: the loss depends on neither engine, ranks, micro-batch nor accumulation.
 
-Every case is a real run of the real loop on real ranks; the judge is a plain PyTorch loop written here.
+Every case is a real run of the real loop on real ranks; the judge is a plain PyTorch loop written
+here.
 """
 
 import json
@@ -58,7 +59,7 @@ def _curves(world: int) -> dict[str, dict[str, Any]]:
 
 
 def _deeds() -> dict[str, dict[str, Any]]:
-    """What two ranks do besides: resume, skip, go round a spike, stop, start, and other optimizers."""
+    """What two ranks do besides: resume, skip, rewind, stop, start, and other optimizers."""
     cases = {}
     for engine, precision in product(ENGINES, TOLERANCE):
         case = {"model": "transformer", "precision": precision, "micro_batch": 3} | ENGINES[engine]
@@ -146,39 +147,57 @@ def _moves() -> dict[int, dict[str, dict[str, Any]]]:
 MOVES = _moves()
 
 
+class Results(dict[str, Any]):
+    """Case → what it returned. A case that failed fails the tests that ask for it, no others."""
+
+    def __getitem__(self, name: str) -> Any:
+        result = super().__getitem__(name)
+        assert not (isinstance(result, dict) and "error" in result), result["error"]
+        return result
+
+
+def selected_cases(items: list[pytest.Item]) -> set[str]:
+    """The cases that the selected tests name in their parameters, and those that these build on."""
+    names: set[str] = set()
+    for item in items:
+        if not isinstance(item, pytest.Function) or "results" not in item.fixturenames:
+            continue
+        for value in item.callspec.params.values():
+            names.update([value] if isinstance(value, str) else value)
+    saves = {f"save/{name.split('/')[1]}" for name in names if name.startswith("go_on/")}
+    return names | saves
+
+
+def run_cases(world: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Run cases in one process group of `world` ranks; case → result."""
+    folder.mkdir(exist_ok=True)
+    out = folder / "out.jsonl"
+    out.unlink(missing_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    program = str(Path(__file__).parent / "distributed_cases.py")
+    arguments = [program, str(out), str(folder / "cases.json")]
+    done = torchrun(world, *arguments, cwd=folder, timeout=1200)
+    lines = out.read_text().splitlines() if out.exists() else []
+    found = dict(json.loads(line) for line in lines)
+    ending = f"the ranks ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
+    return {name: {"error": ending} for name in cases} | found
+
+
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases of both world sizes, each world launched once."""
-    found: dict[str, Any] = {}
-    moves = MOVES
-    onward = {
-        world: {n: c for n, c in cases.items() if c["run"] == "go_on"}
-        for world, cases in moves.items()
-    }
-    saves = {
-        world: {n: c for n, c in cases.items() if c["run"] == "save"}
-        for world, cases in moves.items()
-    }
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Results:
+    """The cases of the selected tests, in as few process groups as can be."""
+    selected = selected_cases(request.session.items)
+    onward = {world: {} for world in MOVES}
+    first = {world: dict(CASES[world]) for world in MOVES}
+    for world, moves in MOVES.items():
+        for name, case in moves.items():
+            (onward if case["run"] == "go_on" else first)[world][name] = case
     base = tmp_path_factory.mktemp("worlds")
-    for world, cases in [
-        (2, CASES[2] | saves[2]),
-        (1, CASES[1] | saves[1] | onward[1]),
-        (2, onward[2]),
-    ]:
-        folder = base / f"world-{world}"
-        folder.mkdir(exist_ok=True)
-        (folder / "cases.json").write_text(json.dumps(cases))
-        program = str(Path(__file__).parent / "distributed_cases.py")
-        done = torchrun(
-            world,
-            program,
-            str(folder / "out.json"),
-            str(folder / "cases.json"),
-            cwd=folder,
-            timeout=1200,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        found |= json.loads((folder / "out.json").read_text())
+    found = Results()
+    for world, cases in [(2, first[2]), (1, first[1] | onward[1]), (2, onward[2])]:
+        asked = {name: case for name, case in cases.items() if name in selected}
+        if asked:
+            found |= run_cases(world, asked, base / f"world-{world}")
     return found
 
 
@@ -186,7 +205,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def reference(
     model: str, optimizer: str = "adamw", l1: float = 0.0
 ) -> tuple[list[float], list[float], list[float]]:
-    """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one process."""
+    """Losses, gradient norms and rates of a plain loop over whole global batches, in fp32 on one
+    process.
+    """
     torch.set_num_threads(1)
     case = {"model": model, "kind": "ddp", "precision": "fp32", "micro_batch": 1}
     prepared = data_for(model)
@@ -237,7 +258,7 @@ EXACT = [*_curves(1), *_curves(2)]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_loss_and_gradient_norm_equal_a_plain_loop(name: str, results: dict[str, Any]) -> None:
+def test_loss_and_gradient_norm_equal_a_plain_loop(name: str, results: Results) -> None:
     _, model, _, precision, accumulation = name.split("/")
     losses, norms, _ = reference(model)
     lines = results[name]["lines"]
@@ -251,28 +272,29 @@ def test_loss_and_gradient_norm_equal_a_plain_loop(name: str, results: dict[str,
 
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("optim/")])
-def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(
-    name: str, results: dict[str, Any]
-) -> None:
+def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(name: str, results: Results) -> None:
     losses, norms, _ = reference("cnn", name.split("/")[1], 1e-3)
     assert [line["loss"] for line in results[name]["lines"]] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in results[name]["lines"]] == pytest.approx(norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
+EVALUATED = {
+    model: [f"{run}/fp32/1" for run in (f"1/{model}/ddp", f"2/{model}/ddp", f"2/{model}/zero3")]
+    for model in MODELS
+}
+
+
+@pytest.mark.parametrize("names", EVALUATED.values(), ids=EVALUATED)
 def test_evaluation_counts_every_example_once_on_any_engine(
-    model: str, results: dict[str, Any]
+    names: list[str], results: Results
 ) -> None:
-    found = [
-        results[f"{world}/{model}/{kind}/fp32/1"]["eval"]
-        for world, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
-    ]
+    found = [results[name]["eval"] for name in names]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("resume/")])
-def test_resume_is_bit_exact(name: str, results: dict[str, Any]) -> None:
+def test_resume_is_bit_exact(name: str, results: Results) -> None:
     assert results[name] == {"problems": [], "moved": "", "same_losses": True, "same_weights": True}
 
 
@@ -280,7 +302,7 @@ def test_resume_is_bit_exact(name: str, results: dict[str, Any]) -> None:
     "name", [name for cases in MOVES.values() for name in cases if name.startswith("go_on/")]
 )
 def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(
-    name: str, results: dict[str, Any]
+    name: str, results: Results
 ) -> None:
     _, origin, world, _ = name.split("/")
     losses, norms, _ = reference("transformer")
@@ -294,13 +316,13 @@ def test_a_checkpoint_goes_on_on_any_engine_and_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("skip/")])
-def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: dict[str, Any]) -> None:
+def test_all_ranks_skip_a_step_that_is_not_finite(name: str, results: Results) -> None:
     assert results[name] == {"applied": [True, False, True], "finite": True, "count": 2}
 
 
 @pytest.mark.parametrize("name", LAZY)
 def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
-    name: str, results: dict[str, Any]
+    name: str, results: Results
 ) -> None:
     found = results[name]
     assert found["lines"] and found["weights"] and found["applied"] == 6
@@ -314,9 +336,15 @@ def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
         )
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2-offload", "zero3"])
-def test_a_loss_spike_is_left_out_or_gone_back_from(engine: str, results: dict[str, Any]) -> None:
-    skip, rewind = results[f"spike/{engine}/skip"], results[f"spike/{engine}/rewind"]
+SPIKES = {
+    engine: [f"spike/{engine}/skip", f"spike/{engine}/rewind"]
+    for engine in ("ddp", "zero2-offload", "zero3")
+}
+
+
+@pytest.mark.parametrize("names", SPIKES.values(), ids=SPIKES)
+def test_a_loss_spike_is_skipped_or_rewound(names: list[str], results: Results) -> None:
+    skip, rewind = (results[name] for name in names)
     assert skip["applied"] == rewind["applied"] == [True, False, True]
     assert skip["events"] == ["loss_spike"]
     assert skip["seen"] == [[1, 1], [2, 2], [3, 3]]  # (step, batches consumed)
@@ -327,23 +355,27 @@ def test_a_loss_spike_is_left_out_or_gone_back_from(engine: str, results: dict[s
     assert skip["count"] == rewind["count"] == 2
 
 
-def test_a_stop_within_an_evaluation_is_obeyed_by_all_ranks(results: dict[str, Any]) -> None:
-    assert results["stop_evaluation"] == {"none": [None, None]}
+@pytest.mark.parametrize("name", ["stop_evaluation"])
+def test_a_stop_within_an_evaluation_is_obeyed_by_all_ranks(name: str, results: Results) -> None:
+    assert results[name] == {"none": [None, None]}
 
 
+@pytest.mark.parametrize("names", [list(DROPOUTS)], ids=["dropout"])
 def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_same(
-    results: dict[str, Any],
+    names: list[str], results: Results
 ) -> None:
-    curves = [
-        [line["loss"] for line in results[f"dropout/{case}"]["lines"]]
-        for case in ("1/ddp", "2/ddp", "2/zero3")
-    ]
+    curves = [[line["loss"] for line in results[name]["lines"]] for name in names]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_starting_weights_do_not_depend_on_the_engine(model: str, results: dict[str, Any]) -> None:
-    ddp = results[f"weights/{model}/ddp"]
-    assert results[f"weights/{model}/zero1"] == ddp
-    assert results[f"weights/{model}/zero3"] == ddp
+STARTS = {
+    model: [f"weights/{model}/{kind}" for kind in ("ddp", "zero1", "zero3")] for model in MODELS
+}
+
+
+@pytest.mark.parametrize("names", STARTS.values(), ids=STARTS)
+def test_starting_weights_do_not_depend_on_the_engine(names: list[str], results: Results) -> None:
+    ddp, zero1, zero3 = (results[name] for name in names)
+    assert zero1 == ddp
+    assert zero3 == ddp

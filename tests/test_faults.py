@@ -115,7 +115,9 @@ class Canary:
 
 
 def test_no_pickle_in_a_checkpoint_is_ever_run(whole: Path, tmp_path: Path) -> None:
-    """A canary in every file in turn, with a manifest that vouches for it, as an attacker would write it."""
+    """A canary in every file in turn, with a manifest that vouches for it, as an attacker would
+    write it.
+    """
     from blake3 import blake3
 
     song = tmp_path / "song"
@@ -191,13 +193,15 @@ def counted(inner):
         return inner(*a, **k)
     return call
 
-training, _ = build({"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 4}, Path("run"))
+case = {"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 4}
+training, _ = build(case, Path("run"))
 training.checkpoints.settings = training.recipe.train.model_copy(update={"keep_last": 1})
 
 def save_three_times():
     global count
-    for owner, name in ((w, "write_tensors"), (f.os, "fsync"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
-                        (w.shutil, "rmtree")):
+    calls = [(w, "write_tensors"), (f.os, "fsync"), (w.shutil, "rmtree")]
+    calls += [(Path, "rename"), (Path, "write_text"), (Path, "mkdir")]
+    for owner, name in calls:
         setattr(owner, name, counted(getattr(owner, name)))
     count = 0
     for step in (1, 2, 3):
@@ -221,7 +225,9 @@ print("calls", last - 1)
 
 
 def test_a_save_killed_at_any_write_fsync_or_rename_loses_nothing(tmp_path: Path) -> None:
-    """Three saves that keep one, killed before each of their calls in turn; what was committed still verifies."""
+    """Three saves that keep one, killed before each of their calls in turn; what was committed
+    still verifies.
+    """
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
     program = [sys.executable, "-c", SAVE_AND_DIE]
     done = subprocess.run(
@@ -280,7 +286,9 @@ def small_disk(target: Path, size: str) -> Iterator[None]:
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
-    """Checkpoints on a file system with room for one and a half of them; then a run on one with room for none."""
+    """Checkpoints on a file system with room for one and a half of them; then a run on one with
+    room for none.
+    """
     target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
     with small_disk(target, "1800k"):
         done = bigtrain("train", *CNN, cwd=tmp_path)
@@ -409,7 +417,9 @@ def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
 
 
 def test_every_key_that_decides_a_step_needs_leave_to_change() -> None:
-    """Whatever decides which weights a step makes of which samples must not change unseen; the rest may."""
+    """Whatever decides which weights a step makes of which samples must not change unseen; the rest
+    may.
+    """
     keys = flatten(load_recipe("digits-cnn").recipe.model_dump(mode="json"))
     guarded = {
         key for key in keys if not any(f"{key}.".startswith(f"{each}.") for each in SAFE_TO_CHANGE)
@@ -434,7 +444,7 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
     assert result["rows"][0]["final weights"] == "same"
     assert all(row["sample ids"] == "same" for row in result["rows"])
     assert list((tmp_path / "runs").iterdir()) == [], "what proves nothing more is removed"
-    # Python imports sitecustomize.py at its start: here one that makes the order depend on the rank.
+    # Python imports sitecustomize.py at its start: this one makes the order depend on the rank.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, bigtrain.data.loader as s\n"
         "inner = s.samples_at\n"
@@ -530,7 +540,8 @@ def test_normalisation_over_the_micro_batch_is_said(tmp_path: Path) -> None:
 def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(
     whole: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of one of two ranks under ZeRO-2; on to the end on one process; then further on two under ZeRO-3.
+    """kill -9 of one of two ranks under ZeRO-2; on to the end on one process; then further on two
+    under ZeRO-3.
 
     With dropout: micro-batches of eight samples are the same ones on one rank and on two.
     """
@@ -596,7 +607,9 @@ def test_the_export_of_a_stopped_run_equals_the_straight_one(whole: Path, tmp_pa
 
 
 def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
-    """SIGSTOP: it neither answers nor dies. Each rank in turn: rank 0 also serves the store where ranks meet."""
+    """SIGSTOP: it neither answers nor dies. Each rank in turn: rank 0 also serves the store where
+    ranks meet.
+    """
     for silent in (1, 0):
         recipe = [
             *CNN,

@@ -1,13 +1,14 @@
-"""The engines on CUDA, one NCCL rank: `pytest -m gpu -s` prints losses against the CPU's, and peak memory."""
+"""The engines on CUDA, one NCCL rank: `pytest -m gpu -s` prints losses against the CPU's, and peak
+memory.
+"""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import TESTS, torchrun
-from test_exact import ENGINES, MICRO, TOLERANCE, reference
+from conftest import torchrun
+from test_exact import ENGINES, MICRO, TOLERANCE, Results, reference, run_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,20 +41,11 @@ LAZY = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("gpu")
-    (folder / "cases.json").write_text(json.dumps(CASES | {"lazy": LAZY}))
-    done = torchrun(
-        1,
-        str(TESTS / "distributed_cases.py"),
-        str(folder / "out.json"),
-        str(folder / "cases.json"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    found = Results(run_cases(1, CASES | {"lazy": LAZY}, tmp_path_factory.mktemp("gpu")))
     print(
-        f"\n{'case':<32}{'last loss':>12}{'CPU, plain':>12}{'largest relative difference':>30}{'peak MiB':>10}"
+        f"\n{'case':<32}{'last loss':>12}{'CPU, plain':>12}"
+        f"{'largest relative difference':>30}{'peak MiB':>10}"
     )
     for name in CASES:
         result = found[name]
@@ -69,12 +61,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_on_cuda_are_the_cpus(name: str, results: dict[str, Any]) -> None:
+def test_losses_on_cuda_are_the_cpus(name: str, results: Results) -> None:
     expected = reference(name.split("/", maxsplit=1)[0])[0]
     assert [line["loss"] for line in results[name]["lines"]] == pytest.approx(expected, rel=5e-3)
 
 
-def test_nothing_waits_for_the_device_in_a_step_that_does_not_log(results: dict[str, Any]) -> None:
+def test_nothing_waits_for_the_device_in_a_step_that_does_not_log(results: Results) -> None:
     found = results["lazy"]  # where something waited, the case itself would have failed
     assert found["lines"] and found["weights"] and found["applied"] == 6
 

@@ -23,8 +23,13 @@ def launch(
     """Run a script of launch/; the settings that were then in force."""
     done = subprocess.run(
         [str(asset("launch", name)), *arguments],
-        cwd=cwd, env=os.environ | {"PATH": PATH} | environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+        cwd=cwd,
+        env=os.environ | {"PATH": PATH} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads((cwd / "runs" / "digits-cnn" / "effective.json").read_text()))
 
@@ -83,8 +88,13 @@ def test_accelerate_launches_two_ranks_with_one(tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, *command, "-m", "bigtrain", "train", *SHORT],
-        cwd=tmp_path, env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"PATH": PATH},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "runs" / "digits-cnn" / "effective.json").read_text())
     assert (found["engine.world_size"]["value"], found["engine.kind"]) == (

@@ -1,4 +1,6 @@
-"""The main job as a user runs it: the command line on real input, one process and two, to a usable model."""
+"""The main job as a user runs it: the command line on real input, one process and two, to a usable
+model.
+"""
 
 import json
 import os
@@ -176,7 +178,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> 
 
 
 def test_two_ranks_train_every_shape_of_recipe_as_one_does(tmp_path: Path) -> None:
-    """torchrun, ZeRO-3, uneven shares, dropout off: the curve of one process; and an export that loads."""
+    """torchrun, ZeRO-3, uneven shares, dropout off: the curve of one process; and an export that
+    loads.
+    """
     arguments = ["digits-cnn", *QUICK, "engine.global_batch=15", "model.dropout=0.0"]
     assert bigtrain("train", *arguments, "name=one", cwd=tmp_path).returncode == 0
     done = torchrun(
@@ -346,7 +350,9 @@ def test_more_ranks_than_samples_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
 def test_a_users_class_may_leave_a_parameter_unused(kind: str, tmp_path: Path) -> None:
-    """On two ranks, stopped and gone on from: no gradient for it ever comes, and nobody waits for one."""
+    """On two ranks, stopped and gone on from: no gradient for it ever comes, and nobody waits for
+    one.
+    """
     arguments = [
         "digits-cnn",
         *QUICK,
@@ -414,7 +420,9 @@ def test_an_image_model_starts_from_pretrained_weights(tmp_path: Path) -> None:
 
 
 def test_pretrained_weights_are_where_training_starts(finished: Path, tmp_path: Path) -> None:
-    """A run that starts from another's export begins at that one's loss, on one process and sharded over two."""
+    """A run that starts from another's export begins at that one's loss, on one process and sharded
+    over two.
+    """
     export = finished / "runs" / "tiny-lm" / "export"
     expected = list(read_metrics(finished / "runs" / "tiny-lm" / "metrics.jsonl", "eval"))[-1][
         "loss"

@@ -1,6 +1,7 @@
-"""How large the package is, and how dense: a table per package; exit 1 where the house's limits are passed.
+"""How large the package is, and how dense: a table per package; exit 1 above the limits.
 
-Counted as tinygrad's sz.py does: code lines and their tokens, without comments, blank lines and docstrings.
+Counted as tinygrad's sz.py does: code lines and their tokens, without comments, blank lines and
+docstrings.
 """
 
 import ast
@@ -43,9 +44,9 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     """The lines of all docstrings (and of other bare strings)."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        is_bare_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_bare_constant and isinstance(node.value.value, str):
+            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return lines
 
 

@@ -1,4 +1,5 @@
-"""A real Slurm of two nodes on this machine: slurmctld and two slurmd, no accounting, no munge, on loopback only.
+"""A real Slurm of two nodes on this machine: slurmctld and two slurmd, no accounting, no munge, on
+loopback only.
 
 Needs root and the packages that `make slurm` installs (slurmctld, slurmd, slurm-client).
 """
@@ -148,7 +149,7 @@ class Cluster:
         self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def finish(self, job: str, seconds: float = 150) -> str:
-        """Wait for the job's end, and never for the two minutes that a requeued one is held back."""
+        """Wait for the end of the job, without the two minutes that a requeued one is held."""
 
         waiting = 0
 

@@ -1,4 +1,6 @@
-"""Promise 2 on a real Slurm of two nodes: what ends a job early, and how the run goes on. `make slurm` runs it."""
+"""Promise 2 on a real Slurm of two nodes: what ends a job early, and how the run goes on. `make
+slurm` runs it.
+"""
 
 import json
 import os
@@ -152,7 +154,9 @@ def test_a_lost_node_is_survived(
 
 
 def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> None:
-    """A minute. Slurm looks every half minute, so the signal may come while the ranks still start: then they save at once."""
+    """A minute. Slurm looks every half minute, so the signal may come while the ranks still start:
+    then they save at once.
+    """
     longer = ("train.steps=100000", "train.eval_every=100000")
     job = submit(cluster, tmp_path, "--time=1", "--signal=USR1@45", overrides=longer)
     cluster.wait(
@@ -208,7 +212,7 @@ def test_the_wall_time_limit_is_survived(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
-    """The last task has the array's own number: to requeue that would start its sibling again too."""
+    """The last task has the number of the array: requeueing that would start its sibling too."""
     short = f"digits-cnn {' '.join(RECIPE[1:])} engine.kind=ddp"
     (tmp_path / "runs.txt").write_text(
         f"{short} name=a train.steps=100000\n{short} name=b train.steps=100000\n"
@@ -304,7 +308,9 @@ def test_slurm_accepts_what_submit_writes(cluster: Cluster) -> None:
 
 
 def test_a_submitted_job_trains_the_recipe_as_it_was(cluster: Cluster, tmp_path: Path) -> None:
-    """Queued behind another job; its recipe is edited meanwhile. Its environment holds what slurm.env names, and no more."""
+    """Queued behind another job; its recipe is edited meanwhile. Its environment holds what
+    slurm.env names, and no more.
+    """
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         asset("recipes", "digits-cnn.yaml").read_text().replace("name: digits-cnn", "name: mine")
@@ -491,7 +497,8 @@ def test_the_doctor_finds_what_is_wrong_and_on_which_rank(cluster: Cluster, tmp_
 if [ "$SLURM_PROCID" = 1 ] && [ -z "${{INSIDE:-}}" ]; then
     export INSIDE=1 PYTHONPATH={tmp_path}/other
     exec unshare --mount bash -c '
-        mount -t tmpfs -o size=1m tmpfs /dev/shm && mount --bind runs runs && mount -o remount,bind,ro runs && exec "$@"' - "$@"
+        mount -t tmpfs -o size=1m tmpfs /dev/shm && mount --bind runs runs &&
+        mount -o remount,bind,ro runs && exec "$@"' - "$@"
 fi"""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
