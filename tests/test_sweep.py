@@ -8,7 +8,7 @@ import pytest
 from conftest import bigtrain, start, wait_for
 from ruamel.yaml import YAML
 
-from bigtrain.cluster.sweep import expand, parse
+from bigtrain.cluster.sweep import expand, parse, wandb_file
 from bigtrain.config.loader import load_recipe
 from bigtrain.errors import RecipeError, RequestError
 from bigtrain.runs.directory import RunDir
@@ -47,7 +47,7 @@ def test_a_draw_is_within_its_ranges_and_the_same_each_time() -> None:
         (["seed=1"], RequestError, "no setting has more than one value"),
         (["optim.lr=1e-5..1e-3"], RequestError, "--random"),
         (["optim.lr=[1"], RequestError, "not a list"),
-        (["seed=4..0"], RequestError, "no end of numbers, or none"),
+        (["seed=4..0"], RequestError, "not an ascending range"),
         (["seed="], RequestError, "no setting has more than one value"),
         (["track.notes=hf_" + "Canary9" * 5, "seed=0..1"], RecipeError, "looks like a secret"),
         (["optim.lrr=1,2"], RecipeError, "did you mean optim.lr?"),
@@ -111,6 +111,13 @@ def test_the_file_for_wandbs_agents_holds_the_same_runs(tmp_path: Path) -> None:
         "max": 1e-3,
     }
     assert file["command"][-4:] == ["train", "digits-mlp", "--fresh", "${args_no_hyphens}"]
+
+
+def test_a_range_among_values_is_not_for_wandb() -> None:
+    axes = parse(["optim.lr=1,1e-5..1e-3"], 5)
+    assert len(expand("digits-mlp", axes, 5)) == 5
+    with pytest.raises(RequestError, match=r"optim\.lr has a range and other values"):
+        wandb_file("digits-mlp", axes, 5)
 
 
 def test_odd_values_reach_the_runs_as_they_are() -> None:

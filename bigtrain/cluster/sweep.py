@@ -174,8 +174,8 @@ def _expand_range(setting: str, item: Any, draw: int | None) -> list[Any]:
         return list(range(low, high + 1))
     if draw is None or not 0 < low < high:
         raise RequestError(
-            f"{setting}: no end of numbers, or none",
-            "0 < least..greatest, and --random N",
+            f"{setting}: not an ascending range of whole numbers",
+            "whole numbers least..greatest, or with --random N any numbers above 0",
             f"{low:g},{high:g}",
         )
     return [Interval(float(low), float(high))]
