@@ -389,13 +389,21 @@ def healthy(rank: int) -> RankReport:
     )
 
 
-@pytest.mark.parametrize(
-    "sick, check",
-    [({}, None), ({"versions": {"torch": "2.12.0"}}, "torch"), ({"versions": {"torch": "2.13.0", "CUDA": "13"}}, "CUDA"),
-     ({"devices": 7}, "devices per node"), ({"shm": 1e6}, "/dev/shm free"), ({"shared": False}, "run directory"),
-     ({"skew": -9.0}, "clocks"), ({"flops": 5e11}, "matrix multiply"), ({"used": 9e10}, "device is ours"),
-     ({"blind": True}, "CUDA")],
-)  # fmt: skip
+SICK: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"versions": {"torch": "2.12.0"}}, "torch"),
+    ({"versions": {"torch": "2.13.0", "CUDA": "13"}}, "CUDA"),
+    ({"devices": 7}, "devices per node"),
+    ({"shm": 1e6}, "/dev/shm free"),
+    ({"shared": False}, "run directory"),
+    ({"skew": -9.0}, "clocks"),
+    ({"flops": 5e11}, "matrix multiply"),
+    ({"used": 9e10}, "device is ours"),
+    ({"blind": True}, "CUDA"),
+]
+
+
+@pytest.mark.parametrize("sick, check", SICK)
 def test_the_doctor_names_the_sick_rank(sick: dict[str, Any], check: str | None) -> None:
     rows = check_ranks([healthy(0), healthy(1), replace(healthy(2), **sick)])
     wrong = [row for row in rows if not row.ok]

@@ -1,4 +1,6 @@
-"""Recipes: strict, complete errors with file and line, typed overrides, known origins, and none that rots."""
+"""Recipes: strict, complete errors with file and line, typed overrides, known origins, and none
+that rots.
+"""
 
 import subprocess
 import sys
@@ -52,7 +54,8 @@ def test_every_error_is_reported_at_once_with_file_and_line(tmp_path: Path) -> N
         f"{path}:10: optim.lr: found 'no' (text); expected a number",
         f"{path}:12: engine: offload needs kind: zero1, zero2 or zero3",
         f"{path}:13: train.steps: found 0 (a whole number); expected greater than or equal to 1",
-        "override track.wandb=perhaps: track.wandb: found 'perhaps' (text); expected 'auto', 'online', 'offline' or 'off'",
+        "override track.wandb=perhaps: track.wandb: found 'perhaps' (text); "
+        "expected 'auto', 'online', 'offline' or 'off'",
     ):
         assert expected in text, text
 

@@ -1,4 +1,6 @@
-"""From a recipe to a batch script: as written down in tests/golden (`python tests/test_submit.py` writes it anew)."""
+"""From a recipe to a batch script: as written down in tests/golden (`python tests/test_submit.py`
+writes it anew).
+"""
 
 import subprocess
 import sys
@@ -14,12 +16,27 @@ from bigtrain.runs.directory import asset
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
-    "one_node": ["slurm.gpus_per_node=2", "slurm.cpus_per_gpu=1", "slurm.time=2:00:00", "slurm.partition=gpu"],
-    "four_nodes": ["slurm.nodes=4", "slurm.partition=gpu", "slurm.account=lab", "slurm.qos=normal", "slurm.grace_seconds=600",
-                   "slurm.env=[WANDB_API_KEY, NCCL_SOCKET_IFNAME]"],
+    "one_node": [
+        "slurm.gpus_per_node=2",
+        "slurm.cpus_per_gpu=1",
+        "slurm.time=2:00:00",
+        "slurm.partition=gpu",
+    ],
+    "four_nodes": [
+        "slurm.nodes=4",
+        "slurm.partition=gpu",
+        "slurm.account=lab",
+        "slurm.qos=normal",
+        "slurm.grace_seconds=600",
+        "slurm.env=[WANDB_API_KEY, NCCL_SOCKET_IFNAME]",
+    ],
     "array": ["slurm.gpus_per_node=0", "slurm.array=0-4%2", "optim.lr=1e-3"],
-    "container": ["slurm.container=/images/train+v2.sqsh", "slurm.setup=my modules.sh", "slurm.partition=gpu"],
-}  # fmt: skip
+    "container": [
+        "slurm.container=/images/train+v2.sqsh",
+        "slurm.setup=my modules.sh",
+        "slurm.partition=gpu",
+    ],
+}
 
 
 def script(overrides: list[str]) -> str:

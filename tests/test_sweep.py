@@ -1,4 +1,6 @@
-"""Sweeps: which runs there are, and how they are trained here; the Slurm array is tested on a real Slurm."""
+"""Sweeps: which runs there are, and how they are trained here; the Slurm array is tested on a real
+Slurm.
+"""
 
 import json
 import signal

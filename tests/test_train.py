@@ -265,7 +265,10 @@ def test_accelerate_launch_decides_the_engine_and_contradictions_are_refused(
             "offload: params needs kind: zero3",
         ),
         (["digits-cnn", "model.name=tests_no_module:X", "model.args={}"], "No module named"),
-        (["digits-cnn", "model.name=distributed_cases:SAMPLES", "model.args={}"], "not a torch.nn.Module"),
+        (
+            ["digits-cnn", "model.name=distributed_cases:SAMPLES", "model.args={}"],
+            "not a torch.nn.Module",
+        ),
         (
             [
                 "digits-cnn",

@@ -208,7 +208,7 @@ class TrainConfig(Section):
     )
     keep_best: MetricName | None = Field(
         default=None,
-        description="keep the checkpoint with the best value of this metric too, and export that one",
+        description="keep the checkpoint with the best value of this metric too, and export it",
     )
     async_save: bool = Field(
         default=True, description="write checkpoints in the background, from a copy in host memory"
