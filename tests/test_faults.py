@@ -472,6 +472,14 @@ def test_a_proof_passes_for_language_models_under_zero3(model: str, tmp_path: Pa
     assert half["sample ids"] == "same"
 
 
+def test_a_proof_passes_for_batch_norm_in_bf16(tmp_path: Path) -> None:
+    """Its running statistics do not depend on the cut into micro-batches, and stay fp32."""
+    launcher = f"{sys.executable} {TESTS / 'fork_server.py'} {{ranks}}"
+    recipe = ["digits-resnet", "engine.kind=zero2", "engine.precision=bf16"]
+    done = bigtrain("prove", *recipe, "--steps", "8", "--launcher", launcher, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
     (run.path / "SAVE").touch()
