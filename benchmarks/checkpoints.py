@@ -1,5 +1,5 @@
 """What a checkpoint costs: written in the background, at once, and beside a plain write of as many
-bytes.
+bytes; and what the comparison of the weights in use with the checkpoint adds to a load.
 
 python benchmarks/checkpoints.py (two ranks, a Transformer of 102 M parameters, below runs/ here;
 ten minutes)
@@ -34,11 +34,8 @@ RECIPE += [
     "train.keep_last=1",
     f"train.eval_every={LAST}",
 ]
-RECIPE += [
-    f"data.eval={__file__}",
-    "track.wandb=off",
-    "optim.lr=1e-5",
-]  # a short text: it is not what is measured
+# A short text for evaluation, which is not what is measured.
+RECIPE += [f"data.eval={__file__}", "track.wandb=off", "optim.lr=1e-5"]
 PLAIN = """
 import os, sys, time
 content = open(sys.argv[1], "rb").read()
@@ -51,29 +48,31 @@ print(time.perf_counter() - began)
 """
 
 
+def train(name: str, *overrides: str) -> RunDir:
+    """Train on two ranks, from the newest checkpoint on."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node", "2", "-m", "bigtrain", "train", *RECIPE]
+    overrides = (f"name={name}", *overrides)
+    subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
+    return RunDir(Path("runs") / name)
+
+
+def check_share(name: str) -> float:
+    """The comparison's share of a load under ZeRO-3: the median of five resumes of the run."""
+    shares = []
+    for further in range(1, 6):
+        run = train(name, "engine.kind=zero3", f"train.steps={LAST + further}")
+        events = read_metrics(run.metrics, "event")
+        resumed = [event for event in events if event["event"] == "resumed"][-1]
+        shares.append(resumed["check_seconds"] / resumed["load_seconds"])
+    return statistics.median(shares)
+
+
 def measure(name: str, background: bool) -> dict[str, Any]:
     """Train; what the third checkpoint cost, the first that is written over another; and for how
     long the first blocked.
     """
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "bigtrain",
-    ]
-    command = [
-        *launch,
-        "train",
-        *RECIPE,
-        f"name={name}",
-        f"train.async_save={str(background).lower()}",
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    run = RunDir(Path("runs") / name)
+    run = train(name, f"train.async_save={str(background).lower()}")
     seconds = {line["step"]: line["seconds"] for line in read_metrics(run.metrics, "train")}
     first, _, saved, *_ = (
         line for line in read_metrics(run.metrics, "event") if line["event"] == "checkpoint"
@@ -98,9 +97,8 @@ def plain_write(shards: list[Path]) -> float:
     """
     times = []
     for number in range(3):
-        time.sleep(
-            10
-        )  # as between checkpoints: memory that was just freed would make it look faster
+        # As between checkpoints: memory that was just freed would make it look faster.
+        time.sleep(10)
         program = [sys.executable, "-c", PLAIN]
         writers = [
             subprocess.Popen([*program, str(path), str(number)], stdout=subprocess.PIPE)
@@ -135,6 +133,8 @@ def main() -> None:
         print(f"| {name} | {waits} | {slower:.2%} | {rate:,.0f} MiB/s |")
     print(f"| plain write and sync | | | | | {size / plain / 2**20:,.0f} MiB/s |")
     ratio = found["background"]["blocked"] / found["at-once"]["blocked"]
+    share = check_share(f"checkpoints-at-once-{stamp}")
+    print(f"the comparison of weights in use: {share:.2%} of a load (ZeRO-3, two ranks)")
     print(json.dumps({"blocked, background ÷ at once": round(ratio, 3)}, ensure_ascii=False))
 
 

@@ -132,8 +132,9 @@ def _refuse_other_weights(engine: Engine, shards: Shards, path: Path) -> None:
                 f"a forward pass would use {used_hash}, and {path} has {saved_hash}"
             )
             break
-    differences = [text for text in engine.gather(difference) if text]
-    if differences:
+    # A sum is cheaper than to gather texts.
+    if engine.sum(bool(difference)) > 0:
+        differences = [text for text in engine.gather(difference) if text]
         raise TrainingFailed(
             differences[0],
             "the checkpoint's weights (the values are BLAKE3 hashes)",

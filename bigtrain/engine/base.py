@@ -184,9 +184,16 @@ class Engine(ABC):
     def weights_in_use(self) -> list[WeightSample]:
         """A few elements of a few parameters as the next forward pass reads them. A collective."""
         samples = []
-        for name, parameter in representatives(self.module, self.num_elements).items():
+        for name, parameter in self._representatives().items():
             samples += sample_weights(name, parameter, self.rank, self.world_size)
         return samples
+
+    def _representatives(self) -> dict[str, nn.Parameter]:
+        return representatives(self.module, self.num_elements, self.is_sharded)
+
+    def is_sharded(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank holds only a part of `parameter` between forward passes."""
+        return False
 
     def _fragments_to_save(self) -> list[Fragment]:
         """The fragments that this rank, and no other, writes to a checkpoint."""

@@ -24,7 +24,6 @@ from bigtrain.engine.runtime import (
 from bigtrain.engine.weight_samples import (
     SAMPLE_SIZE,
     WeightSample,
-    representatives,
     sample_weights,
 )
 from bigtrain.errors import TrainingFailed
@@ -203,28 +202,33 @@ class DeepSpeedEngine(Engine):
         import deepspeed
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+        chosen = self._representatives()
         # A forward pass reads what is gathered as it is, and gathers the rest first. Gathering is
         # expensive: it is done for the smallest; of the others this rank's own part is looked at.
         parameter: Any
-        sharded = []
-        for name, parameter in self._trained():
+        not_gathered = []
+        for parameter in chosen.values():
             if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
-                sharded.append((name, parameter))
-        smallest = dict(sorted(sharded, key=lambda named: self.num_elements(named[1]))[:1])
-        looked_at = representatives(self.module, self.num_elements) | smallest
-        own_parts = {part.name: part for part in self.fragments()}
+                not_gathered.append(parameter)
+        to_gather = sorted(not_gathered, key=self.num_elements)[:1]
         samples = []
-        to_gather = list(smallest.values())
         with deepspeed.zero.GatheredParameters(to_gather, enabled=len(to_gather) > 0):
-            for name, parameter in looked_at.items():
+            for name, parameter in chosen.items():
                 if parameter.ds_status is ZeroParamStatus.AVAILABLE:
                     samples += sample_weights(name, parameter, self.rank, self.world_size)
-                    continue
-                own = own_parts[name].piece
-                size = min(own.shape[0], SAMPLE_SIZE)
-                values = parameter.ds_tensor.detach()[:size].cpu()
-                samples.append(WeightSample(name, flat_range(own.offsets[0], size), values))
+                else:
+                    samples.append(self._own_part(name, parameter))
         return samples
+
+    def _own_part(self, name: str, parameter: Any) -> WeightSample:
+        """The first elements of this rank's part of a ZeRO-3 parameter; the last part is padded."""
+        start = self.rank * parameter.partition_numel()
+        length = min(parameter.partition_numel(), parameter.ds_numel - start, SAMPLE_SIZE)
+        values = parameter.ds_tensor.detach()[: max(length, 0)].cpu()
+        return WeightSample(name, flat_range(start, values.numel()), values)
+
+    def is_sharded(self, parameter: Any) -> bool:
+        return self.plan.kind == "zero3" and not parameter.ds_persist
 
     def _fragments_were_written(self) -> None:
         zero = self.model.optimizer

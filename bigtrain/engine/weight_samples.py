@@ -5,7 +5,6 @@ a mixture of old and new weights, and no number would look wrong at once.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,23 +25,27 @@ class WeightSample:
 
 
 def representatives(
-    module: nn.Module, num_elements: Callable[[Tensor], int]
+    module: nn.Module,
+    num_elements: Callable[[Tensor], int],
+    is_sharded: Callable[[nn.Parameter], bool],
 ) -> dict[str, nn.Parameter]:
     """A few trained parameters by name, of each sort that a load might forget.
 
-    The first, the last, the smallest, the largest, and one that has two names.
+    The first, the last, the smallest, the largest, one that has two names, and the smallest that
+    the engine keeps sharded between forward passes.
     """
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    by_size = sorted(trained, key=lambda named: num_elements(named[1]))
-    chosen = dict([trained[0], trained[-1], by_size[0], by_size[-1]])
-    uses: Counter[int] = Counter()
-    for _, parameter in module.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] += 1
-    for name, parameter in trained:
-        if uses[id(parameter)] > 1:
-            chosen[name] = parameter
-            break
-    return chosen
+    names: dict[nn.Parameter, str] = {}  # in the model's order
+    tied: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            tied.append(parameter)
+        elif parameter.requires_grad:
+            names[parameter] = name
+    in_order = list(names)
+    by_size = sorted(in_order, key=num_elements)
+    sharded = [parameter for parameter in by_size if is_sharded(parameter)]
+    chosen = [in_order[0], in_order[-1], by_size[0], by_size[-1], *tied[:1], *sharded[:1]]
+    return {names[parameter]: parameter for parameter in chosen}
 
 
 def sample_weights(name: str, whole: Tensor, rank: int, world_size: int) -> list[WeightSample]:
