@@ -38,7 +38,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     engine = start_engine(plan, device, {}, 0.0)
     engine.prepare(build_model(recipe, prepared), _idle_optimizer)
     task = TASKS[recipe.task](recipe.task, prepared)
-    return evaluate(engine, task) or {}
+    return evaluate(engine, task)
 
 
 def _idle_optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -12,6 +12,6 @@ def exit_code_of(problem: BaseException) -> int:
     if not lost_a_peer(problem, world_from_environment()[1]):
         return 3
     print(
-        "bigtrain: lost a peer; the same command goes on from the last checkpoint", file=sys.stderr
+        "bigtrain: lost a peer; the same command resumes from the last checkpoint", file=sys.stderr
     )
     return LOST_PEERS
