@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types size docs reference golden browser slurm soak gpu clean
+.PHONY: demo test check lint types size docs reference golden faults browser slurm soak gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
@@ -12,7 +12,10 @@ test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed"
 	$(BIN)/python -m pytest -m timed
 
-check: lint types size docs test browser slurm  ## what CI runs
+check: lint types size docs test faults browser slurm  ## what CI runs
+
+faults: .venv/installed-dev  ## the main faults once more, without the tests' fork server
+	BIGTRAIN_PLAIN_PROCESSES=1 $(BIN)/python -m pytest -m plain
 
 browser: .venv/installed-dev  ## the page of `bigtrain compare` in a real Chromium (Debian; as root)
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }

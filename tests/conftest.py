@@ -103,8 +103,37 @@ class Started:
         return subprocess.CompletedProcess(["bigtrain"], code, out, err)
 
 
-def start(*arguments: str, cwd: Path, **environment: str) -> Started:
+class StartedPlainly:
+    """The same through a process of its own, which imports everything itself (make faults)."""
+
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bigtrain", *arguments],
+            cwd=cwd,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.process.pid
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return subprocess.CompletedProcess(["bigtrain"], self.process.returncode, out, err)
+
+
+def start(*arguments: str, cwd: Path, **environment: str) -> Started | StartedPlainly:
     """Start the command line as a user would."""
+    if os.environ.get("BIGTRAIN_PLAIN_PROCESSES"):
+        return StartedPlainly(arguments, cwd, environment)
     return Started(arguments, cwd, environment)
 
 
@@ -114,7 +143,7 @@ def start_ranks(
     cwd: Path,
     each: Sequence[dict[str, str]] = ({},) * 9,
     **environment: str,
-) -> list[Started]:
+) -> list[Started | StartedPlainly]:
     """Start it on several ranks, with the environment that torchrun sets (and what is `each` one's
     own), and nobody who watches over them.
     """

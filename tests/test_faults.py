@@ -320,6 +320,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path) -> None:
     assert len(losses(tmp_path, "less")) == 100
 
 
+@pytest.mark.plain
 def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
     arguments = [
@@ -523,6 +524,7 @@ def test_a_metric_that_the_task_has_not_is_refused(tmp_path: Path) -> None:
     assert "has loss, accuracy, recall, f1" in done.stderr
 
 
+@pytest.mark.plain
 def test_a_stop_that_cannot_be_saved_does_not_end_with_75(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "digits-cnn" / "checkpoints"
     with small_disk(target, "100k"):
@@ -560,6 +562,7 @@ def test_normalisation_over_the_micro_batch_is_said(tmp_path: Path) -> None:
     assert effective["normalisation"]["value"] == "depends on the micro-batch"
 
 
+@pytest.mark.plain
 def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(
     whole: Path, tmp_path: Path
 ) -> None:
@@ -599,6 +602,7 @@ def test_a_rank_killed_and_fewer_then_more_ranks_give_the_same_curve(
             assert losses(tmp_path, key="samples_digest")[step] == digests[step]
 
 
+@pytest.mark.plain
 def test_a_signal_to_one_rank_stops_all_at_one_step(whole: Path, tmp_path: Path) -> None:
     copy_run(whole, tmp_path)
     arguments = [
@@ -629,6 +633,7 @@ def test_the_export_of_a_stopped_run_equals_the_straight_one(whole: Path, tmp_pa
     assert all((found[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.plain
 def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
     """SIGSTOP: it neither answers nor dies. Each rank in turn: rank 0 also serves the store where
     ranks meet.
@@ -662,6 +667,7 @@ def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
     assert "resuming from step-" in again.stdout
 
 
+@pytest.mark.plain
 def test_a_rank_that_is_stuck_before_the_collective_is_named(tmp_path: Path) -> None:
     """It lives and answers, but has not come as far as the others."""
     recipe = [*MISFIT, "model.name=bad_models:StuckOnRankOne", "train.hang_timeout=1"]
