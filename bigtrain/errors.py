@@ -1,6 +1,6 @@
 """What can go wrong, as the person on call reads it, and the exit code that each kind ends with.
 
-Launchers and Slurm scripts rely on the codes (README, "Exit codes"): a job that ended with 2 or 3
+Launchers and Slurm scripts rely on the codes (docs/exit-codes.md): a job that ended with 2 or 3
 must never be requeued, one that ended with 75 or 76 should be.
 """
 

@@ -1,6 +1,7 @@
 """A checkpoint's pieces: written in one cut, read in another; and those that older code wrote."""
 
 import json
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bigtrain.checkpoint.format import write_tensors
 from bigtrain.checkpoint.reader import load_checkpoint
 from bigtrain.checkpoint.shards import Shards
+from bigtrain.checkpoint.state import TrainState
 from bigtrain.engine.base import Engine
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.fragments import Fragment, Piece, flat_range, name_of_piece, parse_name
@@ -125,6 +127,19 @@ def test_an_engine_whose_ranks_hold_columns_moves_to_one_that_holds_all(tmp_path
     other = make_engine(ColumnParallel, 3, rank=1, world_size=2)
     other.restore(Shards(back, {"weight": [4, 6], "running_mean": [1]}))
     assert torch.equal(other.module.weight, halves[1].module.weight)
+
+
+def test_a_manifest_without_a_fact_that_is_new_loads(tmp_path: Path) -> None:
+    """What the checkpoint does not say of itself counts as unchanged."""
+    engine = make_engine(DDPEngine, 6)
+    take_a_step(engine)
+    write_tensors(engine.snapshot(), tmp_path / "rank-00000.safetensors")
+    manifest = engine.facts() | {"engine": "zero1", "shapes": engine.shapes()}
+    del manifest["precision"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "state.json").write_text(json.dumps(asdict(TrainState(data_size=100))))
+    restored = load_checkpoint(make_engine(DDPEngine, 6), tmp_path)
+    assert restored.moved == "engine zero1 → ddp"
 
 
 def test_a_checkpoint_of_the_first_form_loads(tmp_path: Path) -> None:

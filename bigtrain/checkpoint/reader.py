@@ -44,7 +44,7 @@ def newest_checkpoint(engine: Engine, run: RunDir) -> tuple[Path | None, list[st
     if warning and os.geteuid() == 0:
         raise RequestError(
             warning,
-            "a checkpoint of root's own, when root goes on from it",
+            "a checkpoint of root's own, when root resumes from it",
             f"chown -R root {newest}; chmod -R o-w {newest}",
         )
     return newest, [*lines, warning] if warning else lines
@@ -95,9 +95,11 @@ def load_checkpoint(engine: Engine, path: Path) -> Restored:
     loaded = time.perf_counter()
     _refuse_other_weights(engine, shards, path)
     checked = time.perf_counter()
-    changes = [
-        f"{key} {manifest[key]} → {value}" for key, value in facts.items() if manifest[key] != value
-    ]
+    changes = []
+    for key, value in facts.items():
+        saved = manifest.get(key, value)  # a manifest of an earlier version may lack it
+        if saved != value:
+            changes.append(f"{key} {saved} → {value}")
     return Restored(state, ", ".join(changes), loaded - began, checked - loaded)
 
 

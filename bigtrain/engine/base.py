@@ -1,7 +1,7 @@
 """What every engine offers the training loop.
 
 Two calls carry the promise that the loss does not depend on the engine: a backward pass that takes
-a sum and the weight to divide it by, and a step that says whether it was applied.
+a sum and the number of targets to divide it by, and a step that says whether it was applied.
 """
 
 import resource
@@ -75,10 +75,10 @@ class Engine(ABC):
         """Surrounds a micro-batch's forward and backward pass; ranks add gradients in the last."""
 
     @abstractmethod
-    def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
-        """Gradients of `loss_sum` ÷ `weight`, summed over data-parallel ranks.
+    def backward(self, loss_sum: Tensor, num_targets: Tensor) -> None:
+        """Gradients of `loss_sum` ÷ `num_targets`, summed over data-parallel ranks.
 
-        `loss_sum` is this micro-batch's, `weight` that of the whole global batch.
+        Both are scalars: `loss_sum` of this micro-batch, `num_targets` of the whole global batch.
         """
 
     @abstractmethod

@@ -56,9 +56,9 @@ class DDPEngine(Engine):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, num_targets: Tensor) -> None:
         # DDP averages over ranks, which makes the sum data_parallel_size times too small.
-        (loss_sum * (self.data_parallel_size / weight)).float().backward()
+        (loss_sum * (self.data_parallel_size / num_targets)).float().backward()
 
     def step(self, learning_rate: float) -> StepResult:
         self._set_rate(learning_rate)

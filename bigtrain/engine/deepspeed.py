@@ -110,10 +110,10 @@ class DeepSpeedEngine(Engine):
         self.model.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
-    def backward(self, loss_sum: Tensor, weight: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, num_targets: Tensor) -> None:
         # DeepSpeed averages over ranks, as DDP does; scale_wrt_gas would divide by the
         # accumulation once more.
-        loss = (loss_sum * (self.data_parallel_size / weight)).float()
+        loss = (loss_sum * (self.data_parallel_size / num_targets)).float()
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:

@@ -96,7 +96,7 @@ def make_plan(
     bf16_is_fast: bool,
     launcher: Launcher = NO_LAUNCHER,
 ) -> tuple[Plan, dict[str, str]]:
-    """Resolve every `auto` of the recipe's engine section.
+    """Give every `auto` of the recipe's engine section but `device` its value, with the reason.
 
     `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64)
     of one sample. Returns the plan, and the origin of each setting that was decided here.

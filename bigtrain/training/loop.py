@@ -184,7 +184,7 @@ def _compute_gradients(
             if not micro_batch.has_samples:
                 loss = loss * 0.0
             loss_sum += loss.detach()
-            if last and policy != "warn":
+            if last and policy in ("skip", "rewind"):
                 mean_loss = float(engine.sum(loss_sum)[0] / global_targets)
                 spiked = is_spike(ctx.state.recent, mean_loss)
                 if spiked:
