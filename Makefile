@@ -8,7 +8,7 @@ demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
 	$(BIN)/bigtrain generate tiny-lm "def "
 
-test: .venv/installed-dev  ## every test that needs neither a GPU nor Slurm
+test: .venv/installed-dev  ## every test that needs neither a GPU, Slurm nor a browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed"
 	$(BIN)/python -m pytest -m timed
 

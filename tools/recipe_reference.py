@@ -27,8 +27,9 @@ are. Most have a default; a recipe needs only `name`, `task`, `model.name` and `
 - An unknown key, a wrong type or a key that is there twice is an error. All errors are shown at
   once, each with its file and line and the nearest valid name. Nothing is written before the recipe
   is right.
-- `null` means that nothing is set. `auto` means that bigtrain decides; what it decided, and why, is
-  in `runs/NAME/effective.json`.
+- `null` means that nothing is set. `auto` means that bigtrain decides; what it decided in `engine`,
+  and why, is in `runs/NAME/effective.json`; `engine.device`, `data.tokenizer`, `train.hang_timeout`
+  and `track.wandb` stay `auto` there.
 - `bigtrain init mine --from digits-cnn` writes a shipped recipe under a name of your own, to begin
   with.
 - `bigtrain schema > recipe.schema.json` writes the JSON Schema. With this line at the top of a
