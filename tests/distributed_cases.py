@@ -244,6 +244,8 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
         bf16_is_fast=False,
     )
     config = {} if plan.kind == "ddp" else render_deepspeed_config(plan, recipe.optim.clip_norm)
+    if "kept_whole" in case:  # ZeRO-3 keeps parameters of up to so many elements whole
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = case["kept_whole"]
     device = Device(case.get("device", "cpu"), False)
     engine = start_engine(plan, device, config, recipe.optim.clip_norm)
     model = build_model(recipe, prepared, engine.shard)

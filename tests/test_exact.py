@@ -127,7 +127,8 @@ def _in_use(world: int) -> dict[str, dict[str, Any]]:
             continue
         case = {"run": "in_use", "model": model, "precision": precision, "micro_batch": 8}
         cases[f"in_use/{world}/{model}/{engine}/{precision}"] = case | ENGINES[engine]
-    return cases
+    none_whole = cases[f"in_use/{world}/mixed/zero3/fp32"] | {"kept_whole": 0}
+    return cases | {f"in_use/{world}/mixed/zero3/none whole": none_whole}
 
 
 # 20 samples a step in pieces of 5: the same pieces on one rank and on two

@@ -92,6 +92,7 @@ def load_checkpoint(engine: Engine, path: Path) -> Restored:
     facts = engine.facts()
     shards = Shards(path, shapes)
     engine.restore(shards, optimizer == facts["optimizer"])
+    engine.sum(0.0)  # wait for all ranks: the comparison's seconds are its own
     loaded = time.perf_counter()
     _refuse_other_weights(engine, shards, path)
     checked = time.perf_counter()

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics: fp32 on every engine, and the same however a batch is cut."""
+"""BatchNorm's running statistics: fp32 on every engine, and moved once a step."""
 
 from collections.abc import Callable
 

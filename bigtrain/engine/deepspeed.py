@@ -203,14 +203,17 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         chosen = self._representatives()
-        # A forward pass reads what is gathered as it is, and gathers the rest first. Gathering is
-        # expensive: it is done for the smallest; of the others this rank's own part is looked at.
+        # A forward pass reads what is gathered as it is, and gathers the rest from all ranks' parts.
+        # So of the rest each rank looks at its own part. Gathering costs more than all else here: it
+        # is done for the smallest parameter, where the load itself has gathered nothing.
         parameter: Any
         not_gathered = []
         for parameter in chosen.values():
             if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
                 not_gathered.append(parameter)
-        to_gather = sorted(not_gathered, key=self.num_elements)[:1]
+        to_gather: list[Any] = []
+        if len(not_gathered) == len(chosen):
+            to_gather = sorted(not_gathered, key=self.num_elements)[:1]
         samples = []
         with deepspeed.zero.GatheredParameters(to_gather, enabled=len(to_gather) > 0):
             for name, parameter in chosen.items():
