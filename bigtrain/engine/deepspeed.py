@@ -203,9 +203,9 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         chosen = self._representatives()
-        # A forward pass reads what is gathered as it is, and gathers the rest from all ranks' parts.
-        # So of the rest each rank looks at its own part. Gathering costs more than all else here: it
-        # is done for the smallest parameter, where the load itself has gathered nothing.
+        # A forward pass reads what is gathered as it is, and gathers the rest from all ranks'
+        # parts. So of the rest each rank looks at its own part. Gathering costs more than all else
+        # here: it is done for the smallest parameter, where the load has gathered nothing.
         parameter: Any
         not_gathered = []
         for parameter in chosen.values():
