@@ -530,6 +530,10 @@ class _DeepSpeed(Engine):
         if self.plan.kind != "zero3":
             zero.update_lp_params()
             return
+        # As in DeepSpeed's own step: forward passes leave whole parameters behind (small ones are kept for ever), and
+        # DeepSpeed gathers none of them again until they are given back.
+        zero._partition_all_parameters()
+        zero.invalidate_secondary_tensor()
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
