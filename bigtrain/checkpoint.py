@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from blake3 import blake3
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bigtrain.engine import Engine
-from bigtrain.errors import RequestError
+from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.load import to_yaml
 from bigtrain.recipe import Recipe
 from bigtrain.rundir import RunDir
@@ -318,11 +318,22 @@ def _stranger(path: Path) -> str:
     return ""
 
 
-def load(engine: Engine, path: Path) -> tuple[State, str]:
-    """Restore engine and state from a checkpoint of any engine on any number of ranks; and a line if it is another.
+class Restored(NamedTuple):
+    """What a load has brought back."""
 
-    Another optimizer starts anew. RequestError, before anything is changed, if it is of another model.
+    state: State
+    moved: str  # how this engine differs from the one that wrote the checkpoint; empty: in nothing
+    load_seconds: float
+    check_seconds: float  # of comparing the weights in use with the checkpoint, after the load
+
+
+def load(engine: Engine, path: Path) -> Restored:
+    """Restore engine and state from a checkpoint of any engine on any number of ranks. A collective.
+
+    Another optimizer starts anew. RequestError, before anything is changed, if it is of another model. TrainingFailed
+    on every rank if the next forward pass of any would read other weights than the checkpoint's.
     """
+    began = time.perf_counter()
     manifest = json.loads((path / MANIFEST).read_text())
     try:
         state = State(**json.loads((path / "state.json").read_text()))
@@ -333,9 +344,35 @@ def load(engine: Engine, path: Path) -> tuple[State, str]:
     if other := sorted(name for name in ours.keys() | shapes.keys() if ours.get(name) != shapes.get(name)):
         found = f"{path}: {other[0]} is {shapes.get(other[0], 'absent')}, and the model's {ours.get(other[0], 'absent')}"
         raise RequestError(found, "a checkpoint of the same model", "the recipe as it was, or --fresh")
-    engine.restore(Shards(path), optimizer == facts["optimizer"])
+    shards = Shards(path)
+    engine.restore(shards, optimizer == facts["optimizer"])
+    loaded = time.perf_counter()
+    _refuse_other_weights(engine, shards, path)
     moved = [f"{key} {manifest[key]} → {value}" for key, value in facts.items() if manifest[key] != value]
-    return state, ", ".join(moved)
+    return Restored(state, ", ".join(moved), loaded - began, time.perf_counter() - loaded)
+
+
+def _refuse_other_weights(engine: Engine, shards: "Shards", path: Path) -> None:
+    """Compare a few of the weights that forward passes use with the checkpoint's, on every rank. A collective.
+
+    An engine may keep copies of the weights that a load does not reach (ZeRO-3 has done so): training would go on from
+    a mixture of old and new weights, and no number would look wrong at once. Raises TrainingFailed.
+    """
+    different = ""
+    for sample in engine.weights_in_use():
+        saved = torch.empty(sample.values.shape)
+        shards.read(sample.name, "weight", sample.start, saved)
+        used_hash, saved_hash = _hash(sample.values), _hash(saved.to(sample.values.dtype))
+        if used_hash != saved_hash:
+            elements = f"{sample.name}[{sample.start}:{sample.start + len(saved)}] on rank {engine.rank}"
+            different = f"{elements}: a forward pass would use {used_hash}, and {path} has {saved_hash}"
+            break
+    if problems := [text for text in engine.gather(different) if text]:
+        raise TrainingFailed(problems[0], "the checkpoint's weights (the values are BLAKE3 hashes)", "another engine.kind")
+
+
+def _hash(values: Tensor) -> str:
+    return blake3(values.view(torch.uint8).numpy().data).hexdigest(8)
 
 
 class Shards:

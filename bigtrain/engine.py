@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,7 @@ from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.plan import Plan
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+_SAMPLE = 1024  # elements looked at in one place, when weights are compared with a checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,15 @@ class Fragment:
     master: Tensor
     flat: Tensor
     offset: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few elements of one parameter, from element `start` on, as the next forward pass will read them."""
+
+    name: str
+    start: int
+    values: Tensor  # flat, in the precision of forward passes, on the CPU
 
 
 class Engine(ABC):
@@ -199,6 +210,27 @@ class Engine(ABC):
         for name, buffer in self._persistent_buffers().items():
             buffer.copy_(source.scalar(name, "buffer"))
         self._fragments_were_written()
+
+    def weights_in_use(self) -> list[Sample]:
+        """A few elements of a few parameters as the next forward pass will read them. A collective."""
+        return [sample for name, p in self._representatives() for sample in self._sample(name, p.detach().view(-1))]
+
+    def _representatives(self) -> list[tuple[str, Any]]:
+        """A few trained parameters, of each sort that a load might forget: the first, the last, the smallest, the
+        largest, and one that has two names."""
+        trained = self._trained()
+        by_size = sorted(trained, key=lambda named: getattr(named[1], "ds_numel", named[1].numel()))
+        uses = Counter(id(p) for _, p in self.module.named_parameters(remove_duplicate=False))
+        tied = [(name, p) for name, p in trained if uses[id(p)] > 1]
+        return list(dict.fromkeys([trained[0], trained[-1], by_size[0], by_size[-1], *tied[:1]]))
+
+    def _sample(self, name: str, whole: Tensor) -> list[Sample]:
+        """Elements from two of the equal parts that sharding makes of a parameter; ranks look at different parts."""
+        part = max(1, -(-whole.numel() // self.world_size))
+        parts = -(-whole.numel() // part)
+        apart = -(-parts // 2)
+        starts = range(self.rank % apart * part, whole.numel(), apart * part)
+        return [Sample(name, start, whole[start : start + min(part, _SAMPLE)].cpu()) for start in starts]
 
     def _to_save(self) -> list[Fragment]:
         return self.fragments()
@@ -523,6 +555,28 @@ class _DeepSpeed(Engine):
                 flat, offset = flats[part.param_group_index], part.hp_fragment_address.start
                 master = flat.data[offset : offset + part.hp_fragment_address.numel]
                 found.append(Fragment(name, part.lp_fragment_address.start, master, flat, offset))
+        return found
+
+    def weights_in_use(self) -> list[Sample]:
+        if self.plan.kind != "zero3":
+            return super().weights_in_use()
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        chosen = self._representatives()
+        sharded = [named for named in self._trained() if named[1].ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        # A forward pass reads what is gathered as it stands, and gathers the rest first. To gather is expensive: it is
+        # done for the smallest; of the others this rank's own part is looked at.
+        gathered = sorted(sharded, key=lambda named: named[1].ds_numel)[:1]
+        parts = {part.name: part for part in self.fragments()}
+        found: list[Sample] = []
+        with deepspeed.zero.GatheredParameters([p for _, p in gathered], enabled=bool(gathered)):
+            for name, p in dict.fromkeys([*chosen, *gathered]):
+                if p.ds_status is ZeroParamStatus.AVAILABLE:
+                    found += self._sample(name, p.detach().view(-1))
+                else:
+                    size = min(parts[name].master.numel(), _SAMPLE)
+                    found.append(Sample(name, parts[name].start, p.ds_tensor.detach()[:size].cpu()))
         return found
 
     def _fragments_were_written(self) -> None:

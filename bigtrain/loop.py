@@ -309,7 +309,7 @@ def _watch(t: Training, loss: float, spiked: bool) -> None:
         _report(t, t.checkpoints.finish())
         path, _ = checkpoint.newest(t.engine, t.checkpoints.run)
         if path is not None:
-            before, _ = checkpoint.load(t.engine, path)
+            before = checkpoint.load(t.engine, path).state
             # The data goes on: what led to the spike, and the spike itself, do not come again.
             kept = {"samples": state.samples, "bad": state.bad, "rewinds": state.rewinds + 1}
             vars(state).update(vars(before) | kept)

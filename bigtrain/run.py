@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from bigtrain import checkpoint, dsconfig, engine, export, footprint, models
-from bigtrain.checkpoint import Checkpoints, State
+from bigtrain.checkpoint import Checkpoints, Restored, State
 from bigtrain.data import prepare, train_batches
 from bigtrain.errors import LOST_PEERS, RequestError, StoppedEarly, TrainingFailed
 from bigtrain.load import Loaded, changes, flatten, load_recipe, to_yaml
@@ -102,7 +102,8 @@ def _train(
 ) -> dict[str, Any]:
     recipe, corpus, stop = loaded.recipe, task.corpus, StopFlag(run, ranks.main)
     path, lines = checkpoint.newest(ranks, run)
-    state, moved = checkpoint.load(ranks, path) if path else (State(data_size=len(corpus.train)), "")
+    restored = checkpoint.load(ranks, path) if path else None
+    state = restored.state if restored else State(data_size=len(corpus.train))
     if state.data_size != len(corpus.train):
         raise RequestError(
             f"there are {len(corpus.train):,} training samples, and there were {state.data_size:,} when this run began",
@@ -126,7 +127,7 @@ def _train(
     if ranks.main and (verdict := os.environ.get("BIGTRAIN_VERDICT")):  # slurm/train.sbatch counts lives that do not get here
         Path(verdict).write_text("started")
     tracker.event(state.step, "started", ranks=ranks.world_size, job=os.environ.get("SLURM_JOB_ID"))
-    for event, details in _news(settings, lines, corpus.bad, path, changed, moved):
+    for event, details in _news(settings, lines, corpus.bad, path, changed, restored):
         tracker.event(state.step, event, **details)
     batches = train_batches(task, recipe, ranks.plan, ranks.rank, state.samples)
     state.bad = sorted({*state.bad, *corpus.bad})
@@ -164,7 +165,12 @@ def _carry_out(t: Training, run: RunDir, summary: dict[str, Any]) -> dict[str, A
 
 
 def _news(
-    settings: Settings, lines: list[str], bad: list[str], path: Path | None, changed: dict[str, str], moved: str
+    settings: Settings,
+    lines: list[str],
+    bad: list[str],
+    path: Path | None,
+    changed: dict[str, str],
+    restored: Restored | None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What there is to say of a start: (event, details)."""
     if "normalisation" in settings:
@@ -175,8 +181,9 @@ def _news(
         yield "bad samples left out", {"samples": bad}
     if path and changed:
         yield "recipe changed", dict(changed)
-    if path:
-        yield "resumed", {"path": str(path)} | ({"moved": moved} if moved else {})
+    if restored:
+        details: dict[str, Any] = {"path": str(path)} | ({"moved": restored.moved} if restored.moved else {})
+        yield "resumed", details | {"load_seconds": restored.load_seconds, "check_seconds": restored.check_seconds}
 
 
 _FRUITLESS = 3

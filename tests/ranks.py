@@ -10,12 +10,14 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,10 +26,12 @@ from bigtrain.data import Corpus, train_batches
 from bigtrain.data.examples import Example
 from bigtrain.data.order import samples_at
 from bigtrain.engine import Device
-from bigtrain.loop import Training, _step, evaluate
+from bigtrain.errors import TrainingFailed
+from bigtrain.loop import Training, _step, _watch, evaluate
 from bigtrain.optim import make_optimizer
 from bigtrain.plan import make_plan
 from bigtrain.recipe import Recipe
+from bigtrain.run import _take_the_best, _try_forward, exit_code_of
 from bigtrain.rundir import RunDir
 from bigtrain.tasks import TASKS
 from bigtrain.track import Everyone
@@ -51,6 +55,23 @@ class Twice(nn.Module):
         return self.head(self.block(self.block(x) + x))
 
 
+class Mixed(nn.Module):
+    """Every sort of parameter that ZeRO-3 treats in its own way: frozen, of one element, of odd sizes, and one above the
+    persistence threshold, which is not kept whole."""
+
+    def __init__(self, vocab_size: int, width: int = 31, wide: int = 3301) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.embedding.weight.requires_grad = False
+        self.scale = nn.PReLU()
+        self.block = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width, bias=False))
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, length] → logits [batch, length, vocabulary]."""
+        return self.head(self.block(self.scale(self.embedding(input_ids))))
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {
         "name": "llama",
@@ -68,6 +89,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "cnn": {"name": "cnn", "args": {"channels": [8, 16]}},
     "twice": {"name": "ranks:Twice"},
 }
+MIXED = {"name": "ranks:Mixed"}
 
 
 class Memory:
@@ -100,7 +122,7 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
         {
             "name": "exact",
             "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
-            "model": MODELS[case["model"]] | ({"dropout": case["dropout"]} if "dropout" in case else {}),
+            "model": MODELS.get(case["model"], MIXED) | ({"dropout": case["dropout"]} if "dropout" in case else {}),
             "data": {"train": "none", "seq_len": 32},
             "optim": {"name": "adamw", "lr": 5e-3, "weight_decay": 0.1, "clip_norm": 0.5, **case.get("optim", {})},
             "engine": {
@@ -172,7 +194,7 @@ def save(training: Training) -> Path:
 
 def go_on(training: Training, path: Path) -> str:
     """Load a checkpoint, and take the samples that come next."""
-    training.state, moved = checkpoint.load(training.engine, path)
+    training.state, moved, *_ = checkpoint.load(training.engine, path)
     ranks = training.engine
     training.batches = train_batches(training.task, training.recipe, ranks.plan, ranks.rank, training.state.samples)
     return moved
@@ -328,7 +350,91 @@ def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {name: float(tensor.double().abs().sum()) for name, tensor in training.engine.whole_weights().items()}
 
 
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, put together from all ranks' pieces."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for file in sorted(path.glob("rank-*.safetensors")):
+        for key, tensor in load_file(file).items():
+            name, kind, start = key.split("|")
+            if kind == "weight":
+                pieces.setdefault(name, []).append((int(start), tensor))
+    shapes = json.loads((path / "manifest.json").read_text())["shapes"]
+    whole = {name: torch.cat([tensor for _, tensor in sorted(parts)]) for name, parts in pieces.items()}
+    return {name: tensor.view(shapes[name]) for name, tensor in whole.items()}
+
+
+def differences(training: Training, expected: dict[str, Tensor], act: Callable[[], Any]) -> list[str]:
+    """Parameters that differ from `expected`, as the first forward pass of `act` reads them, within it, on each rank."""
+    module, seen, names = training.engine.module, {}, {}
+    for name, parameter in module.named_parameters():
+        names[id(parameter)] = name
+
+    def look(submodule: nn.Module, *_: Any) -> None:
+        for parameter in submodule.parameters(recurse=False):
+            seen.setdefault(names[id(parameter)], parameter.detach().clone())
+
+    hooks = [submodule.register_forward_pre_hook(look) for submodule in module.modules()]
+    act()
+    for hook in hooks:
+        hook.remove()
+    assert seen.keys() == expected.keys(), seen.keys() ^ expected.keys()
+    wrong = [name for name, used in seen.items() if not torch.equal(used.cpu(), expected[name].to(used.dtype))]
+    return [name for found in training.engine.gather(wrong) for name in found]
+
+
+def run_in_use(case: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """Which weights forward passes use after a load that is not the first thing that happens: as a run does it, after
+    an evaluation, after a step, after a rewind, and when the best checkpoint is exported. Those that are not the
+    checkpoint's, by when.
+    """
+    first, _ = build(case, folder)
+    frozen = {name for name, p in first.engine.module.named_parameters() if not p.requires_grad}
+    kept = {name: tensor for name, tensor in first.engine.whole_weights().items() if name in frozen}
+    kept = first.engine.gather(kept)[0]
+    for _ in range(2):
+        _step(first)
+    path = save(first)
+    expected = saved_weights(path) | kept
+    t, _ = build(case, folder)
+    t.recipe = t.recipe.model_copy(update={"train": t.recipe.train.model_copy(update={"on_spike": "rewind"})})
+    found = {}
+    _try_forward(t.engine, t.task)
+    go_on(t, path)
+    found["a start, in evaluation"] = differences(t, expected, lambda: evaluate(t.engine, t.task))
+    found["a start, in training"] = differences(t, expected, lambda: _step(t))
+    go_on(t, path)
+    found["a step, in training"] = differences(t, expected, lambda: _step(t))
+    evaluate(t.engine, t.task)
+    t.state.recent = [4.0 + 0.01 * (i % 5) for i in range(32)]
+    _watch(t, 1e9, False)
+    found["a rewind, in training"] = differences(t, expected, lambda: _step(t))
+    _step(t)
+    t.state.best_step = 2
+    found["the best, in evaluation"] = differences(t, expected, lambda: _take_the_best(t, t.checkpoints.run))
+    exported = t.engine.gather(t.engine.whole_weights())[0]
+    same = {name: torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in exported.items() if name in expected}
+    found["the best, exported"] = sorted(expected.keys() - {name for name in same if same[name]})
+    return found
+
+
+def run_sabotage(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A load that leaves old weights with the forward passes, on every rank: how it ends, on each."""
+    first, _ = build(case, folder)
+    _step(first)
+    path = save(first)
+    second, _ = build(case)
+    _try_forward(second.engine, second.task)
+    second.engine.model.optimizer._partition_all_parameters = lambda: None
+    try:
+        go_on(second, path)
+    except TrainingFailed as problem:
+        return {"ends": second.engine.gather((exit_code_of(problem), str(problem)))}
+    return {"ends": []}
+
+
 RUN = {
+    "in_use": run_in_use,
+    "sabotage": run_sabotage,
     "exact": run_exact,
     "save": run_save,
     "go_on": run_go_on,

@@ -4,6 +4,7 @@ Every case is a real run of the real loop on real ranks; the judge is a plain Py
 """
 
 import json
+import re
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -79,15 +80,27 @@ def _deeds() -> dict[str, dict[str, Any]]:
         case = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 4, "optim": optim}
         cases[f"optim/{optimizer}/{engine}"] = case | ENGINES[engine]
     case = {"run": "stop_evaluation", "model": "cnn", "precision": "fp32", "micro_batch": 4}
-    return cases | {"stop_evaluation": case | ENGINES["zero3"]}
+    sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
+    return cases | {"stop_evaluation": case | ENGINES["zero3"], "sabotage": sabotage | ENGINES["zero3"]}
+
+
+def _in_use(world: int) -> dict[str, dict[str, Any]]:
+    """Which weights forward passes use after a load: models of every sort × engines × precisions."""
+    cases = {}
+    for model, engine, precision in product(("transformer", "rnn", "cnn", "mixed"), ENGINES, TOLERANCE):
+        if (world == 1 and engine not in ("ddp", "zero3")) or (precision == "bf16" and engine not in ("zero1", "zero3")):
+            continue
+        case = {"run": "in_use", "model": model, "precision": precision, "micro_batch": 8}
+        cases[f"in_use/{world}/{model}/{engine}/{precision}"] = case | ENGINES[engine]
+    return cases
 
 
 # 20 samples a step in pieces of 5: the same pieces on one rank and on two
 DROPOUT = {"run": "exact", "model": "cnn", "precision": "fp32", "micro_batch": 5, "dropout": 0.3, "global_batch": 20}
 DROPOUTS = {f"dropout/{n}/{kind}": DROPOUT | {"kind": kind} for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))}
 CASES = {
-    1: _curves(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
-    2: _curves(2) | _deeds() | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
+    1: _curves(1) | _in_use(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
+    2: _curves(2) | _in_use(2) | _deeds() | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
 }
 SAVED = {"ddp": 1, "zero3": 1, "zero2": 2, "zero3-offload": 2}  # engine → ranks it is saved on
 
@@ -201,6 +214,19 @@ def test_evaluation_counts_every_example_once_on_any_engine(model: str, results:
 @pytest.mark.parametrize("name", [name for name in CASES[2] if name.startswith("resume/")])
 def test_resume_is_bit_exact(name: str, results: dict[str, Any]) -> None:
     assert results[name] == {"problems": [], "moved": "", "same_losses": True, "same_weights": True}
+
+
+@pytest.mark.parametrize("name", [*_in_use(1), *_in_use(2)])
+def test_after_a_load_forward_passes_use_the_weights_of_the_checkpoint(name: str, results: dict[str, Any]) -> None:
+    assert len(results[name]) == 6
+    assert {when: wrong for when, wrong in results[name].items() if wrong} == {}
+
+
+def test_a_load_that_leaves_old_weights_in_use_ends_the_run_on_every_rank(results: dict[str, Any]) -> None:
+    ends = results["sabotage"]["ends"]
+    assert [code for code, _ in ends] == [3, 3]
+    assert ends[0] == ends[1], "all ranks say the same"
+    assert re.search(r"on rank 0: a forward pass would use [0-9a-f]{16}, and .*/step-00000001 has [0-9a-f]{16}", ends[0][1])
 
 
 @pytest.mark.parametrize("name", [name for cases in MOVES.values() for name in cases if name.startswith("go_on/")])
