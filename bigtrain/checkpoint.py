@@ -362,13 +362,19 @@ def _refuse_other_weights(engine: Engine, shards: "Shards", path: Path) -> None:
     for sample in engine.weights_in_use():
         saved = torch.empty(sample.values.shape)
         shards.read(sample.name, "weight", sample.start, saved)
-        used_hash, saved_hash = _hash(sample.values), _hash(saved.to(sample.values.dtype))
+        used_hash = _hash(sample.values)
+        saved_hash = _hash(saved.to(sample.values.dtype))
         if used_hash != saved_hash:
-            elements = f"{sample.name}[{sample.start}:{sample.start + len(saved)}] on rank {engine.rank}"
-            different = f"{elements}: a forward pass would use {used_hash}, and {path} has {saved_hash}"
+            stop = sample.start + len(saved)
+            different = (
+                f"{sample.name}[{sample.start}:{stop}] on rank {engine.rank}: "
+                f"a forward pass would use {used_hash}, and {path} has {saved_hash}"
+            )
             break
-    if problems := [text for text in engine.gather(different) if text]:
-        raise TrainingFailed(problems[0], "the checkpoint's weights (the values are BLAKE3 hashes)", "another engine.kind")
+    problems = [text for text in engine.gather(different) if text]
+    if problems:
+        expected = "the checkpoint's weights (the values are BLAKE3 hashes)"
+        raise TrainingFailed(problems[0], expected, "another engine.kind, e.g. engine.kind=ddp")
 
 
 def _hash(values: Tensor) -> str:

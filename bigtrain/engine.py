@@ -113,6 +113,12 @@ class Sample:
     values: Tensor  # flat, in the precision of forward passes, on the CPU
 
 
+def _elements(named: tuple[str, Any]) -> int:
+    """The size of a (name, parameter), wherever its elements are."""
+    parameter = named[1]
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 class Engine(ABC):
     """One rank's share of a training run."""
 
@@ -213,24 +219,38 @@ class Engine(ABC):
 
     def weights_in_use(self) -> list[Sample]:
         """A few elements of a few parameters as the next forward pass will read them. A collective."""
-        return [sample for name, p in self._representatives() for sample in self._sample(name, p.detach().view(-1))]
+        samples = []
+        for name, parameter in self._representatives():
+            samples += self._sample(name, parameter.detach().view(-1))
+        return samples
 
     def _representatives(self) -> list[tuple[str, Any]]:
-        """A few trained parameters, of each sort that a load might forget: the first, the last, the smallest, the
-        largest, and one that has two names."""
+        """A few trained parameters, of each sort that a load might forget: the first, the last, the
+        smallest, the largest, and one that has two names."""
         trained = self._trained()
-        by_size = sorted(trained, key=lambda named: getattr(named[1], "ds_numel", named[1].numel()))
-        uses = Counter(id(p) for _, p in self.module.named_parameters(remove_duplicate=False))
-        tied = [(name, p) for name, p in trained if uses[id(p)] > 1]
-        return list(dict.fromkeys([trained[0], trained[-1], by_size[0], by_size[-1], *tied[:1]]))
+        by_size = sorted(trained, key=_elements)
+        uses: Counter[int] = Counter()
+        for _, parameter in self.module.named_parameters(remove_duplicate=False):
+            uses[id(parameter)] += 1
+        chosen = [trained[0], trained[-1], by_size[0], by_size[-1]]
+        for named in trained:
+            if uses[id(named[1])] > 1:
+                chosen.append(named)
+                break
+        return list(dict.fromkeys(chosen))
 
     def _sample(self, name: str, whole: Tensor) -> list[Sample]:
-        """Elements from two of the equal parts that sharding makes of a parameter; ranks look at different parts."""
-        part = max(1, -(-whole.numel() // self.world_size))
-        parts = -(-whole.numel() // part)
-        apart = -(-parts // 2)
-        starts = range(self.rank % apart * part, whole.numel(), apart * part)
-        return [Sample(name, start, whole[start : start + min(part, _SAMPLE)].cpu()) for start in starts]
+        """Elements from two of the equal parts that sharding makes of a parameter; ranks look at
+        different parts."""
+        part_size = max(1, math.ceil(whole.numel() / self.world_size))
+        parts = math.ceil(whole.numel() / part_size)
+        apart = math.ceil(parts / 2)
+        samples = []
+        for part in range(self.rank % apart, parts, apart):
+            start = part * part_size
+            stop = start + min(part_size, _SAMPLE)
+            samples.append(Sample(name, start, whole[start:stop].cpu()))
+        return samples
 
     def _to_save(self) -> list[Fragment]:
         return self.fragments()
@@ -563,21 +583,25 @@ class _DeepSpeed(Engine):
         import deepspeed
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        chosen = self._representatives()
-        sharded = [named for named in self._trained() if named[1].ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        # A forward pass reads what is gathered as it stands, and gathers the rest first. To gather is expensive: it is
-        # done for the smallest; of the others this rank's own part is looked at.
-        gathered = sorted(sharded, key=lambda named: named[1].ds_numel)[:1]
-        parts = {part.name: part for part in self.fragments()}
-        found: list[Sample] = []
-        with deepspeed.zero.GatheredParameters([p for _, p in gathered], enabled=bool(gathered)):
-            for name, p in dict.fromkeys([*chosen, *gathered]):
-                if p.ds_status is ZeroParamStatus.AVAILABLE:
-                    found += self._sample(name, p.detach().view(-1))
-                else:
-                    size = min(parts[name].master.numel(), _SAMPLE)
-                    found.append(Sample(name, parts[name].start, p.ds_tensor.detach()[:size].cpu()))
-        return found
+        # A forward pass reads what is gathered as it stands, and gathers the rest first. To gather is
+        # expensive: it is done for the smallest; of the others this rank's own part is looked at.
+        sharded = []
+        for name, parameter in self._trained():
+            if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                sharded.append((name, parameter))
+        to_gather = sorted(sharded, key=_elements)[:1]
+        own_parts = {part.name: part for part in self.fragments()}
+        samples = []
+        gathered = deepspeed.zero.GatheredParameters([p for _, p in to_gather], enabled=bool(to_gather))
+        with gathered:
+            for name, parameter in dict.fromkeys([*self._representatives(), *to_gather]):
+                if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                    samples += self._sample(name, parameter.detach().view(-1))
+                    continue
+                part = own_parts[name]
+                size = min(part.master.numel(), _SAMPLE)
+                samples.append(Sample(name, part.start, parameter.ds_tensor.detach()[:size].cpu()))
+        return samples
 
     def _fragments_were_written(self) -> None:
         zero = self.model.optimizer

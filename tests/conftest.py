@@ -48,6 +48,7 @@ def _server() -> Any:
     command = [sys.executable, str(TESTS / "forks.py")]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
     atexit.register(lambda: (server.stdin and server.stdin.close(), server.wait(10)))
+    os.environ["FORKS"] = f"/proc/{server.pid}/fd/0"
     return server
 
 
@@ -56,9 +57,10 @@ class Started:
 
     def __init__(self, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
         self.files = Path(tempfile.mkdtemp(prefix="started-"))
-        asked = {"arguments": arguments, "cwd": str(cwd), "environment": environment, "files": str(self.files)}
-        _server().stdin.write(json.dumps(asked) + "\n")
-        _server().stdin.flush()
+        server = _server()  # first: it has the environment name it
+        asked = {"arguments": arguments, "cwd": str(cwd), "environment": os.environ | environment, "files": str(self.files)}
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
         wait_for((self.files / "pid").exists)
         self.pid = int((self.files / "pid").read_text())
 
@@ -79,7 +81,7 @@ class Started:
 
 def start(*arguments: str, cwd: Path, **environment: str) -> Started:
     """Start the command line as a user would."""
-    return Started(arguments, cwd, os.environ | environment)
+    return Started(arguments, cwd, environment)
 
 
 def start_ranks(

@@ -2,15 +2,21 @@
 
 Each child is what `python -m bigtrain …` would be, but for the seconds that imports take. Lines of JSON come in on
 standard input; a child's output, process id and exit code go to files, for whoever asked to wait for.
+
+`python tests/forks.py RANKS -m bigtrain …` stands in for torchrun: such a process, whose standard input is the file that
+the environment names in FORKS, forks the ranks.
 """
 
 import gc
 import importlib
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +88,30 @@ def _become(asked: dict[str, Any]) -> None:
     os._exit(code)
 
 
+def launch(count: int, arguments: list[str]) -> int:
+    """Have `count` ranks forked and wait for all; the exit code of one that failed, or 0. What they say is passed on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    folders = [Path(tempfile.mkdtemp(prefix="rank-")) for _ in range(count)]
+    with Path(os.environ["FORKS"]).open("w") as server:
+        for rank, folder in enumerate(folders):
+            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            asked = {"arguments": arguments, "cwd": str(Path.cwd()), "environment": environment, "files": str(folder)}
+            server.write(json.dumps(asked) + "\n")
+    while not all((folder / "code").exists() for folder in folders):
+        time.sleep(0.02)
+    codes = [int((folder / "code").read_text()) for folder in folders]
+    for folder in folders:
+        sys.stdout.write((folder / "out").read_text(errors="replace"))
+        sys.stderr.write((folder / "err").read_text(errors="replace"))
+        shutil.rmtree(folder)
+    return next((code for code in codes if code), 0)
+
+
 if __name__ == "__main__":
-    serve()
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        sys.exit(launch(int(sys.argv[1]), sys.argv[4:]))  # without -m bigtrain

@@ -352,6 +352,20 @@ def test_a_proof_passes_and_fails_when_the_order_depends_on_the_rank(tmp_path: P
     assert rows[1]["sample ids"].startswith("DIFFERENT")
 
 
+@pytest.mark.parametrize("model", ["rnn-lm", "tiny-lm"])
+def test_a_proof_passes_for_language_models_under_zero3(model: str, tmp_path: Path) -> None:
+    """Forward passes before the load leave their weights gathered, which forward passes after it must not use."""
+    (tmp_path / "text.txt").write_text("def square(number):\n    return number * number\n" * 200)
+    small = ["data.train=text.txt", "data.tokenizer=bytes", "data.seq_len=64", "engine.precision=fp32"]
+    launcher = f"{sys.executable} {TESTS / 'forks.py'} {{ranks}}"
+    arguments = [model, *small, "engine.kind=zero3", "--steps", "8", "--launcher", launcher, "--json"]
+    done = bigtrain("prove", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again, half = json.loads(done.stdout)["rows"]
+    assert again["losses"] == again["final weights"] == "same"
+    assert half["sample ids"] == "same"
+
+
 def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     run = copy_run(whole, tmp_path)
     (run.path / "SAVE").touch()
