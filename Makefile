@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types browser slurm soak gpu clean
+.PHONY: demo test check lint types browser slurm soak gpu golden clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
@@ -32,6 +32,9 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy bigtrain
+
+golden: .venv/installed-dev  ## write down the numbers of runs that tests/test_golden.py compares with
+	$(BIN)/python tests/test_golden.py
 
 gpu: .venv/installed-dev  ## the engines on CUDA; prints a table of losses and peak memory
 	$(BIN)/python -m pytest -m gpu -s
