@@ -702,6 +702,18 @@ def test_a_lock_left_by_a_process_killed_while_deepspeed_compiles_is_removed(
     assert done.returncode == 0, done.stderr
 
 
+def test_deepspeeds_extension_is_compiled_once_whatever_ninja_is_on_the_path(
+    tmp_path: Path,
+) -> None:
+    ninja = tmp_path / "ninja"
+    ninja.write_text("#!/bin/sh\nexit 1\n")
+    ninja.chmod(0o755)
+    arguments = [*CNN, "engine.kind=zero1", "train.steps=1", "train.eval_every=1"]
+    path = f"{tmp_path}:/usr/local/bin:/usr/bin:/bin"
+    done = bigtrain("train", *arguments, cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ranks_with_other_versions_are_refused_and_named(tmp_path: Path) -> None:
     other = tmp_path / "other" / "datasets-4.1.0.dist-info"
     other.mkdir(parents=True)

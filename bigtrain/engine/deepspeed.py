@@ -273,9 +273,13 @@ def _compile_cpu_extension() -> None:
     and every later start waits for it for ever (torch/utils/file_baton.py). Under our lock a file
     that is there can only be such a remnant, and is removed.
     """
+    import ninja
     from deepspeed.comm.torch import build_shm_op
     from torch.utils.cpp_extension import _get_build_directory
 
+    # Always the same ninja: another version takes what this one has built for out of date, and a
+    # virtual environment that is not activated has none on its PATH.
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
     folder = Path(_get_build_directory("deepspeed_shm_comm", False))
     with FileLock(folder.parent / "bigtrain.guard"):
         (folder / "lock").unlink(missing_ok=True)
