@@ -77,6 +77,11 @@ class DeepSpeedEngine(Engine):
                 self._init._zero_init_param(parameter)
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        # DeepSpeed does not move a model whose parameters are sharded already.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
         if self.plan.precision == "bf16":
             use_fp32_statistics(model)
         apply_compute_options(model, self.plan)
