@@ -1,5 +1,6 @@
 """What is decided and placed for CUDA, without a device: stand-ins, patches and fake tensors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from conftest import TESTS
 from cuda_forward import sharding_engine
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -45,3 +47,28 @@ def test_a_forward_pass_under_zero3_has_one_device(guard: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     expected = [f"{recipe} cuda" for recipe in FAMILIES]
     assert done.stdout.splitlines() == expected, done.stderr[-2000:]
+
+
+START = """
+import torch
+from bigtrain.engine.deepspeed_config import render_deepspeed_config
+from bigtrain.engine.plan import Plan
+from bigtrain.engine.runtime import Device
+from bigtrain.engine.start import start_engine
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+plan = Plan("zero1", "none", "fp32", 1, 4, 4, False, False)
+engine = start_engine(plan, Device("cpu", False), render_deepspeed_config(plan, 0.0), 0.0)
+print(engine.device.type)
+"""
+
+
+def test_zero_runs_on_the_cpu_of_a_machine_with_a_gpu() -> None:
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | rank | {"MASTER_PORT": str(get_free_port())}
+    command = [sys.executable, "-c", START]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["cpu"], done.stderr[-2000:]

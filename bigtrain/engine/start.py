@@ -17,9 +17,12 @@ def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_nor
     Raises TrainingFailed if what started is not what the plan says.
     """
     silence_libraries()
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     if device.kind == "cpu":
         keep_freed_memory()
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # Beside a GPU, DeepSpeed with any back-end would be given the GPU.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     engine: Engine
     if plan.kind == "ddp":
         engine = DDPEngine(plan, device, clip_norm)
