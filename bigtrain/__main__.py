@@ -46,12 +46,12 @@ def _print_problem(problem: BigtrainError) -> None:
     Every rank sees the same fault in a recipe, and every rank of a machine the same in its files.
     """
     from bigtrain.config.secrets import redact
+    from bigtrain.engine.launcher import is_first_on_machine
 
     rank = os.environ.get("RANK", "0")
-    is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     if rank == "0":
         print(redact(f"bigtrain: {problem}"), file=sys.stderr)
-    elif is_first_of_machine and not isinstance(problem, RecipeError):
+    elif is_first_on_machine(os.environ) and not isinstance(problem, RecipeError):
         print(redact(f"bigtrain (rank {rank}): {problem}"), file=sys.stderr)
 
 

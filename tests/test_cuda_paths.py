@@ -12,6 +12,9 @@ from cuda_forward import sharding_engine
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from bigtrain.engine.deepspeed import _take_visible_device
+from bigtrain.engine.launcher import is_first_on_machine
+
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace { C10_REGISTER_GUARD_IMPL(
@@ -72,3 +75,15 @@ def test_zero_runs_on_the_cpu_of_a_machine_with_a_gpu() -> None:
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.stdout.splitlines()[-1:] == ["cpu"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("visible", "number"), [(1, "0"), (2, "1"), (8, "3")])
+def test_deepspeed_is_given_a_device_that_exists(
+    visible: int, number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("BIGTRAIN_LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    _take_visible_device()
+    assert os.environ["LOCAL_RANK"] == number
+    assert not is_first_on_machine(os.environ), "another rank speaks for this machine"

@@ -50,6 +50,8 @@ class DeepSpeedEngine(Engine):
         with contextlib.redirect_stdout(io.StringIO()):
             if device.kind == "cpu":
                 _compile_cpu_extension()
+            else:
+                _take_visible_device()
             accelerator = make_accelerator(
                 device, deepspeed_plugin=plugin, mixed_precision=precision
             )
@@ -266,6 +268,15 @@ def _prepare_environment() -> None:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(get_free_port()))
+
+
+def _take_visible_device() -> None:
+    """Make LOCAL_RANK the number of a device, as which DeepSpeed takes it.
+
+    Where each rank sees its own device alone (Slurm's --gpus-per-task), that is 0 on all.
+    """
+    launched_as = os.environ.setdefault("BIGTRAIN_LOCAL_RANK", os.environ["LOCAL_RANK"])
+    os.environ["LOCAL_RANK"] = f"{int(launched_as) % torch.cuda.device_count()}"
 
 
 def _compile_cpu_extension() -> None:

@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from bigtrain.engine.base import Engine
+from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.errors import LOST_PEERS
 from bigtrain.runs.events import Event
 from bigtrain.tracking.base import TrackerGroup
@@ -181,10 +182,10 @@ class Watchdog:
         position = RankPosition(self._posts, self.step + 1, self.phase, self.heartbeats)
         if len(self._busy_seconds) == _RECENT_STEPS:
             position.busy = _mean(self._busy_seconds)
-        first_on_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+        speaks_for_machine = is_first_on_machine(os.environ)
 
         def write(store: Any) -> None:
-            if self.world_size > 1 and first_on_machine:
+            if self.world_size > 1 and speaks_for_machine:
                 # Here, where waiting has a limit: the driver of a broken GPU may never answer.
                 position.machine, position.usage = _machine_usage()
             store.set(f"{self.rank}", json.dumps(asdict(position)))
