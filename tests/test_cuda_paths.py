@@ -3,7 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +19,10 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
+from bigtrain.engine.plan import Plan
+from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.training import run as assembly
+from bigtrain.training.preflight import try_forward
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -87,3 +96,45 @@ def test_deepspeed_is_given_a_device_that_exists(
     _take_visible_device()
     assert os.environ["LOCAL_RANK"] == number
     assert not is_first_on_machine(os.environ), "another rank speaks for this machine"
+
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of"
+    " which 1.25 GiB is free. Including non-PyTorch memory, this process has 77.85 GiB in use."
+)
+
+
+def run_out(*_: Any, **__: Any) -> NoReturn:
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def small_plan(**settings: Any) -> Plan:
+    return replace(Plan("ddp", "none", "fp32", 1, 8, 8, False, False), **settings)
+
+
+def test_out_of_memory_in_the_trial_forward_is_named_with_its_remedies() -> None:
+    engine: Any = SimpleNamespace(
+        plan=small_plan(),
+        module=nn.Linear(1, 1),
+        model=nn.Linear(1, 1),
+        to_device=lambda batch: batch,
+        autocast=nullcontext,
+    )
+    data = SimpleNamespace(train=[{}, {}], tokenizer=None)
+    task: Any = SimpleNamespace(data=data, collate=lambda _: {}, name="any", loss_sum=run_out)
+    with pytest.raises(RequestError) as caught:
+        try_forward(engine, task)
+    text = str(caught.value)
+    assert "2.00 GiB" in text and "1.25 GiB is free" in text and "does not fit" not in text
+    for remedy in ("micro_batch=4", "activation_checkpointing=true", "kind=zero3"):
+        assert f"engine.{remedy}" in text
+
+
+def test_out_of_memory_in_training_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "train", run_out)
+    ctx: Any = MagicMock()
+    ctx.engine.plan = small_plan(kind="zero3", micro_batch=1)
+    with pytest.raises(TrainingFailed, match=r"2\.00 GiB") as caught:
+        assembly._train_and_export(ctx, MagicMock(), {})
+    assert "micro_batch=" not in str(caught.value) and "zero3" not in str(caught.value)
+    assert ctx.tracker.event.call_args.args[1] == "failed"

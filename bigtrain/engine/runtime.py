@@ -93,6 +93,20 @@ def make_accelerator(device: Device, **settings: Any) -> Any:
     return Accelerator(kwargs_handlers=[group], **settings)
 
 
+def explain_out_of_memory(problem: torch.OutOfMemoryError, plan: Plan) -> tuple[str, str, str]:
+    """What was asked for and what is free, in torch's words; what is needed; what to set."""
+    asked_and_free = str(problem).split(" Including")[0].split(" Of the allocated")[0]
+    remedies = []
+    if plan.micro_batch > 1:
+        remedies.append(f"engine.micro_batch={plan.micro_batch // 2}")
+    if not plan.activation_checkpointing:
+        remedies.append("engine.activation_checkpointing=true")
+    if plan.kind != "zero3":
+        remedies.append("engine.kind=zero3")
+    remedies.append("a smaller model, or more ranks")
+    return asked_and_free, "what fits the device's memory", ", or ".join(remedies)
+
+
 def apply_compute_options(model: Any, plan: Plan) -> None:
     """Activation checkpointing and compilation, as the plan has them.
 

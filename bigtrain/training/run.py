@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
 from bigtrain.checkpoint.format import verify_checkpoint
@@ -24,9 +25,14 @@ from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import read_launcher, refuse_contradictions
 from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.plan import Launcher, Plan, make_plan
-from bigtrain.engine.runtime import Device, find_device, world_from_environment
+from bigtrain.engine.runtime import (
+    Device,
+    explain_out_of_memory,
+    find_device,
+    world_from_environment,
+)
 from bigtrain.engine.start import start_engine
-from bigtrain.errors import RequestError, StoppedEarly
+from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.models.export import export_model
 from bigtrain.runs.directory import RunDir, run_directory, write_atomic
@@ -317,6 +323,9 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
         event: Event = "lost_peer" if lost_a_peer(problem, ctx.engine.world_size) else "failed"
         reason = str(problem).split("\n")[0] or type(problem).__name__
         ctx.tracker.event(ctx.state.step, event, reason=reason)
+        if isinstance(problem, torch.OutOfMemoryError):
+            explanation = explain_out_of_memory(problem, ctx.engine.plan)
+            raise TrainingFailed(*explanation) from None
         raise
     finally:
         ctx.checkpoints.close()
