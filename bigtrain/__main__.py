@@ -37,7 +37,7 @@ def main() -> None:
 
         print(redact(traceback.format_exc()), file=sys.stderr)
         # No verdict: it may be the end of another rank, in words that exit_code_of does not know.
-        sys.exit(exit_code_of(problem))
+        _leave(exit_code_of(problem))
 
 
 def _print_problem(problem: BigtrainError) -> None:
@@ -64,6 +64,16 @@ def _exit(code: int) -> NoReturn:
         from bigtrain.training.verdict import write_verdict
 
         write_verdict(f"{code}")
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with `code`; at once if the process group is still there, which would wait for peers."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -17,10 +17,12 @@ from cuda_forward import sharding_engine
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from bigtrain import __main__ as command
+from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
-from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.training import run as assembly
 from bigtrain.training.preflight import try_forward
 
@@ -138,3 +140,49 @@ def test_out_of_memory_in_training_is_named_too(monkeypatch: pytest.MonkeyPatch)
         assembly._train_and_export(ctx, MagicMock(), {})
     assert "micro_batch=" not in str(caught.value) and "zero3" not in str(caught.value)
     assert ctx.tracker.event.call_args.args[1] == "failed"
+
+
+def engine_on(device: str) -> Any:
+    engine: Any = object.__new__(DDPEngine)
+    engine.device = torch.device(device)
+    engine.world_size = 2
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("device", "ended_by", "destroyed"),
+    [
+        ("cuda", None, True),
+        ("cuda", StoppedEarly, True),
+        ("cuda", RuntimeError, False),
+        ("cuda", TrainingFailed, False),
+        ("cpu", RuntimeError, True),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_in_nccls_group(
+    device: str, ended_by: Any, destroyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("group"))
+    assembly._leave_group(engine_on(device), ended_by, None, None)
+    assert calls == (["group"] if destroyed else [])
+
+
+def test_it_prints_and_writes_its_verdict_and_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: Any) -> NoReturn:
+        raise TrainingFailed("the loss is not finite")
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(f"at once with {code}")
+
+    monkeypatch.setenv("BIGTRAIN_VERDICT", str(tmp_path / "verdict"))
+    monkeypatch.setattr(command, "app", fail)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="at once with 3"):
+        command.main()
+    assert (tmp_path / "verdict").read_text() == "3"
+    assert "the loss is not finite" in capfd.readouterr().err

@@ -283,8 +283,14 @@ class Engine(ABC):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, all_ranks_end: bool = True) -> None:
+        """Leave the process group; a rank that ends alone on CUDA only stops using it.
+
+        NCCL's group waits for its kernels when it is destroyed, and so for peers that are still in
+        a collective with this rank (torchtitan#1342).
+        """
+        if self.device.type == "cuda" and not all_ranks_end:
+            return
         if self.world_size > 1 and torch.distributed.is_initialized():
             # A gloo thread gives up the last collective's tensors under the GIL, after the
             # collective is done. The group's destructor waits for that thread while it holds the

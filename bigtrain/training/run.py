@@ -102,9 +102,9 @@ def run_recipe(
 
     with ExitStack() as cleanup:
         engine = start_engine(planned.plan, device, planned.ds_config, recipe.optim.clip_norm)
-        cleanup.callback(engine.close)
         watchdog = Watchdog(engine, recipe.train.hang_timeout)
         cleanup.callback(watchdog.close)
+        cleanup.push(partial(_leave_group, engine))
         model = build_model(recipe, prepared, engine.shard)
         make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
         engine.prepare(model, make)
@@ -142,6 +142,11 @@ def run_recipe(
         # Wait for all: a launcher may end the job soon after the first rank has left.
         engine.gather(None)
     return summary
+
+
+def _leave_group(engine: Engine, kind: type[BaseException] | None, *_: object) -> None:
+    """Only the ordinary end, and a stop on request, are ends that all ranks have agreed on."""
+    engine.close(all_ranks_end=kind is None or issubclass(kind, StoppedEarly))
 
 
 def build_training(
