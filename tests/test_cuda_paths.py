@@ -23,6 +23,7 @@ from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
+from bigtrain.training import doctor
 from bigtrain.training import run as assembly
 from bigtrain.training.preflight import try_forward
 
@@ -186,3 +187,16 @@ def test_it_prints_and_writes_its_verdict_and_leaves_at_once(
         command.main()
     assert (tmp_path / "verdict").read_text() == "3"
     assert "the loss is not finite" in capfd.readouterr().err
+
+
+def test_a_collective_of_the_doctors_raises_instead_of_aborting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"blocking: {os.environ['TORCH_NCCL_BLOCKING_WAIT']}")
+
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    monkeypatch.setattr(doctor.distributed, "init_process_group", start)
+    meeting = doctor.Rendezvous(0, 2, "127.0.0.1", 0)
+    with pytest.raises(RuntimeError, match="blocking: 1"):
+        doctor._time_all_reduce(torch.distributed.HashStore(), meeting)

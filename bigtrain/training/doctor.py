@@ -282,6 +282,8 @@ def _time_all_reduce(store: distributed.TCPStore, meeting: Rendezvous) -> str:
     if torch.cuda.is_available():
         device, backend, many = "cuda", "nccl", 64 << 20
     ranks = meeting.world_size
+    # Otherwise NCCL's own thread aborts the process when a collective takes too long.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     distributed.init_process_group(
         backend,
         store=distributed.PrefixStore("group", store),
