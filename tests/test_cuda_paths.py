@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain import __main__ as command
+from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
@@ -200,3 +201,35 @@ def test_a_collective_of_the_doctors_raises_instead_of_aborting(
     meeting = doctor.Rendezvous(0, 2, "127.0.0.1", 0)
     with pytest.raises(RuntimeError, match="blocking: 1"):
         doctor._time_all_reduce(torch.distributed.HashStore(), meeting)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 836),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B300", 2250),
+        ("NVIDIA GB300", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("AMD Instinct MI250X", 191.5),
+        # measured, as what the table does not have
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A3000", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_peaks_are_found_by_whole_names(
+    name: str, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    monkeypatch.setattr(flops, "product_rate", lambda *_: "measured")
+    expected = "measured" if teraflops is None else teraflops * 1e12
+    assert flops.peak_flops(torch.device("cuda")) == expected
