@@ -233,3 +233,10 @@ def test_peaks_are_found_by_whole_names(
     monkeypatch.setattr(flops, "product_rate", lambda *_: "measured")
     expected = "measured" if teraflops is None else teraflops * 1e12
     assert flops.peak_flops(torch.device("cuda")) == expected
+
+
+def test_a_packed_sequence_counts_its_tokens_and_not_its_width() -> None:
+    weights = [[128, 24], [128, 32], [128], [128]]
+    padded = flops._cudnn_rnn([3, 7, 24], weights)
+    assert padded == 2 * 3 * 7 * (128 * 24 + 128 * 32)
+    assert flops._cudnn_rnn([21, 24], weights) == padded

@@ -1,5 +1,6 @@
 """What a model costs in floating-point operations, counted; and how many the device could do."""
 
+import math
 import re
 import time
 from typing import Any
@@ -101,4 +102,5 @@ def _cudnn_rnn(inputs: Any, weights: Any, *_: Any, **__: Any) -> int:
     """All layers at once; among `weights`, the shapes of two dimensions are matrices."""
     matrices = [shape for shape in weights if len(shape) == 2]
     elements = sum(rows * columns for rows, columns in matrices)
-    return int(2 * inputs[0] * inputs[1] * elements)
+    # [batch, length, width]; with packed sequences [tokens, width]
+    return int(2 * math.prod(inputs[:-1]) * elements)
