@@ -23,6 +23,7 @@ from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
+from bigtrain.engine.runtime import find_device
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
@@ -240,3 +241,13 @@ def test_a_packed_sequence_counts_its_tokens_and_not_its_width() -> None:
     padded = flops._cudnn_rnn([3, 7, 24], weights)
     assert padded == 2 * 3 * 7 * (128 * 24 + 128 * 32)
     assert flops._cudnn_rnn([21, 24], weights) == padded
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_emulated_bf16_is_not_fast(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert find_device("auto").bf16_is_fast == native
