@@ -27,6 +27,7 @@ from bigtrain.engine.runtime import find_device
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
+from bigtrain.training.context import StepNumbers
 from bigtrain.training.preflight import try_forward
 
 GUARD = """
@@ -251,3 +252,12 @@ def test_emulated_bf16_is_not_fast(native: bool, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert find_device("auto").bf16_is_fast == native
+
+
+def test_peak_memory_is_that_of_the_rank_that_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 << 30)
+    engine = engine_on("cuda")
+    engine.rank = 1
+    assert engine.peak_of_each_rank() == [0.0, 3 << 30]
+    numbers = StepNumbers.from_vector([1.0, 1.0, 0.5, 3 << 30, 8.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert numbers.peak_memory == 3 << 30 and numbers.num_targets == 8.0

@@ -277,11 +277,22 @@ class Engine(ABC):
                     buffer.div_(self.world_size)
 
     def peak_memory(self) -> int:
-        """Bytes: the device's peak on CUDA, the process's peak resident set on the CPU."""
+        """Bytes: torch's largest reserve on CUDA, the process's peak resident set on the CPU."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_reserved()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def reset_peak_memory(self) -> None:
+        """On CUDA, forget what was needed before training, by the trial forward pass above all."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_of_each_rank(self) -> list[float]:
+        """This rank's peak in its own place and 0 in the others': a sum over ranks has them all."""
+        peaks = [0.0] * self.world_size
+        peaks[self.rank] = self.peak_memory()
+        return peaks
 
     def close(self, all_ranks_end: bool = True) -> None:
         """Leave the process group; a rank that ends alone on CUDA only stops using it.

@@ -39,6 +39,7 @@ class StepNumbers(NamedTuple):
     loss_sum: float  # NaN in a step that is not logged
     applied: bool
     grad_norm: float
+    peak_memory: float  # bytes, of the rank that has most; 0 in a step that is not logged
     num_targets: float
     samples_digest: float
     requests: RankRequests
@@ -46,11 +47,12 @@ class StepNumbers(NamedTuple):
     @classmethod
     def from_vector(cls, values: list[float]) -> "StepNumbers":
         """The one place where the order of the vector is read."""
-        loss_sum, applied, grad_norm, num_targets, samples_digest, *requests = values
+        loss_sum, applied, grad_norm, peak_memory, num_targets, samples_digest, *requests = values
         return cls(
             loss_sum=loss_sum,
             applied=bool(applied),
             grad_norm=grad_norm,
+            peak_memory=peak_memory,
             num_targets=num_targets,
             samples_digest=samples_digest,
             requests=RankRequests(*requests),

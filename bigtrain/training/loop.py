@@ -43,6 +43,7 @@ def train(ctx: TrainContext) -> dict[str, float]:
     another try would end the same way.
     """
     steps = ctx.recipe.train.steps
+    ctx.engine.reset_peak_memory()
     # A run may have been stopped before its last evaluation.
     stopping = evaluate_if_due(ctx)
     while ctx.state.step < steps and not stopping:
@@ -102,8 +103,12 @@ def train_step(ctx: TrainContext) -> RankRequests:
     state.step += 1
     state.samples += engine.plan.global_batch
     logged = gradients.spiked or is_due(state.step, settings, settings.log_every)
-    loss_sum = engine.sum(gradients.loss_sum)[0] if logged else math.nan
-    vector = torch.cat([engine.put(loss_sum, *result), sums])
+    loss_sum: Tensor | float = math.nan
+    peak_memory: Tensor | float = 0.0
+    if logged:
+        loss_and_peaks = engine.sum(gradients.loss_sum, *engine.peak_of_each_rank())
+        loss_sum, peak_memory = loss_and_peaks[0], loss_and_peaks[1:].max()
+    vector = torch.cat([engine.put(loss_sum, *result, peak_memory), sums])
     ctx.in_flight = InFlightStep(rate, micro_batches, gradients.spiked, logged, engine.read(vector))
 
     after = RankRequests()
@@ -259,7 +264,7 @@ def _log(ctx: TrainContext, numbers: StepNumbers, mean_loss: float, rate: float)
             f"{ctx.task.unit}_per_s": interval.num_targets / seconds,
             "mfu": ctx.peak_seconds_per_target * interval.num_targets / seconds,
             "seconds": seconds / interval.steps,
-            "peak_memory_bytes": ctx.engine.peak_memory(),
+            "peak_memory_bytes": int(numbers.peak_memory),
         }
     )
 
