@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import TESTS
+from conftest import TESTS, bigtrain
 from cuda_forward import sharding_engine
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -23,7 +23,7 @@ from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import find_device
+from bigtrain.engine.runtime import Device, find_device, set_fp32_products
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
@@ -251,7 +251,8 @@ def test_emulated_bf16_is_not_fast(native: bool, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert find_device("auto").bf16_is_fast == native
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0) if native else (7, 5))
+    assert find_device("auto") == Device("cuda", bf16_is_fast=native, has_tf32=native)
 
 
 def test_peak_memory_is_that_of_the_rank_that_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +262,29 @@ def test_peak_memory_is_that_of_the_rank_that_has_most(monkeypatch: pytest.Monke
     assert engine.peak_of_each_rank() == [0.0, 3 << 30]
     numbers = StepNumbers.from_vector([1.0, 1.0, 0.5, 3 << 30, 8.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert numbers.peak_memory == 3 << 30 and numbers.num_targets == 8.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "cudnn", "products"),
+    [("fp32", False, "highest"), ("bf16", False, "highest"), ("tf32", True, "high")],
+)
+def test_fp32_means_one_thing(
+    precision: Any, cudnn: bool, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not cudnn)
+    before = torch.get_float32_matmul_precision()
+    try:
+        device = Device("cuda", bf16_is_fast=True, has_tf32=True)
+        set_fp32_products(device, small_plan(precision=precision))
+        assert torch.backends.cudnn.allow_tf32 == cudnn
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    arguments = ["train", "digits-mlp", "engine.precision=tf32", "engine.device=cpu"]
+    done = bigtrain(*arguments, "train.steps=1", "track.wandb=off", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "this device has no TF32" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -12,7 +12,7 @@ from bigtrain.errors import RequestError
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "params"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 T = TypeVar("T")
 
 # engine.kind when the recipe leaves it to the plan; only the two sharded kinds can offload.

@@ -21,6 +21,7 @@ class Device:
 
     kind: str  # cpu | cuda
     bf16_is_fast: bool
+    has_tf32: bool = False
 
 
 def find_device(asked: str) -> Device:
@@ -35,7 +36,8 @@ def find_device(asked: str) -> Device:
             "engine.device=cpu, or nvidia-smi to see what the machine has",
         )
     if cuda and asked != "cpu":
-        return Device("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device("cuda", is_native, has_tf32=torch.cuda.get_device_capability() >= (8, 0))
     # Measured: bf16 products are faster than fp32 ones with AVX512_BF16 (1.5×) and AMX (9×), and
     # far slower without either.
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -68,6 +70,24 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 256 << 20)
+
+
+def set_fp32_products(device: Device, plan: Plan) -> None:
+    """Let products of fp32 numbers be TF32's where the plan says so, and nowhere else.
+
+    torch's defaults differ: convolutions and recurrent layers use TF32, matrix products do not.
+    Raises RequestError for tf32 on a device without it.
+    """
+    is_tf32 = plan.precision == "tf32"
+    if is_tf32 and not device.has_tf32:
+        raise RequestError(
+            "engine.precision is tf32, but this device has no TF32",
+            "an NVIDIA GPU from the A100's generation on",
+            "engine.precision=auto",
+        )
+    if device.kind == "cuda":
+        torch.backends.cudnn.allow_tf32 = is_tf32
+        torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
 
 
 def make_accelerator(device: Device, **settings: Any) -> Any:
