@@ -225,7 +225,10 @@ class NoWatchdog(Watchdog):
     def enter(self, phase: Phase) -> None:
         pass
 
-    def step_done(self, step: int, seconds: float, busy: float) -> None:
+    def step_done(self, step: int, seconds: float) -> None:
+        pass
+
+    def was_busy(self, seconds: float) -> None:
         pass
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import Device, find_device, set_fp32_products
+from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
@@ -288,3 +290,38 @@ def test_tf32_is_refused_where_there_is_none(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "this device has no TF32" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+class SlowEvent:
+    """A CUDA event as a throttled device would record it: half a second from one to the next."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        SlowEvent.recorded += 1
+        self.time = 500.0 * SlowEvent.recorded
+
+    def elapsed_time(self, end: "SlowEvent") -> float:
+        return end.time - self.time
+
+
+def test_a_slow_device_is_seen_though_launching_takes_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", SlowEvent)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for _micro_batch in range(3):
+        stopwatch.start()
+        stopwatch.stop()
+    assert stopwatch.seconds() == pytest.approx(1.5)
+
+
+def test_on_the_cpu_the_hosts_clock_is_the_devices() -> None:
+    stopwatch = Stopwatch(torch.device("cpu"))
+    stopwatch.start()
+    time.sleep(0.01)
+    stopwatch.stop()
+    assert 0.01 <= stopwatch.seconds() < 10

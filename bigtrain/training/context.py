@@ -10,6 +10,7 @@ from bigtrain.config.recipe import Recipe, TrainConfig
 from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.batch_norm import RunningStatistics
+from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.tasks.base import Task
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.signals import StopFlag
@@ -76,6 +77,8 @@ class InFlightStep(NamedTuple):
     micro_batches: list[MicroBatch]
     spiked: bool  # left out because of its loss
     logged: bool
+    fetch_seconds: float  # of this rank, until it had its micro-batches
+    forward: Stopwatch
     read_vector: Callable[[], list[float]]  # waits for the device; see StepNumbers
 
 

@@ -128,12 +128,15 @@ class Watchdog:
         self.last_progress = time.monotonic()
         self.heartbeats += 1
 
-    def step_done(self, step: int, seconds: float, busy: float) -> None:
-        """A step took `seconds`; in `busy` of them this rank did not wait for others."""
+    def step_done(self, step: int, seconds: float) -> None:
+        """A step took `seconds` of the host."""
         self.step = step
         self.first_step_done = True
         self._step_seconds.append(seconds)
-        self._busy_seconds.append(busy)
+
+    def was_busy(self, seconds: float) -> None:
+        """So long this rank worked in the last finished step without waiting for others."""
+        self._busy_seconds.append(seconds)
 
     def close(self) -> None:
         """Stop watching."""
