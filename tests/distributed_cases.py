@@ -219,7 +219,7 @@ class NoWatchdog(Watchdog):
     def __init__(self) -> None:
         self.pending_events = deque()
 
-    def report_to(self, tracker: TrackerGroup, step: int) -> None:
+    def report_to(self, tracker: TrackerGroup, step: int, logs: Path) -> None:
         pass
 
     def enter(self, phase: Phase) -> None:

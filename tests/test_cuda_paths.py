@@ -31,6 +31,7 @@ from bigtrain.training import doctor
 from bigtrain.training import run as assembly
 from bigtrain.training.context import StepNumbers
 from bigtrain.training.preflight import try_forward
+from bigtrain.training.watchdog import Watchdog
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -325,3 +326,34 @@ def test_on_the_cpu_the_hosts_clock_is_the_devices() -> None:
     time.sleep(0.01)
     stopwatch.stop()
     assert 0.01 <= stopwatch.seconds() < 10
+
+
+def quiet_watchdog(**attributes: Any) -> Any:
+    """A watchdog whose thread does not run."""
+    watchdog: Any = object.__new__(Watchdog)
+    watchdog.rank, watchdog.world_size, watchdog.timeout = 1, 2, 600.0
+    watchdog.step, watchdog.phase, watchdog.heartbeats = 0, "forward", 1
+    watchdog.last_progress = time.monotonic()
+    watchdog.interval = 0.01
+    vars(watchdog).update(attributes)
+    return watchdog
+
+
+@pytest.mark.parametrize("has_nccl", [True, False])
+def test_the_watchdog_writes_what_nccl_was_doing(
+    has_nccl: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    bindings = torch._C._distributed_c10d
+    if has_nccl:
+        monkeypatch.setattr(bindings, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    else:
+        monkeypatch.delattr(bindings, "_dump_nccl_trace", raising=False)
+    monkeypatch.setattr(os, "_exit", leave)
+    watchdog = quiet_watchdog(_store=None, _posts=0, _busy_seconds=[], _logs=tmp_path / "logs")
+    with pytest.raises(SystemExit):
+        watchdog._end()
+    written = [path.read_bytes() for path in tmp_path.glob("logs/collectives-rank1.pickle")]
+    assert written == ([b"trace"] if has_nccl else [])

@@ -170,7 +170,7 @@ def build_training(
         prepared.train, task.collate, recipe, engine.plan, engine.data_rank, state.samples
     )
     state.bad = sorted({*state.bad, *prepared.unreadable})
-    watchdog.report_to(tracker, state.step)
+    watchdog.report_to(tracker, state.step, run.logs)
     return TrainContext(
         recipe=recipe,
         engine=engine,

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -102,6 +103,7 @@ class Watchdog:
         # Found by the watchdog's thread, for the loop to log.
         self.pending_events: deque[PendingEvent] = deque()
         self._tracker = TrackerGroup()
+        self._logs: Path | None = None
         # Seconds of the last steps, and those in which this rank did not wait for others.
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._busy_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -117,9 +119,13 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def report_to(self, tracker: TrackerGroup, step: int) -> None:
-        """From now on an event of a hang goes to `tracker`; `step` is the last finished one."""
+    def report_to(self, tracker: TrackerGroup, step: int, logs: Path) -> None:
+        """From now on an event of a hang goes to `tracker`, and what NCCL was doing into `logs`.
+
+        `step` is the last finished one.
+        """
         self._tracker = tracker
+        self._logs = logs
         self.step = step
 
     def enter(self, phase: Phase) -> None:
@@ -230,6 +236,7 @@ class Watchdog:
         last_resort.start()
         self._ask(lambda store: store.set("alarm", f"{self.rank}"))
         self._print_stacks(silence)
+        attempt(self._write_collectives, _STORE_TIMEOUT)
         before = self._positions()
         # All have heard of the alarm by then, and written where they are.
         for _ in range(3):
@@ -262,6 +269,16 @@ class Watchdog:
             faulthandler.dump_traceback(file=stacks, all_threads=True)
             stacks.seek(0)
             sys.stderr.write(title + stacks.read().decode(errors="replace"))
+
+    def _write_collectives(self) -> None:
+        """NCCL's last collectives (torch's Flight Recorder), where torch has NCCL.
+
+        By itself torch writes them at NCCL's own time limit, long after this process has gone.
+        """
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+        if dump is not None and self._logs is not None:
+            self._logs.mkdir(exist_ok=True)
+            (self._logs / f"collectives-rank{self.rank}.pickle").write_bytes(dump())
 
     def _look_at_all_ranks(self) -> None:
         """Leave events for the loop: how busy each machine is, and which ranks are slow."""
