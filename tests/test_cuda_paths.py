@@ -1,6 +1,7 @@
 """What is decided and placed for CUDA, without a device: stand-ins, patches and fake tensors."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +30,10 @@ from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
+from bigtrain.training import watchdog as watchdog_module
 from bigtrain.training.context import StepNumbers
 from bigtrain.training.preflight import try_forward
-from bigtrain.training.watchdog import Watchdog
+from bigtrain.training.watchdog import RankPosition, Watchdog
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -357,3 +359,35 @@ def test_the_watchdog_writes_what_nccl_was_doing(
         watchdog._end()
     written = [path.read_bytes() for path in tmp_path.glob("logs/collectives-rank1.pickle")]
     assert written == ([b"trace"] if has_nccl else [])
+
+
+@pytest.mark.parametrize(
+    ("moves", "posts_of_peer", "left_alone"),
+    [(False, 5, True), (False, 9, False), (True, 5, False)],
+)
+def test_after_sigterm_a_rank_does_not_wait_for_one_that_is_gone(
+    moves: bool, posts_of_peer: int, left_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog_module, "_LEFT_ALONE_AFTER", 0.01)
+    looks = [
+        [RankPosition(posts=5), RankPosition(posts=5)],
+        [RankPosition(posts=posts_of_peer), RankPosition(posts=9)],
+    ]
+
+    watchdog = quiet_watchdog(_positions=lambda: looks.pop(0))
+    watchdog._asked_to_end = watchdog._look()
+    watchdog.heartbeats += moves
+    time.sleep(0.02)
+    assert watchdog._is_left_alone() == left_alone
+
+
+def test_a_signal_is_seen_while_the_main_thread_runs_no_python() -> None:
+    former = signal.signal(signal.SIGTERM, lambda *_: None)
+    term = watchdog_module._TermSignal()
+    try:
+        assert not term.received()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert term.received() and not term.received()
+    finally:
+        term.close()
+        signal.signal(signal.SIGTERM, former)

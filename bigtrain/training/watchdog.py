@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -43,6 +44,7 @@ _SLOW_PHASE_FACTOR = 10
 _RECENT_STEPS = 20  # that a rank's mean times are taken over
 _STRAGGLER_FACTOR = 1.5  # a straggler's time on its own, in medians over the ranks
 _MACHINES_EVERY = 30.0  # seconds between two events about how busy the machines are
+_LEFT_ALONE_AFTER = 10.0  # seconds after SIGTERM without progress, while a rank is silent
 _STORE_TIMEOUT = 5.0  # seconds that the store has to answer in
 _EXIT_TIMEOUT = 60.0  # seconds after which the process ends even if its last report hangs
 
@@ -86,6 +88,14 @@ class Attempt(NamedTuple):
     results: list[Any]  # one; none if it failed or is not done
 
 
+class Look(NamedTuple):
+    """How far this rank and all ranks were at a moment."""
+
+    time: float  # time.monotonic()
+    heartbeats: int  # of this rank
+    positions: list[RankPosition]  # empty if the store was silent
+
+
 class Watchdog:
     """Ends this process with code 76 if it, or another rank, makes no progress for too long."""
 
@@ -115,6 +125,8 @@ class Watchdog:
         self._question: threading.Thread | None = None  # the last one that the store was asked
         shortest = _AUTO_SECONDS if timeout == "auto" else timeout
         self.interval = min(max(shortest / 20, 0.1), 5.0)  # seconds between two looks
+        self._term = _TermSignal()
+        self._asked_to_end: Look | None = None  # since SIGTERM, the last look
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
@@ -148,6 +160,7 @@ class Watchdog:
         """Stop watching."""
         self._done.set()
         self._thread.join()
+        self._term.close()
 
     @property
     def limit(self) -> float:
@@ -167,11 +180,31 @@ class Watchdog:
                 hangs = time.monotonic() - self.last_progress > self.limit
                 if hangs or self._ask(lambda store: store.check(["alarm"])):
                     self._end()
+                if self._term.received():
+                    self._asked_to_end = self._look()
+                if self._is_left_alone():
+                    self._end()
                 if self.rank == 0 and self._posts % 4 == 0:
                     self._look_at_all_ranks()
         except BaseException:  # a watchdog that has died would let the run hang
             traceback.print_exc()
             os._exit(LOST_PEERS)
+
+    def _is_left_alone(self) -> bool:
+        """Whether this rank, asked to end, waits in vain for another one that is gone.
+
+        Its main thread may be inside a collective for ever, where Python cannot obey the signal.
+        """
+        before = self._asked_to_end
+        if before is None or time.monotonic() - before.time < _LEFT_ALONE_AFTER:
+            return False
+        self._asked_to_end = after = self._look()
+        if self.world_size == 1 or before.heartbeats != after.heartbeats:
+            return False
+        return not after.positions or bool(diagnose(before.positions, after.positions).silent)
+
+    def _look(self) -> Look:
+        return Look(time.monotonic(), self.heartbeats, self._positions())
 
     def _over_after(self, seconds: float) -> bool:
         """Wait; whether the run has ended within `seconds`.
@@ -301,6 +334,27 @@ class Watchdog:
         # A rank is named once, until it has been as fast as the others again.
         self._named = (self._named | self._slow_before) & slow
         self._slow_before = slow
+
+
+class _TermSignal:
+    """Whether SIGTERM has come, known even while the main thread runs none of Python's code."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self._former = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+
+    def received(self) -> bool:
+        """True once for each time that it came."""
+        with contextlib.suppress(BlockingIOError):
+            return signal.SIGTERM in self._read.recv(4096)
+        return False
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._former)
+        self._read.close()
+        self._write.close()
 
 
 def attempt(act: Callable[[], Any], seconds: float) -> Attempt:
