@@ -25,9 +25,10 @@ from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import Device, find_device, set_fp32_products
+from bigtrain.engine.runtime import Device, find_device, set_arithmetic
 from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
+from bigtrain.testing import resume_proof
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
 from bigtrain.training import watchdog as watchdog_module
@@ -280,7 +281,7 @@ def test_fp32_means_one_thing(
     before = torch.get_float32_matmul_precision()
     try:
         device = Device("cuda", bf16_is_fast=True, has_tf32=True)
-        set_fp32_products(device, small_plan(precision=precision))
+        set_arithmetic(device, small_plan(precision=precision))
         assert torch.backends.cudnn.allow_tf32 == cudnn
         assert torch.get_float32_matmul_precision() == products
     finally:
@@ -391,3 +392,26 @@ def test_a_signal_is_seen_while_the_main_thread_runs_no_python() -> None:
     finally:
         term.close()
         signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
+def test_prove_asks_cuda_for_deterministic_algorithms(
+    device: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+
+    def run(_command: Any, env: dict[str, str], **_: Any) -> Any:
+        asked.update(env)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(resume_proof.subprocess, "run", run)
+    resume_proof._Runner("launcher {ranks}", []).train(Path("run"), 2)
+    assert asked["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    monkeypatch.setenv("BIGTRAIN_DETERMINISTIC", asked["BIGTRAIN_DETERMINISTIC"])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    try:
+        set_arithmetic(Device(device, True), small_plan())
+        assert torch.are_deterministic_algorithms_enabled() == expected
+    finally:
+        torch.use_deterministic_algorithms(False)

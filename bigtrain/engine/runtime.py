@@ -72,7 +72,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 256 << 20)
 
 
-def set_fp32_products(device: Device, plan: Plan) -> None:
+def set_arithmetic(device: Device, plan: Plan) -> None:
     """Let products of fp32 numbers be TF32's where the plan says so, and nowhere else.
 
     torch's defaults differ: convolutions and recurrent layers use TF32, matrix products do not.
@@ -86,6 +86,9 @@ def set_fp32_products(device: Device, plan: Plan) -> None:
             "engine.precision=auto",
         )
     if device.kind == "cuda":
+        # For `bigtrain prove`. What has no such algorithm keeps its own: the proof then says so.
+        if os.environ.get("BIGTRAIN_DETERMINISTIC"):
+            torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.allow_tf32 = is_tf32
         torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
 

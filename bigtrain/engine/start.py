@@ -10,7 +10,7 @@ from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import (
     Device,
     keep_freed_memory,
-    set_fp32_products,
+    set_arithmetic,
     silence_libraries,
 )
 from bigtrain.errors import TrainingFailed
@@ -23,7 +23,7 @@ def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_nor
     precision that the device does not have.
     """
     silence_libraries()
-    set_fp32_products(device, plan)
+    set_arithmetic(device, plan)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     if device.kind == "cpu":
         keep_freed_memory()
