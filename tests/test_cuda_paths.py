@@ -28,6 +28,8 @@ from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import Device, find_device, set_arithmetic
 from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
+from bigtrain.inference import generate
+from bigtrain.runs.directory import RunDir
 from bigtrain.testing import resume_proof
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
@@ -415,3 +417,31 @@ def test_prove_asks_cuda_for_deterministic_algorithms(
         assert torch.are_deterministic_algorithms_enabled() == expected
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_generate_writes_on_the_device_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def write(model: nn.Module, input_ids: torch.Tensor, *_: Any) -> list[int]:
+        seen.extend([next(model.parameters()).device.type, input_ids.device.type])
+        return []
+
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "bigtrain.json").write_text('{"task": "causal_lm"}')
+    tokenizer = MagicMock(return_value={"input_ids": [5]}, eos_token_id=0)
+    monkeypatch.setattr(generate, "find_device", lambda _asked: Device("meta", True))
+    monkeypatch.setattr(generate, "load_tokenizer", lambda _folder: tokenizer)
+    monkeypatch.setattr(generate, "load_exported", lambda *_: nn.Linear(2, 2))
+    monkeypatch.setattr(generate, "_generate_own", write)
+    generate.generate_text(RunDir(tmp_path), "import", 3, 0.0, 0)
+    assert seen == ["meta", "meta"]
+
+
+def test_generate_is_in_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "to", lambda module, _device: module)
+    norm = generate._placed(nn.BatchNorm1d(3), Device("cuda", True))
+    assert norm.weight.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32
+    assert generate._placed(nn.Linear(2, 2), Device("cuda", False)).weight.dtype == torch.float32
+    assert generate._placed(nn.Linear(2, 2), Device("cpu", True)).weight.dtype == torch.float32
