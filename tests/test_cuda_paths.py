@@ -445,3 +445,22 @@ def test_generate_is_in_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatc
     assert norm.weight.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32
     assert generate._placed(nn.Linear(2, 2), Device("cuda", False)).weight.dtype == torch.float32
     assert generate._placed(nn.Linear(2, 2), Device("cpu", True)).weight.dtype == torch.float32
+
+
+class Batch:
+    """A tensor's memory: what is done to it, in order."""
+
+    def __init__(self, *done: Any) -> None:
+        self.done = done
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*self.done, "pinned")
+
+    def to(self, device: torch.device, non_blocking: bool) -> "Batch":
+        return Batch(*self.done, device.type, non_blocking)
+
+
+def test_batches_are_pinned_before_they_are_copied_without_waiting() -> None:
+    batch: Any = {"input_ids": Batch()}
+    assert engine_on("cuda").to_device(batch)["input_ids"].done == ("pinned", "cuda", True)
+    assert engine_on("cpu").to_device(batch)["input_ids"].done == ("cpu", True)

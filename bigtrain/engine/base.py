@@ -219,6 +219,9 @@ class Engine(ABC):
         return nullcontext()
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on the device. CUDA copies without waiting only from pinned memory."""
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def put(self, *values: Tensor | float) -> Tensor:
