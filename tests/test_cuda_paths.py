@@ -25,10 +25,12 @@ from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import Device, find_device, set_arithmetic
+from bigtrain.engine.runtime import Device, find_device, prefer_channels_last, set_arithmetic
 from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.inference import generate
+from bigtrain.models.cnn import CNN
+from bigtrain.models.mlp import MLP
 from bigtrain.runs.directory import RunDir
 from bigtrain.testing import resume_proof
 from bigtrain.training import doctor
@@ -158,6 +160,7 @@ def engine_on(device: str) -> Any:
     engine: Any = object.__new__(DDPEngine)
     engine.device = torch.device(device)
     engine.world_size = 2
+    engine.channels_last = False
     return engine
 
 
@@ -464,3 +467,34 @@ def test_batches_are_pinned_before_they_are_copied_without_waiting() -> None:
     batch: Any = {"input_ids": Batch()}
     assert engine_on("cuda").to_device(batch)["input_ids"].done == ("pinned", "cuda", True)
     assert engine_on("cpu").to_device(batch)["input_ids"].done == ("cpu", True)
+
+
+class UsersCNN(nn.Sequential):
+    """A class of a user's, who may have written `view` anywhere."""
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "expected"),
+    [
+        (CNN(3, 10), "cuda", True),
+        (CNN(3, 10), "cpu", False),
+        (UsersCNN(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "cuda", False),
+        (MLP(12, 10), "cuda", False),
+    ],
+)
+def test_convolutions_on_cuda_get_channels_last_and_cudnns_benchmark(
+    model: nn.Module, device: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert prefer_channels_last(model, torch.device(device)) == expected
+    assert torch.backends.cudnn.benchmark == expected
+
+
+def test_images_come_with_their_channels_last_and_the_same_result() -> None:
+    engine = engine_on("cpu")
+    images = torch.randn(2, 3, 8, 8)
+    engine.channels_last = True
+    moved = engine.to_device({"pixel_values": images})["pixel_values"]
+    assert moved.is_contiguous(memory_format=torch.channels_last) and moved.equal(images)
+    model = CNN(3, 10, channels=(8, 16))
+    torch.testing.assert_close(model(moved), model(images))

@@ -60,6 +60,7 @@ class Engine(ABC):
         self.model: Any = None  # what to call for a forward pass
         self.module: Any = None  # the user's module below it
         self.optimizer: Any = None
+        self.channels_last = False  # how images are laid out
         # The last snapshot's memory, used again: new pages cost six times more.
         self._host: dict[str, Tensor] = {}
 
@@ -222,7 +223,11 @@ class Engine(ABC):
         """The batch on the device. CUDA copies without waiting only from pinned memory."""
         if self.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        images = moved.get("pixel_values")
+        if images is not None and self.channels_last:
+            moved["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
+        return moved
 
     def put(self, *values: Tensor | float) -> Tensor:
         """Numbers of host and device in one tensor: float64, on the device, without waiting."""

@@ -19,6 +19,7 @@ from bigtrain.engine.runtime import (
     Device,
     apply_compute_options,
     make_accelerator,
+    prefer_channels_last,
     silence_libraries,
 )
 from bigtrain.engine.weight_samples import (
@@ -86,6 +87,7 @@ class DeepSpeedEngine(Engine):
                     module._buffers[name] = buffer.to(self.device)
         if self.plan.precision == "bf16":
             use_fp32_statistics(model)
+        self.channels_last = prefer_channels_last(model, self.device)
         apply_compute_options(model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module

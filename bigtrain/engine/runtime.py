@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import nn
 
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import RequestError
@@ -128,6 +129,22 @@ def explain_out_of_memory(problem: torch.OutOfMemoryError, plan: Plan) -> tuple[
         remedies.append("engine.kind=zero3")
     remedies.append("a smaller model, or more ranks")
     return asked_and_free, "what fits the device's memory", ", or ".join(remedies)
+
+
+def prefer_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether images should come with their channels last, as tensor cores want them.
+
+    Also lets cuDNN try its algorithms for each shape. On CUDA, for several convolutions, in models
+    of ours or of transformers: a user's own may `view` what only NCHW allows. Weights stay as they
+    are, so checkpoints do; cuDNN takes the layout of the images.
+    """
+    is_known = type(model).__module__.startswith(("transformers.", "bigtrain."))
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    if device.type != "cuda" or not is_known or convolutions < 2:
+        return False
+    # Choices by the clock differ from run to run.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    return True
 
 
 def apply_compute_options(model: Any, plan: Plan) -> None:
