@@ -68,10 +68,13 @@ def _look_at_no_values(model: PreTrainedModel) -> None:
     """
     library: Any = masking_utils
     library.find_packed_sequence_indices = _do_nothing
-    module: Any
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.warn_if_padding_and_no_attention_mask = _do_nothing
+    owner: Any
+    for owner in filter(_is_transformers, model.modules()):
+        owner.warn_if_padding_and_no_attention_mask = _do_nothing
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
 
 
 def _do_nothing(*_: Any) -> None:
