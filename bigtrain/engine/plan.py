@@ -100,7 +100,7 @@ def make_plan(
 
     `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64)
     of one sample. Returns the plan, and the origin of each setting that was decided here.
-    Raises RequestError when a rank would have no sample at all.
+    Raises RequestError when a rank would have no sample at all, and for zero3 with compile.
     """
     origins: dict[str, str] = {}
 
@@ -133,6 +133,13 @@ def make_plan(
     kind = decide("kind", _KIND_FOR_OFFLOAD[engine.offload], "the fastest that fits the request")
     device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
     precision = decide("precision", device_precision, "this device's faster one")
+    if kind == "zero3" and engine.compile is True:
+        raise RequestError(
+            "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
+            " each would be compiled alone, for minutes, and run no faster",
+            "engine.kind ddp, zero1 or zero2",
+            "engine.compile=false, or another engine.kind",
+        )
     micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
         kind=kind,
