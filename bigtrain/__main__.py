@@ -37,7 +37,7 @@ def main() -> None:
 
         print(redact(traceback.format_exc()), file=sys.stderr)
         # No verdict: it may be the end of another rank, in words that exit_code_of does not know.
-        sys.exit(exit_code_of(problem))
+        _leave(exit_code_of(problem))
 
 
 def _print_problem(problem: BigtrainError) -> None:
@@ -46,12 +46,12 @@ def _print_problem(problem: BigtrainError) -> None:
     Every rank sees the same fault in a recipe, and every rank of a machine the same in its files.
     """
     from bigtrain.config.secrets import redact
+    from bigtrain.engine.launcher import is_first_on_machine
 
     rank = os.environ.get("RANK", "0")
-    is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     if rank == "0":
         print(redact(f"bigtrain: {problem}"), file=sys.stderr)
-    elif is_first_of_machine and not isinstance(problem, RecipeError):
+    elif is_first_on_machine(os.environ) and not isinstance(problem, RecipeError):
         print(redact(f"bigtrain (rank {rank}): {problem}"), file=sys.stderr)
 
 
@@ -64,6 +64,16 @@ def _exit(code: int) -> NoReturn:
         from bigtrain.training.verdict import write_verdict
 
         write_verdict(f"{code}")
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with `code`; at once if the process group is still there, which would wait for peers."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # NCCL prints warnings and errors only.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# The Flight Recorder writes the last collectives of every rank when one does not return, so that a hang can be explained.
+# The Flight Recorder keeps the last collectives of every rank; the watchdog writes them when it ends a hang.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 # A collective that fails ends its process instead of leaving it to wait for ever.

@@ -25,6 +25,12 @@ os.environ.pop("WANDB_API_KEY", None)
 TESTS = Path(__file__).parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """GPUs are for the tests that ask for them: others start two ranks, which NCCL would refuse."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A token cache that all tests of a session share and no other session sees."""

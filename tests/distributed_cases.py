@@ -219,13 +219,16 @@ class NoWatchdog(Watchdog):
     def __init__(self) -> None:
         self.pending_events = deque()
 
-    def report_to(self, tracker: TrackerGroup, step: int) -> None:
+    def report_to(self, tracker: TrackerGroup, step: int, logs: Path) -> None:
         pass
 
     def enter(self, phase: Phase) -> None:
         pass
 
-    def step_done(self, step: int, seconds: float, busy: float) -> None:
+    def step_done(self, step: int, seconds: float) -> None:
+        pass
+
+    def was_busy(self, seconds: float) -> None:
         pass
 
 

@@ -166,9 +166,10 @@ class EngineConfig(Section):
         default="none",
         description="keep in host memory: optimizer (zero1-3), params and optimizer (zero3)",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         default="auto",
-        description="auto: what the launcher asks for, else bf16 where it is fast, else fp32",
+        description="auto: what the launcher asks for, else bf16 where it is fast, else fp32;"
+        " tf32: fp32 with shorter products, on GPUs that have them",
     )
     global_batch: PositiveInt | Literal["all"] = Field(
         default=64,

@@ -60,6 +60,7 @@ class Engine(ABC):
         self.model: Any = None  # what to call for a forward pass
         self.module: Any = None  # the user's module below it
         self.optimizer: Any = None
+        self.channels_last = False  # how images are laid out
         # The last snapshot's memory, used again: new pages cost six times more.
         self._host: dict[str, Tensor] = {}
 
@@ -219,7 +220,14 @@ class Engine(ABC):
         return nullcontext()
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        """The batch on the device. CUDA copies without waiting only from pinned memory."""
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        images = moved.get("pixel_values")
+        if images is not None and self.channels_last:
+            moved["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
+        return moved
 
     def put(self, *values: Tensor | float) -> Tensor:
         """Numbers of host and device in one tensor: float64, on the device, without waiting."""
@@ -277,14 +285,31 @@ class Engine(ABC):
                     buffer.div_(self.world_size)
 
     def peak_memory(self) -> int:
-        """Bytes: the device's peak on CUDA, the process's peak resident set on the CPU."""
+        """Bytes: torch's largest reserve on CUDA, the process's peak resident set on the CPU."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_reserved()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def reset_peak_memory(self) -> None:
+        """On CUDA, forget what was needed before training, by the trial forward pass above all."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_of_each_rank(self) -> list[float]:
+        """This rank's peak in its own place and 0 in the others': a sum over ranks has them all."""
+        peaks = [0.0] * self.world_size
+        peaks[self.rank] = self.peak_memory()
+        return peaks
+
+    def close(self, all_ranks_end: bool = True) -> None:
+        """Leave the process group; a rank that ends alone on CUDA only stops using it.
+
+        NCCL's group waits for its kernels when it is destroyed, and so for peers that are still in
+        a collective with this rank (torchtitan#1342).
+        """
+        if self.device.type == "cuda" and not all_ranks_end:
+            return
         if self.world_size > 1 and torch.distributed.is_initialized():
             # A gloo thread gives up the last collective's tensors under the GIL, after the
             # collective is done. The group's destructor waits for that thread while it holds the

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from bigtrain.engine.base import Context, Engine, MakeOptimizer, StepResult
 from bigtrain.engine.fragments import Fragment, flat_range
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import Device, apply_compute_options, make_accelerator
+from bigtrain.engine.runtime import (
+    Device,
+    apply_compute_options,
+    make_accelerator,
+    prefer_channels_last,
+)
 
 
 class DDPEngine(Engine):
@@ -26,6 +31,7 @@ class DDPEngine(Engine):
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.module = model.to(self.device)
         self.optimizer = make_optimizer(self.module)
+        self.channels_last = prefer_channels_last(self.module, self.device)
         apply_compute_options(self.module, self.plan)
         self.model = self.module
         if self.world_size > 1:

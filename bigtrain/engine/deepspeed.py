@@ -18,7 +18,9 @@ from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import (
     Device,
     apply_compute_options,
+    cores_per_rank,
     make_accelerator,
+    prefer_channels_last,
     silence_libraries,
 )
 from bigtrain.engine.weight_samples import (
@@ -50,6 +52,11 @@ class DeepSpeedEngine(Engine):
         with contextlib.redirect_stdout(io.StringIO()):
             if device.kind == "cpu":
                 _compile_cpu_extension()
+            else:
+                _take_visible_device()
+                if plan.offload != "none":
+                    # The launcher's one thread is for ranks whose devices do the work.
+                    torch.set_num_threads(cores_per_rank())
             accelerator = make_accelerator(
                 device, deepspeed_plugin=plugin, mixed_precision=precision
             )
@@ -77,8 +84,14 @@ class DeepSpeedEngine(Engine):
                 self._init._zero_init_param(parameter)
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        # DeepSpeed does not move a model whose parameters are sharded already.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
         if self.plan.precision == "bf16":
             use_fp32_statistics(model)
+        self.channels_last = prefer_channels_last(model, self.device)
         apply_compute_options(model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
@@ -264,6 +277,15 @@ def _prepare_environment() -> None:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(get_free_port()))
+
+
+def _take_visible_device() -> None:
+    """Make LOCAL_RANK the number of a device, as which DeepSpeed takes it.
+
+    Where each rank sees its own device alone (Slurm's --gpus-per-task), that is 0 on all.
+    """
+    launched_as = os.environ.setdefault("BIGTRAIN_LOCAL_RANK", os.environ["LOCAL_RANK"])
+    os.environ["LOCAL_RANK"] = f"{int(launched_as) % torch.cuda.device_count()}"
 
 
 def _compile_cpu_extension() -> None:

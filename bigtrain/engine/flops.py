@@ -1,21 +1,27 @@
 """What a model costs in floating-point operations, counted; and how many the device could do."""
 
+import math
+import re
 import time
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-# Dense bf16 FLOP/s, from the vendors' data sheets, by a part of torch's name for the device. The
-# first part that fits counts, so a longer name comes before a shorter one that it contains.
+# Dense bf16 FLOP/s, from the vendors' data sheets, by whole words of torch's name for the device.
+# The first that fits counts, so a longer name comes before a shorter one that it contains.
 PEAKS = {
+    "GB300": 2500e12,
     "B300": 2250e12,
     "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800": 989e12,
     "H20": 148e12,
     "A100": 312e12,
     "A800": 312e12,
@@ -32,7 +38,7 @@ PEAKS = {
     "MI355X": 2500e12,
     "MI325X": 1307e12,
     "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,  # of one die, which torch sees as a device
 }
 
 
@@ -40,8 +46,10 @@ def peak_flops(device: torch.device, bf16_is_fast: bool = True) -> float:
     """Dense bf16 FLOP/s of this rank's device: from the table, else measured (as on CPUs)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name:
+        # Of a MIG slice only a measurement tells how large it is.
+        entries = {} if "MIG" in name else PEAKS
+        for words, peak in entries.items():
+            if re.search(rf"\b{words}\b", name):
                 return peak
     return product_rate(device, torch.bfloat16 if bf16_is_fast else torch.float32)
 
@@ -94,4 +102,5 @@ def _cudnn_rnn(inputs: Any, weights: Any, *_: Any, **__: Any) -> int:
     """All layers at once; among `weights`, the shapes of two dimensions are matrices."""
     matrices = [shape for shape in weights if len(shape) == 2]
     elements = sum(rows * columns for rows, columns in matrices)
-    return int(2 * inputs[0] * inputs[1] * elements)
+    # [batch, length, width]; with packed sequences [tokens, width]
+    return int(2 * math.prod(inputs[:-1]) * elements)

@@ -42,6 +42,14 @@ def read_launcher(environ: Mapping[str, str]) -> Launcher:
     return _from_deepspeed_file(Path(path), precision)
 
 
+def is_first_on_machine(environ: Mapping[str, str]) -> bool:
+    """Whether this rank speaks for its machine: by the launcher's count, which an engine may hide
+    from libraries that take it for a device's number.
+    """
+    launched_as = environ.get("BIGTRAIN_LOCAL_RANK") or environ.get("LOCAL_RANK", "0")
+    return launched_as == "0"
+
+
 def _is_true(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "false").lower() in ("true", "1")
 

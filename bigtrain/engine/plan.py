@@ -12,7 +12,7 @@ from bigtrain.errors import RequestError
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "params"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 T = TypeVar("T")
 
 # engine.kind when the recipe leaves it to the plan; only the two sharded kinds can offload.
@@ -100,7 +100,7 @@ def make_plan(
 
     `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64)
     of one sample. Returns the plan, and the origin of each setting that was decided here.
-    Raises RequestError when a rank would have no sample at all.
+    Raises RequestError when a rank would have no sample at all, and for zero3 with compile.
     """
     origins: dict[str, str] = {}
 
@@ -133,6 +133,13 @@ def make_plan(
     kind = decide("kind", _KIND_FOR_OFFLOAD[engine.offload], "the fastest that fits the request")
     device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
     precision = decide("precision", device_precision, "this device's faster one")
+    if kind == "zero3" and engine.compile is True:
+        raise RequestError(
+            "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
+            " each would be compiled alone, for minutes, and run no faster",
+            "engine.kind ddp, zero1 or zero2",
+            "engine.compile=false, or another engine.kind",
+        )
     micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
         kind=kind,

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import nn
 
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import RequestError
@@ -21,6 +22,7 @@ class Device:
 
     kind: str  # cpu | cuda
     bf16_is_fast: bool
+    has_tf32: bool = False
 
 
 def find_device(asked: str) -> Device:
@@ -35,7 +37,8 @@ def find_device(asked: str) -> Device:
             "engine.device=cpu, or nvidia-smi to see what the machine has",
         )
     if cuda and asked != "cpu":
-        return Device("cuda", torch.cuda.is_bf16_supported())
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device("cuda", is_native, has_tf32=torch.cuda.get_device_capability() >= (8, 0))
     # Measured: bf16 products are faster than fp32 ones with AVX512_BF16 (1.5×) and AMX (9×), and
     # far slower without either.
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -45,6 +48,15 @@ def find_device(asked: str) -> Device:
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as torchrun, accelerate and our Slurm scripts set them; else (0, 1)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def cores_per_rank() -> int:
+    """Processor cores that this process may use, shared with the launcher's others if any."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # torchrun's ranks share them; srun gives each rank its own, and sets no such number.
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def silence_libraries() -> None:
@@ -70,6 +82,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 256 << 20)
 
 
+def set_arithmetic(device: Device, plan: Plan) -> None:
+    """Let products of fp32 numbers be TF32's where the plan says so, and nowhere else.
+
+    torch's defaults differ: convolutions and recurrent layers use TF32, matrix products do not.
+    Raises RequestError for tf32 on a device without it.
+    """
+    is_tf32 = plan.precision == "tf32"
+    if is_tf32 and not device.has_tf32:
+        raise RequestError(
+            "engine.precision is tf32, but this device has no TF32",
+            "an NVIDIA GPU from the A100's generation on",
+            "engine.precision=auto",
+        )
+    if device.kind == "cuda":
+        # For `bigtrain prove`. What has no such algorithm keeps its own: the proof then says so.
+        if os.environ.get("BIGTRAIN_DETERMINISTIC"):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = is_tf32
+        torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+
+
 def make_accelerator(device: Device, **settings: Any) -> Any:
     """Accelerate's Accelerator; starts the process group if a launcher started this process."""
     from accelerate import Accelerator
@@ -91,6 +124,36 @@ def make_accelerator(device: Device, **settings: Any) -> Any:
     backend = "nccl" if device.kind == "cuda" else "gloo"
     group = InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=2))
     return Accelerator(kwargs_handlers=[group], **settings)
+
+
+def explain_out_of_memory(problem: torch.OutOfMemoryError, plan: Plan) -> tuple[str, str, str]:
+    """What was asked for and what is free, in torch's words; what is needed; what to set."""
+    asked_and_free = str(problem).split(" Including")[0].split(" Of the allocated")[0]
+    remedies = []
+    if plan.micro_batch > 1:
+        remedies.append(f"engine.micro_batch={plan.micro_batch // 2}")
+    if not plan.activation_checkpointing:
+        remedies.append("engine.activation_checkpointing=true")
+    if plan.kind != "zero3":
+        remedies.append("engine.kind=zero3")
+    remedies.append("a smaller model, or more ranks")
+    return asked_and_free, "what fits the device's memory", ", or ".join(remedies)
+
+
+def prefer_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether images should come with their channels last, as tensor cores want them.
+
+    Also lets cuDNN try its algorithms for each shape. On CUDA, for several convolutions, in models
+    of ours or of transformers: a user's own may `view` what only NCHW allows. Weights stay as they
+    are, so checkpoints do; cuDNN takes the layout of the images.
+    """
+    is_known = type(model).__module__.startswith(("transformers.", "bigtrain."))
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    if device.type != "cuda" or not is_known or convolutions < 2:
+        return False
+    # Choices by the clock differ from run to run.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    return True
 
 
 def apply_compute_options(model: Any, plan: Plan) -> None:

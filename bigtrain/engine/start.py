@@ -7,19 +7,29 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import DeepSpeedEngine
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import Device, keep_freed_memory, silence_libraries
+from bigtrain.engine.runtime import (
+    Device,
+    keep_freed_memory,
+    set_arithmetic,
+    silence_libraries,
+)
 from bigtrain.errors import TrainingFailed
 
 
 def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float) -> Engine:
     """Join the other ranks and return the plan's engine.
 
-    Raises TrainingFailed if what started is not what the plan says.
+    Raises TrainingFailed if what started is not what the plan says, and RequestError for a
+    precision that the device does not have.
     """
     silence_libraries()
+    set_arithmetic(device, plan)
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     if device.kind == "cpu":
         keep_freed_memory()
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # Beside a GPU, DeepSpeed with any back-end would be given the GPU.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     engine: Engine
     if plan.kind == "ddp":
         engine = DDPEngine(plan, device, clip_norm)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.engine.runtime import Device, find_device
 from bigtrain.errors import RequestError
 from bigtrain.models.export import load_exported
 from bigtrain.runs.directory import RunDir
@@ -21,7 +22,8 @@ _TOP_K = 50  # the likeliest tokens that are drawn from
 def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """What the model writes after `prompt` (causal_lm), or for it (seq2seq, greedily).
 
-    `tokens` at most; `temperature` 0 takes the likeliest token each time. Raises RequestError for a
+    On a GPU where there is one, in bf16 if it has that; else in fp32 on the CPU. `tokens` at most;
+    `temperature` 0 takes the likeliest token each time. Raises RequestError for a
     run of another task, and for a prompt that is too long.
     """
     task = json.loads((run.export / "bigtrain.json").read_text())["task"]
@@ -33,7 +35,8 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
             f"bigtrain evaluate {run.name}",
         )
     tokenizer = load_tokenizer(str(run.export))
-    model = load_exported(run.export, task).eval()
+    device = find_device("auto")
+    model = _placed(load_exported(run.export, task).eval(), device)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if spec.is_packed:
@@ -49,19 +52,28 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
             f"the prompt has {len(ids)} tokens", f"fewer than the model's {positions} positions"
         )
     torch.manual_seed(seed)
+    input_ids = torch.tensor([ids], device=device.kind)
     with torch.inference_mode():
         if hasattr(model, "generate"):
-            written = _generate(model, ids, tokens, temperature, tokenizer)
+            written = _generate(model, input_ids, tokens, temperature, tokenizer)
         else:
-            written = _generate_own(model, ids, tokens, temperature, tokenizer)
+            written = _generate_own(model, input_ids, tokens, temperature, tokenizer)
     return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
+def _placed(model: nn.Module, device: Device) -> nn.Module:
+    """The model on the device; its weights, not its buffers, in bf16 on a GPU that has it."""
+    model = model.to(device.kind)
+    if device.kind == "cuda" and device.bf16_is_fast:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def _generate(
-    model: Any, ids: list[int], tokens: int, temperature: float, tokenizer: Any
+    model: Any, input_ids: Tensor, tokens: int, temperature: float, tokenizer: Any
 ) -> list[int]:
-    """The tokens after `ids`, or for them, by transformers' own generation."""
-    input_ids = torch.tensor([ids])
+    """The tokens after `input_ids` [1, length], or for them, by transformers' own generation."""
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_k": _TOP_K}
@@ -75,18 +87,17 @@ def _generate(
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
-    start = 0 if is_answer else len(ids)
+    start = 0 if is_answer else input_ids.shape[1]
     return list(generated[0, start:].tolist())
 
 
 def _generate_own(
-    model: nn.Module, ids: list[int], tokens: int, temperature: float, tokenizer: Any
+    model: nn.Module, input_ids: Tensor, tokens: int, temperature: float, tokenizer: Any
 ) -> list[int]:
-    """The tokens after `ids` by a model that only has a forward pass."""
-    room = torch.nn.functional.pad(torch.tensor([ids]), (0, tokens))
-    chosen = generate_tokens(
-        model, {"input_ids": room}, "input_ids", len(ids), _sampler(temperature)
-    )
+    """The tokens after `input_ids` [1, length] by a model that only has a forward pass."""
+    length = input_ids.shape[1]
+    room = torch.nn.functional.pad(input_ids, (0, tokens))
+    chosen = generate_tokens(model, {"input_ids": room}, "input_ids", length, _sampler(temperature))
     written: list[int] = []
     for token in islice(chosen, tokens):
         if int(token) == tokenizer.eos_token_id:

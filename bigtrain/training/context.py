@@ -10,6 +10,7 @@ from bigtrain.config.recipe import Recipe, TrainConfig
 from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.batch_norm import RunningStatistics
+from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.tasks.base import Task
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.signals import StopFlag
@@ -39,6 +40,7 @@ class StepNumbers(NamedTuple):
     loss_sum: float  # NaN in a step that is not logged
     applied: bool
     grad_norm: float
+    peak_memory: float  # bytes, of the rank that has most; 0 in a step that is not logged
     num_targets: float
     samples_digest: float
     requests: RankRequests
@@ -46,11 +48,12 @@ class StepNumbers(NamedTuple):
     @classmethod
     def from_vector(cls, values: list[float]) -> "StepNumbers":
         """The one place where the order of the vector is read."""
-        loss_sum, applied, grad_norm, num_targets, samples_digest, *requests = values
+        loss_sum, applied, grad_norm, peak_memory, num_targets, samples_digest, *requests = values
         return cls(
             loss_sum=loss_sum,
             applied=bool(applied),
             grad_norm=grad_norm,
+            peak_memory=peak_memory,
             num_targets=num_targets,
             samples_digest=samples_digest,
             requests=RankRequests(*requests),
@@ -74,6 +77,8 @@ class InFlightStep(NamedTuple):
     micro_batches: list[MicroBatch]
     spiked: bool  # left out because of its loss
     logged: bool
+    fetch_seconds: float  # of this rank, until it had its micro-batches
+    forward: Stopwatch
     read_vector: Callable[[], list[float]]  # waits for the device; see StepNumbers
 
 

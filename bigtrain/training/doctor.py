@@ -25,6 +25,7 @@ from torch.distributed.elastic.utils.store import barrier
 
 from bigtrain.config.versions import installed_versions
 from bigtrain.engine.flops import product_rate
+from bigtrain.engine.runtime import cores_per_rank
 from bigtrain.runs.directory import RUNS, to_json
 from bigtrain.tracking.wandb_sync import logged_in
 from bigtrain.training.doctor_checks import RankReport, Row, check_ranks
@@ -133,6 +134,7 @@ def _examine_this_rank(meeting: Rendezvous) -> RankReport:
         versions=_versions(cuda),
         device=device_name,
         devices=torch.cuda.device_count(),
+        cores=cores_per_rank(),
         memory=free,
         used=max(total - free, 0),
         blind=not cuda and Path("/dev/nvidiactl").exists(),
@@ -282,6 +284,8 @@ def _time_all_reduce(store: distributed.TCPStore, meeting: Rendezvous) -> str:
     if torch.cuda.is_available():
         device, backend, many = "cuda", "nccl", 64 << 20
     ranks = meeting.world_size
+    # Otherwise NCCL's own thread aborts the process when a collective takes too long.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     distributed.init_process_group(
         backend,
         store=distributed.PrefixStore("group", store),

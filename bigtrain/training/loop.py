@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigtrain.data.loader import MicroBatch
 from bigtrain.data.order import key, mix
+from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import StoppedEarly, TrainingFailed
 from bigtrain.training.checkpointing import finish_checkpoint, last_good_checkpoint, save_if_due
 from bigtrain.training.context import (
@@ -33,7 +34,7 @@ class GradientPass(NamedTuple):
 
     loss_sum: Tensor  # this rank's part of the summed loss, a scalar on the device
     spiked: bool  # the loss is a spike, and the gradients are NaN so that the step is left out
-    forward_seconds: float  # of this host, in forward passes
+    forward: Stopwatch  # of the device, in forward passes
 
 
 def train(ctx: TrainContext) -> dict[str, float]:
@@ -43,6 +44,7 @@ def train(ctx: TrainContext) -> dict[str, float]:
     another try would end the same way.
     """
     steps = ctx.recipe.train.steps
+    ctx.engine.reset_peak_memory()
     # A run may have been stopped before its last evaluation.
     stopping = evaluate_if_due(ctx)
     while ctx.state.step < steps and not stopping:
@@ -102,9 +104,21 @@ def train_step(ctx: TrainContext) -> RankRequests:
     state.step += 1
     state.samples += engine.plan.global_batch
     logged = gradients.spiked or is_due(state.step, settings, settings.log_every)
-    loss_sum = engine.sum(gradients.loss_sum)[0] if logged else math.nan
-    vector = torch.cat([engine.put(loss_sum, *result), sums])
-    ctx.in_flight = InFlightStep(rate, micro_batches, gradients.spiked, logged, engine.read(vector))
+    loss_sum: Tensor | float = math.nan
+    peak_memory: Tensor | float = 0.0
+    if logged:
+        loss_and_peaks = engine.sum(gradients.loss_sum, *engine.peak_of_each_rank())
+        loss_sum, peak_memory = loss_and_peaks[0], loss_and_peaks[1:].max()
+    vector = torch.cat([engine.put(loss_sum, *result, peak_memory), sums])
+    ctx.in_flight = InFlightStep(
+        learning_rate=rate,
+        micro_batches=micro_batches,
+        spiked=gradients.spiked,
+        logged=logged,
+        fetch_seconds=fetch_seconds,
+        forward=gradients.forward,
+        read_vector=engine.read(vector),
+    )
 
     after = RankRequests()
     if logged or before.stop or before.save or _has_evaluation_or_checkpoint(ctx):
@@ -112,7 +126,7 @@ def train_step(ctx: TrainContext) -> RankRequests:
     seconds = time.perf_counter() - began
     if not logged:
         ctx.interval.seconds += seconds
-    ctx.watchdog.step_done(ctx.state.step, seconds, fetch_seconds + gradients.forward_seconds)
+    ctx.watchdog.step_done(ctx.state.step, seconds)
     return before.or_those_of(after)
 
 
@@ -164,7 +178,7 @@ def _compute_gradients(
     engine.model.train()
     loss_sum = torch.zeros((), device=engine.device)
     spiked = False
-    forward_seconds = 0.0
+    forward = Stopwatch(engine.device)
     with_samples = sum(micro_batch.has_samples for micro_batch in micro_batches)
     passes = 0  # over micro-batches with samples
     for number, micro_batch in enumerate(micro_batches):
@@ -177,10 +191,10 @@ def _compute_gradients(
             ctx.running_statistics.enter(with_samples, with_samples)
         with engine.micro_batch(last):
             ctx.watchdog.enter("forward")
-            began = time.perf_counter()
+            forward.start()
             with engine.autocast():
                 loss = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
-            forward_seconds += time.perf_counter() - began
+            forward.stop()
             if not micro_batch.has_samples:
                 loss = loss * 0.0
             loss_sum += loss.detach()
@@ -194,7 +208,7 @@ def _compute_gradients(
             # An infinite loss may have a finite gradient. Times NaN it has none, and all ranks
             # leave the step out.
             engine.backward(loss * (1.0 + 0.0 * loss.detach()), global_targets)
-    return GradientPass(loss_sum, spiked, forward_seconds)
+    return GradientPass(loss_sum, spiked, forward)
 
 
 def _seed_random_draws(seed: int, position: int) -> None:
@@ -219,6 +233,7 @@ def _finish_previous_step(ctx: TrainContext) -> RankRequests:
     if step is None:
         return RankRequests()
     numbers = StepNumbers.from_vector(step.read_vector())
+    ctx.watchdog.was_busy(step.fetch_seconds + step.forward.seconds())
     state = ctx.state
     state.applied += int(numbers.applied)
     state.skips = 0 if numbers.applied else state.skips + 1
@@ -259,7 +274,7 @@ def _log(ctx: TrainContext, numbers: StepNumbers, mean_loss: float, rate: float)
             f"{ctx.task.unit}_per_s": interval.num_targets / seconds,
             "mfu": ctx.peak_seconds_per_target * interval.num_targets / seconds,
             "seconds": seconds / interval.steps,
-            "peak_memory_bytes": ctx.engine.peak_memory(),
+            "peak_memory_bytes": int(numbers.peak_memory),
         }
     )
 

@@ -15,6 +15,7 @@ from bigtrain.config.versions import installed_versions
 from bigtrain.data.examples import Examples
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import flop_counter
+from bigtrain.engine.runtime import explain_out_of_memory
 from bigtrain.errors import RequestError
 from bigtrain.tasks.base import Task, outputs
 from bigtrain.tracking.wandb_sync import logged_in
@@ -85,6 +86,8 @@ def try_forward(engine: Engine, task: Task) -> float:
             looks_ahead = task.spec.is_packed and _looks_ahead(engine, task, batch)
     except RequestError:
         raise
+    except torch.OutOfMemoryError as problem:
+        raise RequestError(*explain_out_of_memory(problem, engine.plan)) from None
     except Exception as problem:  # whatever a model says of an input that does not fit it
         inputs = [f"{key} {list(x.shape)}" for key, x in batch.items() if key != "labels"]
         raise RequestError(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
 from bigtrain.checkpoint.format import verify_checkpoint
@@ -24,9 +25,14 @@ from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import read_launcher, refuse_contradictions
 from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.plan import Launcher, Plan, make_plan
-from bigtrain.engine.runtime import Device, find_device, world_from_environment
+from bigtrain.engine.runtime import (
+    Device,
+    explain_out_of_memory,
+    find_device,
+    world_from_environment,
+)
 from bigtrain.engine.start import start_engine
-from bigtrain.errors import RequestError, StoppedEarly
+from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.models.export import export_model
 from bigtrain.runs.directory import RunDir, run_directory, write_atomic
@@ -96,9 +102,9 @@ def run_recipe(
 
     with ExitStack() as cleanup:
         engine = start_engine(planned.plan, device, planned.ds_config, recipe.optim.clip_norm)
-        cleanup.callback(engine.close)
         watchdog = Watchdog(engine, recipe.train.hang_timeout)
         cleanup.callback(watchdog.close)
+        cleanup.push(partial(_leave_group, engine))
         model = build_model(recipe, prepared, engine.shard)
         make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
         engine.prepare(model, make)
@@ -138,6 +144,11 @@ def run_recipe(
     return summary
 
 
+def _leave_group(engine: Engine, kind: type[BaseException] | None, *_: object) -> None:
+    """Only the ordinary end, and a stop on request, are ends that all ranks have agreed on."""
+    engine.close(all_ranks_end=kind is None or issubclass(kind, StoppedEarly))
+
+
 def build_training(
     *,
     recipe: Recipe,
@@ -159,7 +170,7 @@ def build_training(
         prepared.train, task.collate, recipe, engine.plan, engine.data_rank, state.samples
     )
     state.bad = sorted({*state.bad, *prepared.unreadable})
-    watchdog.report_to(tracker, state.step)
+    watchdog.report_to(tracker, state.step, run.logs)
     return TrainContext(
         recipe=recipe,
         engine=engine,
@@ -317,6 +328,9 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
         event: Event = "lost_peer" if lost_a_peer(problem, ctx.engine.world_size) else "failed"
         reason = str(problem).split("\n")[0] or type(problem).__name__
         ctx.tracker.event(ctx.state.step, event, reason=reason)
+        if isinstance(problem, torch.OutOfMemoryError):
+            explanation = explain_out_of_memory(problem, ctx.engine.plan)
+            raise TrainingFailed(*explanation) from None
         raise
     finally:
         ctx.checkpoints.close()

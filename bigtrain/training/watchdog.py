@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -20,12 +21,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 
 from bigtrain.engine.base import Engine
+from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.errors import LOST_PEERS
 from bigtrain.runs.events import Event
 from bigtrain.tracking.base import TrackerGroup
@@ -41,6 +44,7 @@ _SLOW_PHASE_FACTOR = 10
 _RECENT_STEPS = 20  # that a rank's mean times are taken over
 _STRAGGLER_FACTOR = 1.5  # a straggler's time on its own, in medians over the ranks
 _MACHINES_EVERY = 30.0  # seconds between two events about how busy the machines are
+_LEFT_ALONE_AFTER = 10.0  # seconds after SIGTERM without progress, while a rank is silent
 _STORE_TIMEOUT = 5.0  # seconds that the store has to answer in
 _EXIT_TIMEOUT = 60.0  # seconds after which the process ends even if its last report hangs
 
@@ -84,6 +88,14 @@ class Attempt(NamedTuple):
     results: list[Any]  # one; none if it failed or is not done
 
 
+class Look(NamedTuple):
+    """How far this rank and all ranks were at a moment."""
+
+    time: float  # time.monotonic()
+    heartbeats: int  # of this rank
+    positions: list[RankPosition]  # empty if the store was silent
+
+
 class Watchdog:
     """Ends this process with code 76 if it, or another rank, makes no progress for too long."""
 
@@ -101,6 +113,7 @@ class Watchdog:
         # Found by the watchdog's thread, for the loop to log.
         self.pending_events: deque[PendingEvent] = deque()
         self._tracker = TrackerGroup()
+        self._logs: Path | None = None
         # Seconds of the last steps, and those in which this rank did not wait for others.
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._busy_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -112,13 +125,19 @@ class Watchdog:
         self._question: threading.Thread | None = None  # the last one that the store was asked
         shortest = _AUTO_SECONDS if timeout == "auto" else timeout
         self.interval = min(max(shortest / 20, 0.1), 5.0)  # seconds between two looks
+        self._term = _TermSignal()
+        self._asked_to_end: Look | None = None  # since SIGTERM, the last look
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def report_to(self, tracker: TrackerGroup, step: int) -> None:
-        """From now on an event of a hang goes to `tracker`; `step` is the last finished one."""
+    def report_to(self, tracker: TrackerGroup, step: int, logs: Path) -> None:
+        """From now on an event of a hang goes to `tracker`, and what NCCL was doing into `logs`.
+
+        `step` is the last finished one.
+        """
         self._tracker = tracker
+        self._logs = logs
         self.step = step
 
     def enter(self, phase: Phase) -> None:
@@ -127,17 +146,21 @@ class Watchdog:
         self.last_progress = time.monotonic()
         self.heartbeats += 1
 
-    def step_done(self, step: int, seconds: float, busy: float) -> None:
-        """A step took `seconds`; in `busy` of them this rank did not wait for others."""
+    def step_done(self, step: int, seconds: float) -> None:
+        """A step took `seconds` of the host."""
         self.step = step
         self.first_step_done = True
         self._step_seconds.append(seconds)
-        self._busy_seconds.append(busy)
+
+    def was_busy(self, seconds: float) -> None:
+        """So long this rank worked in the last finished step without waiting for others."""
+        self._busy_seconds.append(seconds)
 
     def close(self) -> None:
         """Stop watching."""
         self._done.set()
         self._thread.join()
+        self._term.close()
 
     @property
     def limit(self) -> float:
@@ -157,11 +180,31 @@ class Watchdog:
                 hangs = time.monotonic() - self.last_progress > self.limit
                 if hangs or self._ask(lambda store: store.check(["alarm"])):
                     self._end()
+                if self._term.received():
+                    self._asked_to_end = self._look()
+                if self._is_left_alone():
+                    self._end()
                 if self.rank == 0 and self._posts % 4 == 0:
                     self._look_at_all_ranks()
         except BaseException:  # a watchdog that has died would let the run hang
             traceback.print_exc()
             os._exit(LOST_PEERS)
+
+    def _is_left_alone(self) -> bool:
+        """Whether this rank, asked to end, waits in vain for another one that is gone.
+
+        Its main thread may be inside a collective for ever, where Python cannot obey the signal.
+        """
+        before = self._asked_to_end
+        if before is None or time.monotonic() - before.time < _LEFT_ALONE_AFTER:
+            return False
+        self._asked_to_end = after = self._look()
+        if self.world_size == 1 or before.heartbeats != after.heartbeats:
+            return False
+        return not after.positions or bool(diagnose(before.positions, after.positions).silent)
+
+    def _look(self) -> Look:
+        return Look(time.monotonic(), self.heartbeats, self._positions())
 
     def _over_after(self, seconds: float) -> bool:
         """Wait; whether the run has ended within `seconds`.
@@ -181,10 +224,10 @@ class Watchdog:
         position = RankPosition(self._posts, self.step + 1, self.phase, self.heartbeats)
         if len(self._busy_seconds) == _RECENT_STEPS:
             position.busy = _mean(self._busy_seconds)
-        first_on_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+        speaks_for_machine = is_first_on_machine(os.environ)
 
         def write(store: Any) -> None:
-            if self.world_size > 1 and first_on_machine:
+            if self.world_size > 1 and speaks_for_machine:
                 # Here, where waiting has a limit: the driver of a broken GPU may never answer.
                 position.machine, position.usage = _machine_usage()
             store.set(f"{self.rank}", json.dumps(asdict(position)))
@@ -226,6 +269,7 @@ class Watchdog:
         last_resort.start()
         self._ask(lambda store: store.set("alarm", f"{self.rank}"))
         self._print_stacks(silence)
+        attempt(self._write_collectives, _STORE_TIMEOUT)
         before = self._positions()
         # All have heard of the alarm by then, and written where they are.
         for _ in range(3):
@@ -259,6 +303,16 @@ class Watchdog:
             stacks.seek(0)
             sys.stderr.write(title + stacks.read().decode(errors="replace"))
 
+    def _write_collectives(self) -> None:
+        """NCCL's last collectives (torch's Flight Recorder), where torch has NCCL.
+
+        By itself torch writes them at NCCL's own time limit, long after this process has gone.
+        """
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+        if dump is not None and self._logs is not None:
+            self._logs.mkdir(exist_ok=True)
+            (self._logs / f"collectives-rank{self.rank}.pickle").write_bytes(dump())
+
     def _look_at_all_ranks(self) -> None:
         """Leave events for the loop: how busy each machine is, and which ranks are slow."""
         positions = self._positions()
@@ -280,6 +334,27 @@ class Watchdog:
         # A rank is named once, until it has been as fast as the others again.
         self._named = (self._named | self._slow_before) & slow
         self._slow_before = slow
+
+
+class _TermSignal:
+    """Whether SIGTERM has come, known even while the main thread runs none of Python's code."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self._former = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+
+    def received(self) -> bool:
+        """True once for each time that it came."""
+        with contextlib.suppress(BlockingIOError):
+            return signal.SIGTERM in self._read.recv(4096)
+        return False
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._former)
+        self._read.close()
+        self._write.close()
 
 
 def attempt(act: Callable[[], Any], seconds: float) -> Attempt:
