@@ -86,6 +86,12 @@ class Launcher:
 
 
 NO_LAUNCHER = Launcher()
+_COMPILE_UNDER_ZERO3 = RequestError(
+    "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
+    " each would be compiled alone, for minutes, and run no faster",
+    "engine.kind ddp, zero1 or zero2",
+    "engine.compile=false, or another engine.kind",
+)
 
 
 def make_plan(
@@ -134,12 +140,7 @@ def make_plan(
     device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
     precision = decide("precision", device_precision, "this device's faster one")
     if kind == "zero3" and engine.compile is True:
-        raise RequestError(
-            "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
-            " each would be compiled alone, for minutes, and run no faster",
-            "engine.kind ddp, zero1 or zero2",
-            "engine.compile=false, or another engine.kind",
-        )
+        raise _COMPILE_UNDER_ZERO3
     micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
         kind=kind,
