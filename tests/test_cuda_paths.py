@@ -16,10 +16,12 @@ import pytest
 import torch
 from conftest import TESTS, bigtrain
 from cuda_forward import sharding_engine
+from distributed_cases import MODELS, VOCABULARY, HostReads, data_for, recipe_for
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain import __main__ as command
+from bigtrain.config.recipe import ModelConfig
 from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
@@ -29,9 +31,11 @@ from bigtrain.engine.runtime import Device, find_device, prefer_channels_last, s
 from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.inference import generate
+from bigtrain.models.build import build_model
 from bigtrain.models.cnn import CNN
 from bigtrain.models.mlp import MLP
 from bigtrain.runs.directory import RunDir
+from bigtrain.tasks.registry import TASKS
 from bigtrain.testing import resume_proof
 from bigtrain.training import doctor
 from bigtrain.training import run as assembly
@@ -498,3 +502,23 @@ def test_images_come_with_their_channels_last_and_the_same_result() -> None:
     assert moved.is_contiguous(memory_format=torch.channels_last) and moved.equal(images)
     model = CNN(3, 10, channels=(8, 16))
     torch.testing.assert_close(model(moved), model(images))
+
+
+GPT2 = {"name": "gpt2", "args": {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 32}}
+
+
+@pytest.mark.parametrize("model", [MODELS["transformer"], GPT2], ids=["llama", "gpt2"])
+def test_a_forward_and_backward_pass_makes_the_host_wait_for_nothing(model: dict[str, Any]) -> None:
+    recipe = recipe_for(
+        {"model": "transformer", "kind": "ddp", "precision": "fp32", "micro_batch": 2}
+    )
+    recipe = recipe.model_copy(update={"model": ModelConfig.model_validate(model)})
+    prepared = data_for("transformer")
+    module = build_model(recipe, prepared)
+    task = TASKS[recipe.task](recipe.task, prepared)
+    # Padded on the right, and so without a mask, as the loop's own batches are.
+    tokens = torch.randint(2, VOCABULARY, (2, 24))
+    batch = {"input_ids": tokens, "labels": tokens}
+    with HostReads() as counted:
+        task.loss_sum(module, batch).backward()
+    assert counted.count == 0

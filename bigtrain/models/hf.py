@@ -11,7 +11,7 @@ import transformers
 from blake3 import blake3
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
@@ -52,11 +52,33 @@ def build_transformer(
         model = _without_memory(auto, recipe, config)
         if not on_meta():
             materialise(model, recipe.seed, shard)
+    _look_at_no_values(model)
     if recipe.model.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = recipe.model.dropout
     return model
+
+
+def _look_at_no_values(model: PreTrainedModel) -> None:
+    """Leave out what makes the host wait for the device in every forward pass.
+
+    Samples here are never packed by their positions: looking for that also costs flash attention
+    under torch.compile. And a warning of padding without a mask, which nobody sees.
+    """
+    library: Any = masking_utils
+    library.find_packed_sequence_indices = _do_nothing
+    owner: Any
+    for owner in filter(_is_transformers, model.modules()):
+        owner.warn_if_padding_and_no_attention_mask = _do_nothing
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
+
+
+def _do_nothing(*_: Any) -> None:
+    """In place of functions of transformers."""
 
 
 def auto_class(task: TaskName, model_name: str) -> Any:
