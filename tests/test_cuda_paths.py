@@ -27,7 +27,13 @@ from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import Device, find_device, prefer_channels_last, set_arithmetic
+from bigtrain.engine.runtime import (
+    Device,
+    cores_per_rank,
+    find_device,
+    prefer_channels_last,
+    set_arithmetic,
+)
 from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.inference import generate
@@ -41,7 +47,9 @@ from bigtrain.training import doctor
 from bigtrain.training import run as assembly
 from bigtrain.training import watchdog as watchdog_module
 from bigtrain.training.context import StepNumbers
+from bigtrain.training.doctor_checks import _check_cores
 from bigtrain.training.preflight import try_forward
+from bigtrain.training.settings import _unused
 from bigtrain.training.watchdog import RankPosition, Watchdog
 
 GUARD = """
@@ -522,3 +530,25 @@ def test_a_forward_and_backward_pass_makes_the_host_wait_for_nothing(model: dict
     with HostReads() as counted:
         task.loss_sum(module, batch).backward()
     assert counted.count == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores"),
+    [({}, 16), ({"LOCAL_WORLD_SIZE": "8"}, 2)],
+)
+def test_too_few_cores_for_a_gpu_are_named(
+    environment: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: range(16), raising=False)
+    assert cores_per_rank() == cores
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    few = [note for note in _unused(8, 8) if "cpus_per_gpu=8" in note]
+    assert bool(few) == (cores < 4)
+    for devices in (0, 1):
+        row = _check_cores([MagicMock(cores=cores, devices=devices)])
+        assert (row is None) == (devices == 0)
+        assert row is None or row.ok == (cores >= 4)

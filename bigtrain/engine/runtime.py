@@ -50,6 +50,15 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def cores_per_rank() -> int:
+    """Processor cores that this process may use, shared with the launcher's others if any."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # torchrun's ranks share them; srun gives each rank its own, and sets no such number.
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def silence_libraries() -> None:
     """Silence what means nothing to a user; warnings about the user's own code still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

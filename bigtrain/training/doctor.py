@@ -25,6 +25,7 @@ from torch.distributed.elastic.utils.store import barrier
 
 from bigtrain.config.versions import installed_versions
 from bigtrain.engine.flops import product_rate
+from bigtrain.engine.runtime import cores_per_rank
 from bigtrain.runs.directory import RUNS, to_json
 from bigtrain.tracking.wandb_sync import logged_in
 from bigtrain.training.doctor_checks import RankReport, Row, check_ranks
@@ -133,6 +134,7 @@ def _examine_this_rank(meeting: Rendezvous) -> RankReport:
         versions=_versions(cuda),
         device=device_name,
         devices=torch.cuda.device_count(),
+        cores=cores_per_rank(),
         memory=free,
         used=max(total - free, 0),
         blind=not cuda and Path("/dev/nvidiactl").exists(),

@@ -9,6 +9,7 @@ from bigtrain.runs.directory import RUNS
 _MEMORY_NEEDED = 1 << 30  # bytes free on each device, or in main memory without one
 _SHM_NEEDED = 1 << 30  # bytes free in /dev/shm
 _DISK_NEEDED = 10 << 30  # bytes free where runs are written
+CORES_PER_GPU = 4  # fewer make a GPU wait for its host
 _CLOCK_SKEW = 2.0  # seconds apart from rank 0
 _SLOW_FRACTION = 0.7  # of the median matrix-multiply rate
 _FOREIGN_MEMORY = 9  # a device of which more than one such part is in use is not ours alone
@@ -30,6 +31,7 @@ class RankReport:
     disk: float  # bytes free for runs
     flops: float  # of matrix multiplication, per second
     wandb: bool  # logged in
+    cores: int = 0  # of the processor, for this rank
     busy_port: int = 0  # the rendezvous' port, if something else holds it
     unwritable: str = ""  # why runs/ cannot be written
     write: float = 0.0  # bytes per second, into runs/
@@ -116,6 +118,15 @@ def _check_device(reports: list[RankReport]) -> Row:
 def _check_device_count(reports: list[RankReport]) -> Row:
     counts = [f"{report.devices}" for report in reports]
     return _row_of_same("devices per node", reports, counts, "all of them (nvidia-smi -L): ")
+
+
+def _check_cores(reports: list[RankReport]) -> Row | None:
+    """None where there are no GPUs to keep busy."""
+    fewest = min(report.cores for report in reports)
+    if not reports[0].devices:
+        return None
+    advice = "slurm.cpus_per_gpu=8: Python, autograd, NCCL, checkpoints and data workers share them"
+    return make_row("cores per rank", f"{fewest}", fewest >= CORES_PER_GPU, advice)
 
 
 def _check_memory(reports: list[RankReport]) -> Row:
@@ -221,6 +232,7 @@ def _check_wandb(reports: list[RankReport]) -> Row:
 CHECKS: list[Callable[[list[RankReport]], Row | None]] = [
     _check_device,
     _check_device_count,
+    _check_cores,
     _check_memory,
     _check_shm,
     _check_disk,

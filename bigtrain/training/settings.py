@@ -16,9 +16,10 @@ from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import peak_flops
 from bigtrain.engine.plan import Plan
-from bigtrain.engine.runtime import Device
+from bigtrain.engine.runtime import Device, cores_per_rank
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Task
+from bigtrain.training.doctor_checks import CORES_PER_GPU
 
 
 class Setting(TypedDict):
@@ -135,7 +136,7 @@ def announce(
 
 
 def _unused(global_batch: int, ranks: int) -> Iterator[str]:
-    """Notes about time of ranks, and about GPUs, that this run does not use."""
+    """Notes about time of ranks and GPUs that this run does not use, and about too few cores."""
     idle = -global_batch % ranks
     if idle:
         lost = idle / (global_batch + idle)
@@ -144,6 +145,9 @@ def _unused(global_batch: int, ranks: int) -> Iterator[str]:
             " ranks' time is idle"
         )
     gpus = torch.cuda.device_count()
+    cores = cores_per_rank()
+    if gpus and cores < CORES_PER_GPU:
+        yield f"a GPU waits for its host where a rank has {cores} cores: slurm.cpus_per_gpu=8"
     if ranks == 1 and gpus > 1:
         command = f"torchrun --nproc_per_node {gpus} -m bigtrain train …"
         yield f"this is one process, and {gpus} GPUs are visible: {command} uses them all"
