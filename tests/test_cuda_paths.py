@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain import __main__ as command
+from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import ModelConfig
 from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
@@ -552,3 +553,7 @@ def test_too_few_cores_for_a_gpu_are_named(
         row = _check_cores([MagicMock(cores=cores, devices=devices)])
         assert (row is None) == (devices == 0)
         assert row is None or row.ok == (cores >= 4)
+
+
+def test_a_shipped_recipe_takes_zero1_where_its_gradients_fit() -> None:
+    assert load_recipe("llama-1b").recipe.engine.kind == "zero1"
