@@ -22,12 +22,12 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain import __main__ as command
 from bigtrain.config.loader import load_recipe
-from bigtrain.config.recipe import ModelConfig
+from bigtrain.config.recipe import EngineConfig, ModelConfig
 from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import _take_visible_device
 from bigtrain.engine.launcher import is_first_on_machine
-from bigtrain.engine.plan import Plan
+from bigtrain.engine.plan import Plan, make_plan
 from bigtrain.engine.runtime import (
     Device,
     cores_per_rank,
@@ -557,3 +557,12 @@ def test_too_few_cores_for_a_gpu_are_named(
 
 def test_a_shipped_recipe_takes_zero1_where_its_gradients_fit() -> None:
     assert load_recipe("llama-1b").recipe.engine.kind == "zero1"
+
+
+@pytest.mark.parametrize("settings", [{"kind": "zero3"}, {"offload": "params"}])
+def test_compile_is_refused_under_zero3(settings: dict[str, Any]) -> None:
+    for compiled in (True, False, "auto"):
+        engine = EngineConfig(compile=compiled, **settings)
+        refusal = pytest.raises(RequestError, match="compile is true") if compiled is True else None
+        with refusal or nullcontext():
+            make_plan(engine, 1, 100, 1, bf16_is_fast=True)

@@ -5,7 +5,7 @@ Each part counts as much as its samples do, so the loss does not depend on the c
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from bigtrain.config.recipe import EngineConfig
 from bigtrain.errors import RequestError
@@ -100,7 +100,7 @@ def make_plan(
 
     `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64)
     of one sample. Returns the plan, and the origin of each setting that was decided here.
-    Raises RequestError when a rank would have no sample at all.
+    Raises RequestError when a rank would have no sample at all, and for zero3 with compile.
     """
     origins: dict[str, str] = {}
 
@@ -133,6 +133,8 @@ def make_plan(
     kind = decide("kind", _KIND_FOR_OFFLOAD[engine.offload], "the fastest that fits the request")
     device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
     precision = decide("precision", device_precision, "this device's faster one")
+    if kind == "zero3" and engine.compile is True:
+        _refuse_to_compile()
     micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
         kind=kind,
@@ -145,6 +147,16 @@ def make_plan(
         compile=decide("compile", False, "off unless asked"),
     )
     return plan, origins
+
+
+def _refuse_to_compile() -> NoReturn:
+    """Raises RequestError: compile under zero3."""
+    raise RequestError(
+        "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
+        " each would be compiled alone, for minutes, and run no faster",
+        "engine.kind ddp, zero1 or zero2",
+        "engine.compile=false, or another engine.kind",
+    )
 
 
 def _micro_batch(share: int, tokens_per_sample: int) -> int:
