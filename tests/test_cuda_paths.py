@@ -23,9 +23,11 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from bigtrain import __main__ as command
 from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import EngineConfig, ModelConfig
+from bigtrain.engine import deepspeed as deepspeed_engine
 from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
-from bigtrain.engine.deepspeed import _take_visible_device
+from bigtrain.engine.deepspeed import DeepSpeedEngine, _take_visible_device
+from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import is_first_on_machine
 from bigtrain.engine.plan import Plan, make_plan
 from bigtrain.engine.runtime import (
@@ -566,3 +568,22 @@ def test_compile_is_refused_under_zero3(settings: dict[str, Any]) -> None:
         refusal = pytest.raises(RequestError, match="compile is true") if compiled is True else None
         with refusal or nullcontext():
             make_plan(engine, 1, 100, 1, bf16_is_fast=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "threads"),
+    [("cuda", "optimizer", 6), ("cuda", "none", 1), ("cpu", "optimizer", 1)],
+)
+def test_an_optimizer_in_host_memory_has_all_of_a_ranks_cores(
+    device: str, offload: Any, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [1]
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(deepspeed_engine, "cores_per_rank", lambda: 6)
+    monkeypatch.setattr(deepspeed_engine, "_take_visible_device", lambda: None)
+    monkeypatch.setattr(deepspeed_engine, "_compile_cpu_extension", lambda: None)
+    monkeypatch.setattr(deepspeed_engine, "_prepare_environment", lambda: None)
+    monkeypatch.setattr(deepspeed_engine, "make_accelerator", MagicMock())
+    plan = small_plan(kind="zero2", offload=offload)
+    DeepSpeedEngine(plan, Device(device, True), render_deepspeed_config(plan, 0.0), 0.0)
+    assert given[-1] == threads

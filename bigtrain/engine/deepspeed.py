@@ -18,6 +18,7 @@ from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import (
     Device,
     apply_compute_options,
+    cores_per_rank,
     make_accelerator,
     prefer_channels_last,
     silence_libraries,
@@ -53,6 +54,9 @@ class DeepSpeedEngine(Engine):
                 _compile_cpu_extension()
             else:
                 _take_visible_device()
+                if plan.offload != "none":
+                    # The launcher's one thread is for ranks whose devices do the work.
+                    torch.set_num_threads(cores_per_rank())
             accelerator = make_accelerator(
                 device, deepspeed_plugin=plugin, mixed_precision=precision
             )
