@@ -5,7 +5,7 @@ Each part counts as much as its samples do, so the loss does not depend on the c
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from bigtrain.config.recipe import EngineConfig
 from bigtrain.errors import RequestError
@@ -86,12 +86,6 @@ class Launcher:
 
 
 NO_LAUNCHER = Launcher()
-_COMPILE_UNDER_ZERO3 = RequestError(
-    "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
-    " each would be compiled alone, for minutes, and run no faster",
-    "engine.kind ddp, zero1 or zero2",
-    "engine.compile=false, or another engine.kind",
-)
 
 
 def make_plan(
@@ -140,7 +134,7 @@ def make_plan(
     device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
     precision = decide("precision", device_precision, "this device's faster one")
     if kind == "zero3" and engine.compile is True:
-        raise _COMPILE_UNDER_ZERO3
+        _refuse_to_compile()
     micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
         kind=kind,
@@ -153,6 +147,16 @@ def make_plan(
         compile=decide("compile", False, "off unless asked"),
     )
     return plan, origins
+
+
+def _refuse_to_compile() -> NoReturn:
+    """Raises RequestError: compile under zero3."""
+    raise RequestError(
+        "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
+        " each would be compiled alone, for minutes, and run no faster",
+        "engine.kind ddp, zero1 or zero2",
+        "engine.compile=false, or another engine.kind",
+    )
 
 
 def _micro_batch(share: int, tokens_per_sample: int) -> int:
