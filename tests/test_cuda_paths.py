@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -375,6 +376,8 @@ def test_the_watchdog_writes_what_nccl_was_doing(
     else:
         monkeypatch.delattr(bindings, "_dump_nccl_trace", raising=False)
     monkeypatch.setattr(os, "_exit", leave)
+    # The last resort of a real end would strike a minute later, in another test.
+    monkeypatch.setattr(watchdog_module, "_EXIT_TIMEOUT", threading.TIMEOUT_MAX)
     watchdog = quiet_watchdog(_store=None, _posts=0, _busy_seconds=[], _logs=tmp_path / "logs")
     with pytest.raises(SystemExit):
         watchdog._end()
