@@ -116,7 +116,7 @@ def test_a_preempted_job_saves_and_goes_on(
     assert cluster.finish(job) == "COMPLETED", log(tmp_path)
     went_on(tmp_path, undisturbed)
     assert "ended with 75; requeued (restart 1)" in log(tmp_path), "saved by itself, not killed"
-    assert len([line for line in log(tmp_path).splitlines() if "  stopped  reason" in line]) == 1, (
+    assert len([line for line in log(tmp_path).splitlines() if "  stopped early  reason" in line]) == 1, (
         "all ranks at one step"
     )
 
@@ -289,7 +289,7 @@ def test_a_hang_is_ended_named_and_requeued(
     )
     assert cluster.finish(job, 240) == "COMPLETED", log(tmp_path)
     (named,) = [line for line in log(tmp_path).splitlines() if "SILENT" in line]
-    assert "rank 1: last heard of at step" in named
+    assert "rank 1: last seen at step" in named
     went_on(tmp_path, undisturbed)
 
 
