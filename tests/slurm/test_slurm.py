@@ -116,9 +116,9 @@ def test_a_preempted_job_saves_and_goes_on(
     assert cluster.finish(job) == "COMPLETED", log(tmp_path)
     went_on(tmp_path, undisturbed)
     assert "ended with 75; requeued (restart 1)" in log(tmp_path), "saved by itself, not killed"
-    assert len([line for line in log(tmp_path).splitlines() if "  stopped early  reason" in line]) == 1, (
-        "all ranks at one step"
-    )
+    assert (
+        len([line for line in log(tmp_path).splitlines() if "  stopped early  reason" in line]) == 1
+    ), "all ranks at one step"
 
 
 def test_a_killed_rank_is_requeued(
