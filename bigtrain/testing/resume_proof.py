@@ -46,12 +46,14 @@ TOLERANCE = {
     "tf32": Tolerance(losses=5e-3, weights=2**-5),
     "bf16": Tolerance(losses=2**-7, weights=2**-5),
 }
-# A tensor whose values are smaller than this share of the model's largest counts as that large.
-# Biases begin at zero, and an optimizer like Adam moves them by as much as everything else even
-# where their gradient is little but rounding: after a few steps in bf16 those of BatchNorm differ
-# by a sixth of their own size, on sound resumes. Matrices begin at about this share of the ones in
-# norms, so nearly all of them are measured by their own size.
-_MAGNITUDE_FLOOR = 0.05
+# A matrix whose values are smaller than this share of the model's largest counts as that large: one
+# that begins at zero is little but rounding for some steps. Others begin at about this share of the
+# ones in norms, so they are measured by their own size.
+_MATRIX_FLOOR = 0.05
+# Biases begin at zero, and Adam moves them by as much as everything else even where their gradient
+# is nothing but rounding (that of attention's keys): after sixty sound steps in bf16 such a bias
+# differs by more than its own size. So vectors count as large as the largest.
+_VECTOR_FLOOR = 1.0
 
 
 @dataclass(frozen=True)
@@ -236,20 +238,21 @@ def _weights(run: RunDir) -> dict[str, Tensor]:
 def _compare_weights(
     expected: dict[str, Tensor], values: dict[str, Tensor], tolerance: float
 ) -> Comparison:
-    """Compare tensor by tensor, each relative to its own largest value; the worst one counts."""
+    """Compare tensor by tensor, relative to its own largest value or a floor; the worst counts."""
     expected_shapes = {name: tensor.shape for name, tensor in expected.items()}
     if expected_shapes != {name: tensor.shape for name, tensor in values.items()}:
         return Comparison("DIFFERENT: other tensors", False)
     magnitudes = {name: _largest(tensor) for name, tensor in expected.items()}
-    weights = [magnitudes[name] for name, tensor in expected.items() if tensor.is_floating_point()]
-    floor = _MAGNITUDE_FLOOR * max(weights, default=0.0)
+    weights = [size for name, size in magnitudes.items() if expected[name].is_floating_point()]
+    largest = max(weights, default=0.0)
     worst, worst_name = 0.0, ""
     for name, tensor in expected.items():
         # As fp64: bf16 has no exact difference, and integers above 2^24 no fp32.
         before, after = tensor.double(), values[name].double()
         if torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
             continue
-        scale = max(magnitudes[name], floor, sys.float_info.min)
+        floor = _MATRIX_FLOOR if tensor.ndim > 1 else _VECTOR_FLOOR
+        scale = max(magnitudes[name], floor * largest, sys.float_info.min)
         difference = float((before - after).abs().max()) / scale
         # NaN is worse than any number.
         difference = math.inf if math.isnan(difference) else difference
