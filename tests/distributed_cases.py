@@ -1,6 +1,6 @@
 """What test_exact.py launches with torchrun: many training cases in one process group.
 
-torchrun --nproc_per_node 2 tests/distributed_cases.py OUT.json CASES.json
+torchrun --nproc_per_node 2 tests/distributed_cases.py FOLDER CASES.json
 """
 
 import contextlib
@@ -281,10 +281,10 @@ def go_on(training: TrainContext, path: Path) -> str:
     """Load a checkpoint, and take the samples that come next."""
     restored = load_checkpoint(training.engine, path)
     training.state = restored.state
-    ranks = training.engine
+    engine = training.engine
     task, first = training.task, training.state.samples
     training.batches = train_batches(
-        task.data.train, task.collate, training.recipe, ranks.plan, ranks.data_rank, first
+        task.data.train, task.collate, training.recipe, engine.plan, engine.data_rank, first
     )
     return restored.moved
 
@@ -570,7 +570,15 @@ def run_sabotage(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"ends": []}
 
 
+def run_last_rank_fails(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An error that no other rank can notice."""
+    rank, world_size = world_from_environment()
+    assert rank < world_size - 1, "the last rank fails"
+    return {}
+
+
 RUN = {
+    "last_rank_fails": run_last_rank_fails,
     "in_use": run_in_use,
     "sabotage": run_sabotage,
     "exact": run_exact,
@@ -587,24 +595,27 @@ RUN = {
 
 
 def main() -> None:
-    """Run every case; a line of JSON, [name, result], is written when one has ended."""
+    """Run every case; a line of JSON, [name, result], is written when one has ended.
+
+    Each rank writes a file of its own: rank 0 every result, the others their errors.
+    """
     importlib.import_module("deepspeed")
     importlib.import_module("bigtrain.models.hf")
     # DeepSpeed collects garbage at every start of ZeRO-3, which takes a second with all these.
     gc.freeze()
-    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    results, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     rank = world_from_environment()[0]
     for name, case in cases.items():
-        folder = out.parent / name.replace("/", "-")
+        folder = results / name.replace("/", "-")
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 result = RUN[case["run"]](case, folder)
         except Exception:
-            result = {"error": traceback.format_exc()}
-        if rank == 0:
-            with out.open("a") as file:
+            result = {"error": f"rank {rank}: {traceback.format_exc()}"}
+        if rank == 0 or "error" in result:
+            with (results / f"rank-{rank}.jsonl").open("a") as file:
                 file.write(json.dumps([name, result]) + "\n")
 
 

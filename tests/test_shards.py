@@ -19,7 +19,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.fragments import Fragment, Piece, flat_range, name_of_piece, parse_name
 from bigtrain.engine.plan import Plan
-from bigtrain.errors import RequestError
+from bigtrain.errors import RequestError, TrainingFailed
 
 WHOLE = torch.arange(24.0).view(4, 6)
 CUTS = {
@@ -127,6 +127,38 @@ def test_an_engine_whose_ranks_hold_columns_moves_to_one_that_holds_all(tmp_path
     other = make_engine(ColumnParallel, 3, rank=1, world_size=2)
     other.restore(Shards(back, {"weight": [4, 6], "running_mean": [1]}))
     assert torch.equal(other.module.weight, halves[1].module.weight)
+
+
+def save_checkpoint(engine: Engine, folder: Path) -> None:
+    """What a writer leaves, but for the hashes."""
+    write_tensors(engine.snapshot(), folder / "rank-00000.safetensors")
+    manifest = engine.facts() | {"shapes": engine.shapes()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "state.json").write_text(json.dumps(asdict(TrainState(data_size=100))))
+
+
+def test_a_model_in_fp64_is_loaded_and_compared_in_fp64(tmp_path: Path) -> None:
+    saved = make_engine(DDPEngine, 6)
+    saved.module.double()
+    # In fp32 it would be another number.
+    saved.module.weight.data.fill_(1 / 3)
+    save_checkpoint(saved, tmp_path)
+    loaded = make_engine(DDPEngine, 6)
+    loaded.module.double()
+    load_checkpoint(loaded, tmp_path)
+    assert torch.equal(loaded.module.weight, saved.module.weight)
+
+
+def test_ddp_is_not_advised_where_it_is_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(make_engine(DDPEngine, 6), tmp_path)
+    loaded = make_engine(DDPEngine, 6)
+    # A load that fills the weights with something else.
+    monkeypatch.setattr(loaded, "restore", lambda *_: loaded.module.weight.data.fill_(7.0))
+    with pytest.raises(TrainingFailed, match="a forward pass would use") as raised:
+        load_checkpoint(loaded, tmp_path)
+    assert "try:" not in str(raised.value)
 
 
 def test_a_manifest_without_a_fact_that_is_new_loads(tmp_path: Path) -> None:

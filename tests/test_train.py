@@ -12,9 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TESTS, bigtrain, on_ranks, start, torchrun, wait_for
+from distributed_cases import data_for, recipe_for
 from safetensors.torch import load_file
 
+from bigtrain.errors import TrainingFailed
+from bigtrain.models.build import build_model
+from bigtrain.models.export import export_model
 from bigtrain.runs.metrics_file import read_metrics
 
 QUICK = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "track.wandb=off"]
@@ -105,6 +110,15 @@ def test_wandbs_own_reader_sees_the_losses_of_metrics_jsonl(finished: Path) -> N
         if "train/loss" in history:
             found[history["step"]] = history["train/loss"]
     assert found == losses(run)
+
+
+def test_an_export_refuses_weights_that_its_model_has_no_place_for(tmp_path: Path) -> None:
+    case = {"model": "transformer", "kind": "ddp", "precision": "fp32", "micro_batch": 1}
+    recipe, prepared = recipe_for(case), data_for("transformer")
+    weights = build_model(recipe, prepared).state_dict()
+    weights["model.stray"] = torch.zeros(2)
+    with pytest.raises(TrainingFailed, match=r"no place for model\.stray"):
+        export_model(weights, recipe, prepared, tmp_path / "export", {})
 
 
 def test_the_export_loads_in_transformers_and_evaluates_alike(finished: Path) -> None:

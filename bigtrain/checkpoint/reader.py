@@ -123,7 +123,9 @@ def _refuse_other_weights(engine: Engine, shards: Shards, path: Path) -> None:
     """
     difference = ""
     for sample in engine.weights_in_use():
-        saved = torch.empty(sample.piece.shape)
+        # As exact as the checkpoint: at least fp32, and more where the model has fp64 layers.
+        dtype = torch.promote_types(torch.float32, sample.values.dtype)
+        saved = torch.empty(sample.piece.shape, dtype=dtype)
         shards.read(sample.name, WEIGHT, sample.piece, saved)
         used_hash = _hash(sample.values)
         saved_hash = _hash(saved.to(sample.values.dtype))
@@ -138,10 +140,11 @@ def _refuse_other_weights(engine: Engine, shards: Shards, path: Path) -> None:
     # A sum is cheaper than to gather texts.
     if engine.sum(bool(difference)) > 0:
         differences = [text for text in engine.gather(difference) if text]
+        other_kind = "" if engine.plan.kind == "ddp" else "engine.kind=ddp"
         raise TrainingFailed(
             differences[0],
             "the checkpoint's weights (the values are BLAKE3 hashes)",
-            "another engine.kind, e.g. engine.kind=ddp",
+            other_kind,
         )
 
 

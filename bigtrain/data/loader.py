@@ -40,9 +40,8 @@ class MicroBatch:
     """What one forward pass of one rank gets, and which samples it is made of."""
 
     batch: Batch
-    has_samples: (
-        bool  # false: only here so that all ranks run as many forward passes; counts for nothing
-    )
+    # False: only here so that all ranks run as many forward passes; counts for nothing.
+    has_samples: bool
     first: int = 0  # position in the stream of samples
     samples: tuple[int, ...] = ()
     unreadable: tuple[str, ...] = ()  # samples that could not be read and are left out

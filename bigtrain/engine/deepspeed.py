@@ -162,12 +162,13 @@ class DeepSpeedEngine(Engine):
         with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
             return parameter.detach().cpu().clone() if self.main else torch.empty(0)
 
-    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        # ZeRO-3 leaves an empty tensor where a parameter was, and notes its shape.
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    def whole_shape(self, parameter: Any) -> tuple[int, ...]:
+        # ZeRO-3 leaves an empty tensor where a parameter was, and notes its shape; buffers stay.
+        sharded = self.plan.kind == "zero3" and isinstance(parameter, nn.Parameter)
+        return tuple(parameter.ds_shape if sharded else parameter.shape)
 
-    def num_elements(self, parameter: Tensor) -> int:
-        return getattr(parameter, "ds_numel", parameter.numel())
+    def num_elements(self, parameter: Any) -> int:
+        return parameter.ds_numel if self.plan.kind == "zero3" else parameter.numel()
 
     def fragments(self) -> list[Fragment]:
         return self._zero3_fragments() if self.plan.kind == "zero3" else self._zero12_fragments()
@@ -179,7 +180,8 @@ class DeepSpeedEngine(Engine):
         parameter: Any  # a torch Parameter, to which DeepSpeed has added attributes
         for name, parameter in self._trained():
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-            start = self.data_rank * parameter.partition_numel()
+            # Cut over all processes (DeepSpeed's world group), as in `_own_part`.
+            start = self.rank * parameter.partition_numel()
             # The last rank's part is padded.
             size = max(0, min(size, self.num_elements(parameter) - start))
             flat = zero.fp32_partitioned_groups_flat[group]

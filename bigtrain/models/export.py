@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import PreparedData
+from bigtrain.errors import TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.models.own import load_own, model_class
 
@@ -22,12 +23,21 @@ def export_model(
     folder: Path,
     summary: dict[str, Any],
 ) -> None:
-    """Write the whole `weights` (by parameter name, on the CPU) as a model that others can load."""
+    """Write the whole `weights` (by parameter name, on the CPU) as a model that others can load.
+
+    Raises TrainingFailed for weights that a transformers model of this recipe has no place for.
+    """
     folder.mkdir(exist_ok=True)
     with torch.device("meta"):
         model = build_model(recipe, prepared)
     if hasattr(model, "save_pretrained"):
-        model.load_state_dict(weights, assign=True, strict=False)
+        # Not strict: a tied weight may be there under one of its names only.
+        unexpected = model.load_state_dict(weights, assign=True, strict=False).unexpected_keys
+        if unexpected:
+            raise TrainingFailed(
+                f"the exported model has no place for {', '.join(unexpected)}",
+                "the weights of the model that the recipe builds",
+            )
         model.tie_weights()  # type: ignore[operator]
         model.save_pretrained(folder)  # type: ignore[operator]
     else:
