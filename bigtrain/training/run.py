@@ -117,7 +117,7 @@ def run_recipe(
         if engine.main:
             cleanup.callback(release_ownership, run)
         stop = StopFlag(run, engine.main)
-        resume = load_resume_point(engine, run, len(prepared.train))
+        resume = load_resume_point(engine, run, len(prepared.train), recipe.train.steps)
         refuse_fruitless_restarts(engine, run, resume.state.step)
         keep_warnings(run, engine.rank)
         if engine.main:
