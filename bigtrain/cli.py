@@ -37,7 +37,7 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
-_PYTHONS_GC_THRESHOLD = 700
+gc_threshold = gc.get_threshold()  # Python's own; __main__.py, which raises it first, sets this
 
 
 @app.command()
@@ -65,8 +65,8 @@ def train(
     from bigtrain.tracking.terminal import console
     from bigtrain.training.run import run_recipe
 
-    # __main__.py has raised it for the imports; a reference cycle may hold a device's memory.
-    gc.set_threshold(_PYTHONS_GC_THRESHOLD)
+    # The imports are done, and a reference cycle may hold a device's memory.
+    gc.set_threshold(*gc_threshold)
     summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
     if os.environ.get("RANK", "0") != "0":
         return

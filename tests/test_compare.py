@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,37 @@ def test_nothing_to_compare_is_a_wrong_request(tmp_path: Path) -> None:
     done = bigtrain("compare", "nope", cwd=tmp_path)
     assert done.returncode == 2
     assert "nope: no run" in done.stderr
+
+
+@pytest.mark.parametrize("page", ["nodir/x.html", "."])
+def test_a_page_that_cannot_be_written_is_a_wrong_request(
+    page: str, six: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(six / "runs", tmp_path / "runs")
+    done = bigtrain("compare", "fast-0", "--html", page, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"bigtrain: {page} cannot be read or written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unforeseen_error_ends_with_3_without_its_secrets(tmp_path: Path) -> None:
+    """Also of a command that needs no torch."""
+    program = """if True:
+        import sys
+        from bigtrain import __main__
+        def fail(standalone_mode):
+            raise ValueError("hf_" + 30 * "a")
+        __main__.app = fail
+        try:
+            __main__.main()
+        finally:
+            assert "torch" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert "ValueError: [redacted]" in done.stderr and "hf_aaa" not in done.stderr
 
 
 @pytest.mark.timed
