@@ -17,13 +17,13 @@ import requests
 
 from bigtrain.config.recipe import TrackConfig
 from bigtrain.runs.directory import RunDir
-from bigtrain.runs.events import EVENT_TEXTS
+from bigtrain.runs.events import EVENT_TEXTS, Event
 from bigtrain.runs.metrics_file import Record, read_metrics
 from bigtrain.tracking.base import Tracker, numbers_of
 from bigtrain.tracking.wandb_sync import logged_in, logged_offline, wandb_server
 
 # Events that W&B sends an alert for.
-_ALERTS = ("failed", "stopped", "hang", "checkpoint_failed")
+_ALERTS: tuple[Event, ...] = ("failed", "stopped", "hang", "checkpoint_failed")
 # Metrics whose best value W&B shows beside the last.
 _BEST = {
     "eval/loss": "min",

@@ -321,6 +321,7 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
         if ctx.engine.main:
             export_model(weights, ctx.recipe, ctx.task.data, run.export, finished)
             run.write_json(run.summary, finished)
+        ctx.tracker.event(ctx.state.step, "finished")
         summary = finished
     except StoppedEarly:
         raise  # the loop has reported it
