@@ -569,7 +569,7 @@ def test_normalisation_over_the_micro_batch_is_said(tmp_path: Path) -> None:
         ).returncode
         == 0
     )
-    assert "BatchNorm" in events(tmp_path, "digits-resnet")["normalisation"]["origin"]
+    assert "BatchNorm" in events(tmp_path, "digits-resnet")["normalisation"]["layers"]
     effective = json.loads((tmp_path / "runs" / "digits-resnet" / "effective.json").read_text())
     assert effective["normalisation"]["value"] == "depends on the micro-batch"
 

@@ -523,6 +523,18 @@ def test_every_event_has_a_text_and_the_terminal_shows_it() -> None:
     assert terminal.saved == "step 3"
 
 
+def test_a_terminal_shows_times_with_their_unit_and_nothing_that_is_none() -> None:
+    shown = io.StringIO()
+    terminal = Terminal(steps=9, unit="tokens", console=Console(file=shown, width=200))
+    tracker = TrackerGroup(terminal)
+    tracker.event(0, "started", ranks=1, job=None)
+    tracker.event(3, "resumed", load_seconds=0.25, check_seconds=12.0)
+    assert shown.getvalue().splitlines() == [
+        "step 0  started  ranks 1",
+        "step 3  resumed  load 0.250 s  check 12.000 s",
+    ]
+
+
 def test_a_tracker_gets_the_time_and_the_caller_keeps_its_record() -> None:
     shown = io.StringIO()
     terminal = Terminal(steps=9, unit="tokens", console=Console(file=shown, width=200))

@@ -64,6 +64,7 @@ from bigtrain.training.resume import (
 from bigtrain.training.settings import (
     Settings,
     announce,
+    batch_norm_layers,
     model_facts,
     provenance,
     settings_in_force,
@@ -284,7 +285,9 @@ def _report_start(
     step = resume.state.step
     tracker.event(step, "started", ranks=engine.world_size, job=os.environ.get("SLURM_JOB_ID"))
     if "normalisation" in settings:
-        tracker.event(step, "normalisation", **settings["normalisation"])
+        layers = batch_norm_layers(engine.module)
+        effect = settings["normalisation"]["value"]
+        tracker.event(step, "normalisation", layers=layers, effect=effect)
     for line in resume.rejected:
         tracker.event(step, "checkpoint_rejected", reason=line)
     if task.data.unreadable:
