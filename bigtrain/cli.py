@@ -141,7 +141,7 @@ def export(
     from bigtrain.inference.export import copy_export
 
     copy_export(find_finished_run(run), out)
-    print(out)
+    print(f"the model is in {out}")
 
 
 @app.command()
@@ -297,7 +297,7 @@ def sweep(
     wandb: Annotated[
         bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs instead")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the commands instead")] = False,
     as_json: Json = False,
 ) -> None:
     """Train many variants of a recipe: here one after another, or by Slurm or W&B."""
@@ -313,7 +313,8 @@ def sweep(
         if as_json:
             _print_json(commands)
         else:
-            print("\n".join(shlex.join(command) for command in commands))
+            for command in commands:
+                print(shlex.join(["bigtrain", "train", *command]))
     elif slurm:
         job = submit_sweep(base(recipe, axes), recipe, runs)
         if as_json:

@@ -528,10 +528,10 @@ def test_a_terminal_shows_times_with_their_unit_and_nothing_that_is_none() -> No
     terminal = Terminal(steps=9, unit="tokens", console=Console(file=shown, width=200))
     tracker = TrackerGroup(terminal)
     tracker.event(0, "started", ranks=1, job=None)
-    tracker.event(3, "resumed", load_seconds=0.25, check_seconds=12.0)
+    tracker.event(3, "resumed", seconds=0.5, load_seconds=0.25, check_seconds=12.0)
     assert shown.getvalue().splitlines() == [
         "step 0  started  ranks 1",
-        "step 3  resumed  load 0.250 s  check 12.000 s",
+        "step 3  resumed  0.500 s  load 0.250 s  check 12.000 s",
     ]
 
 

@@ -116,7 +116,8 @@ def _describe(record: Record) -> str:
         if name in ("kind", "step", "event", "time") or value is None:
             continue
         if name in _TIMES:
-            parts.append(f"{name.removesuffix('_seconds')} {value:.3f} s")
+            label = name.removesuffix("seconds").replace("_", " ")
+            parts.append(f"{label} {value:.3f} s".replace("  ", " ").strip())
         else:
             parts.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     return "  ".join(parts)

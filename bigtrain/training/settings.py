@@ -144,8 +144,8 @@ def announce(
 def _group(origin: str) -> str:
     """An origin without its place or reason: `recipe FILE:LINE` is of `recipe`."""
     if origin.startswith(("recipe ", "override ")):
-        return origin.split(" ")[0]
-    return origin.split(" (")[0]
+        return origin.split(" ", maxsplit=1)[0]
+    return origin.split(" (", maxsplit=1)[0]
 
 
 def _unused(global_batch: int, ranks: int) -> Iterator[str]:
