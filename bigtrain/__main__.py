@@ -7,11 +7,15 @@ import sys
 from typing import NoReturn
 
 # Looking for garbage during the imports, and again at the end, would cost 40 ms of 250.
+_threshold = gc.get_threshold()
 gc.set_threshold(100_000)
 atexit.register(gc.freeze)
 
+from bigtrain import cli  # noqa: E402
 from bigtrain.cli import app  # noqa: E402
 from bigtrain.errors import BigtrainError, RecipeError  # noqa: E402
+
+cli.gc_threshold = _threshold  # what a training process returns to
 
 
 def main() -> None:
@@ -23,21 +27,23 @@ def main() -> None:
     except BigtrainError as problem:
         _print_problem(problem)
         _exit(problem.exit_code)
-    except (PermissionError, FileExistsError, NotADirectoryError) as problem:
-        reason = f"{problem.filename} cannot be written: {problem.strerror}"
-        print(f"bigtrain: {reason}", file=sys.stderr)
-        _exit(2)
     except Exception as problem:
-        if "torch" not in sys.modules:
-            raise
+        from bigtrain.config.secrets import redact
+
+        if isinstance(problem, OSError) and problem.filename:
+            reason = f"{problem.filename} cannot be read or written: {problem.strerror}"
+            print(redact(f"bigtrain: {reason}"), file=sys.stderr)
+            _exit(2)
         import traceback
 
-        from bigtrain.config.secrets import redact
-        from bigtrain.training.endings import exit_code_of
-
         print(redact(traceback.format_exc()), file=sys.stderr)
+        code = 3
+        if "torch" in sys.modules:
+            from bigtrain.training.endings import exit_code_of
+
+            code = exit_code_of(problem)
         # No verdict: it may be the end of another rank, in words that exit_code_of does not know.
-        _leave(exit_code_of(problem))
+        _leave(code)
 
 
 def _print_problem(problem: BigtrainError) -> None:

@@ -37,7 +37,7 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
-_PYTHONS_GC_THRESHOLD = 700
+gc_threshold = gc.get_threshold()  # Python's own; __main__.py, which raises it first, sets this
 
 
 @app.command()
@@ -65,8 +65,8 @@ def train(
     from bigtrain.tracking.terminal import console
     from bigtrain.training.run import run_recipe
 
-    # __main__.py has raised it for the imports; a reference cycle may hold a device's memory.
-    gc.set_threshold(_PYTHONS_GC_THRESHOLD)
+    # The imports are done, and a reference cycle may hold a device's memory.
+    gc.set_threshold(*gc_threshold)
     summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
     if os.environ.get("RANK", "0") != "0":
         return
@@ -141,7 +141,7 @@ def export(
     from bigtrain.inference.export import copy_export
 
     copy_export(find_finished_run(run), out)
-    print(out)
+    print(f"the model is in {out}")
 
 
 @app.command()
@@ -297,7 +297,7 @@ def sweep(
     wandb: Annotated[
         bool, typer.Option("--wandb", help="print the file that W&B's sweep agents read")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs instead")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the commands instead")] = False,
     as_json: Json = False,
 ) -> None:
     """Train many variants of a recipe: here one after another, or by Slurm or W&B."""
@@ -313,7 +313,8 @@ def sweep(
         if as_json:
             _print_json(commands)
         else:
-            print("\n".join(shlex.join(command) for command in commands))
+            for command in commands:
+                print(shlex.join(["bigtrain", "train", *command]))
     elif slurm:
         job = submit_sweep(base(recipe, axes), recipe, runs)
         if as_json:

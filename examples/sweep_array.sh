@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Six runs as one Slurm array, two of them at a time, each on one GPU.
-#   ./sweep_array.sh --dry-run                # prints the six runs
+#   ./sweep_array.sh --dry-run                # prints the six commands
 #   ./sweep_array.sh slurm.partition=gpu      # submits them; the arguments are further settings
 # Afterwards: bigtrain status, and bigtrain compare 'digits-cnn-*' --html sweep.html
 set -euo pipefail

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bigtrain.runs.compare import read_run
 from bigtrain.runs.curves import AXES, all_curves, seed_groups, thin_out
 from bigtrain.runs.directory import RunDir, asset
 from bigtrain.runs.metrics_file import MetricsFile, Record, read_columns, read_metrics
-from bigtrain.runs.status import RunStatus, goodput
+from bigtrain.runs.status import RunStatus, goodput, status_of
 from bigtrain.training.doctor_checks import RankReport, check_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
@@ -159,13 +160,45 @@ def test_a_run_that_is_odd_is_named_and_the_others_are_compared(odd: str, tmp_pa
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         assert "good" in done.stdout
-    assert "odd" in bigtrain("compare", "good", "odd*", cwd=tmp_path).stdout
+    done = bigtrain("compare", "good", "odd*", cwd=tmp_path)
+    assert "odd" in done.stdout or "note: odd" in done.stderr or "note: runs/odd" in done.stderr
 
 
 def test_nothing_to_compare_is_a_wrong_request(tmp_path: Path) -> None:
     done = bigtrain("compare", "nope", cwd=tmp_path)
     assert done.returncode == 2
     assert "nope: no run" in done.stderr
+
+
+@pytest.mark.parametrize("page", ["nodir/x.html", "."])
+def test_a_page_that_cannot_be_written_is_a_wrong_request(
+    page: str, six: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(six / "runs", tmp_path / "runs")
+    done = bigtrain("compare", "fast-0", "--html", page, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"bigtrain: {page} cannot be read or written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unforeseen_error_ends_with_3_without_its_secrets(tmp_path: Path) -> None:
+    """Also of a command that needs no torch."""
+    program = """if True:
+        import sys
+        from bigtrain import __main__
+        def fail(standalone_mode):
+            raise ValueError("hf_" + 30 * "a")
+        __main__.app = fail
+        try:
+            __main__.main()
+        finally:
+            assert "torch" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert "ValueError: [redacted]" in done.stderr and "hf_aaa" not in done.stderr
 
 
 @pytest.mark.timed
@@ -293,7 +326,48 @@ def test_steps_done_twice_count_once_in_goodput() -> None:
         "seconds": np.ones(5),
         "time": np.array([1.0, 2, 3, 9, 10]),
     }
-    assert goodput(lines, [{"time": 0.0}, {"time": 7.0}], running=False) == pytest.approx(0.3)
+    turns = [{"event": "started", "time": 0.0}, {"event": "started", "time": 7.0}]
+    assert goodput(lines, turns, running=False) == pytest.approx(0.3)
+
+
+def test_the_time_after_a_finish_is_not_lost_and_a_later_start_no_restart(tmp_path: Path) -> None:
+    """Finished, started again with nothing to do, extended."""
+    metrics = make_run(tmp_path, "good", 0, 0.01) / "metrics.jsonl"
+    status = status_of(RunDir(metrics.parent))
+    assert (status.restarts, status.goodput) == (0, pytest.approx(0.5))
+    lines = metrics.read_text().splitlines(keepends=True)
+    for event, time in [("finished", 1020), ("started", 2000), ("finished", 2000)]:
+        line = {"kind": "event", "step": 200, "event": event, "time": time}
+        lines.append(json.dumps(line) + "\n")
+    metrics.write_text("".join(lines))
+    assert status_of(RunDir(metrics.parent)) == status
+    started = {"kind": "event", "step": 200, "event": "started", "time": 3000}
+    more = {"kind": "train", "step": 201, "loss": 0.1, "seconds": 0.05, "time": 3000.1}
+    with metrics.open("a") as file:
+        file.write(json.dumps(started) + "\n" + json.dumps(more) + "\n")
+    longer = status_of(RunDir(metrics.parent))
+    assert (longer.restarts, longer.goodput) == (0, pytest.approx(0.5, rel=0.01))
+    with metrics.open("a") as file:
+        file.write(json.dumps(started | {"time": 4000}) + "\n")
+    assert status_of(RunDir(metrics.parent)).restarts == 1
+
+
+def test_a_checkpoint_not_written_is_seen_behind_a_rejected_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "good", 0, 0.01)
+    with (run / "metrics.jsonl").open("a") as file:
+        for event in ("checkpoint_failed", "checkpoint_rejected"):
+            line = {"kind": "event", "step": 200, "event": event, "reason": "disk full"}
+            file.write(json.dumps(line) + "\n")
+    assert status_of(RunDir(run)).health == ["checkpoint not written: disk full"]
+
+
+def test_a_long_name_is_not_cut(tmp_path: Path) -> None:
+    name = "digits-mlp-with-a-rather-long-name-of-a-run"
+    make_run(tmp_path, name, 0, 0.01)
+    piped = bigtrain("status", cwd=tmp_path, COLUMNS="80").stdout.splitlines()[1]
+    assert piped.startswith(f"{name} finished 200/200 ")
+    terminal = bigtrain("status", cwd=tmp_path, COLUMNS="80", FORCE_COLOR="1").stdout
+    assert "…" not in terminal and "1,280 samples/s" in terminal
 
 
 def test_lines_are_read_alike_in_both_ways(six: Path) -> None:

@@ -504,6 +504,18 @@ def test_another_models_checkpoint_is_refused_and_the_run_stays_usable(
     assert bigtrain("train", *CNN, "train.steps=13", cwd=tmp_path).returncode == 0
 
 
+def test_steps_behind_the_checkpoint_are_refused_on_all_ranks(whole: Path, tmp_path: Path) -> None:
+    run = copy_run(whole, tmp_path)
+    before = run.recipe.read_bytes(), run.metrics.read_bytes()
+    refused = on_ranks(2, "train", *CNN, "train.steps=10", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert "this run is at step 12, and train.steps=10 is behind it" in refused.stderr
+    assert (run.recipe.read_bytes(), run.metrics.read_bytes()) == before
+    again = bigtrain("train", *CNN, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "finished digits-cnn: 12 steps" in again.stdout
+
+
 def test_another_optimizer_starts_anew_and_says_so(whole: Path, tmp_path: Path) -> None:
     copy_run(whole, tmp_path)
     change = ["optim.name=sgd", "optim.momentum=0.9", "train.steps=14", "--allow-change", "optim"]
@@ -557,7 +569,7 @@ def test_normalisation_over_the_micro_batch_is_said(tmp_path: Path) -> None:
         ).returncode
         == 0
     )
-    assert "BatchNorm" in events(tmp_path, "digits-resnet")["normalisation"]["origin"]
+    assert "BatchNorm" in events(tmp_path, "digits-resnet")["normalisation"]["layers"]
     effective = json.loads((tmp_path / "runs" / "digits-resnet" / "effective.json").read_text())
     assert effective["normalisation"]["value"] == "depends on the micro-batch"
 

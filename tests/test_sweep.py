@@ -143,5 +143,6 @@ def test_a_dry_run_prints_what_the_slurm_array_would_read(tmp_path: Path) -> Non
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 4
+    assert all(line.startswith("bigtrain train digits-mlp name=") for line in lines)
     assert json.loads(lines[0].split("track.tags=")[1].split("'")[0]) == ["a b"]
     assert not (tmp_path / "runs").exists()

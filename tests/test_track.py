@@ -27,8 +27,11 @@ from PIL import Image
 from rich.console import Console
 
 from bigtrain.config.secrets import redact
+from bigtrain.errors import RequestError
+from bigtrain.runs.directory import RunDir
 from bigtrain.runs.events import EVENT_TEXTS, OLD_EVENT_NAMES, Event
 from bigtrain.runs.metrics_file import read_metrics
+from bigtrain.tracking import wandb_sync
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.tracking.terminal import Terminal
 
@@ -104,6 +107,39 @@ def test_a_server_that_does_not_answer_costs_seconds(answers: bool, tmp_path: Pa
     assert ended - lines[-1]["time"] < 15
     assert "later: bigtrain sync digits-cnn" in done.stderr
     assert len(wandb_losses(tmp_path / RUN)) == 12, "all is there, to be synced"
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "refused"),
+    [
+        (0, "wandb:   runs/error-study/wandb/run.wandb", False),
+        (0, "wandb: ERROR <no message>", True),
+        (1, "Error: no such file", True),
+        (1, "", True),
+    ],
+)
+def test_what_wandb_sync_prints_of_a_path_is_no_error(
+    code: int, printed: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "error-study")
+    (run.path / "wandb" / "offline-run-1-a").mkdir(parents=True)
+    (run.path / "wandb_id").write_text("a")
+    done = subprocess.CompletedProcess(["wandb"], code, printed, "")
+    monkeypatch.setattr(wandb_sync, "_run_wandb", lambda *_: done)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    if refused:
+        with pytest.raises(RequestError, match="wandb sync:"):
+            wandb_sync.sync(run)
+    else:
+        assert wandb_sync.sync(run) == printed
+
+
+def test_sync_without_a_key_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / RUN / "wandb" / "offline-run-1-a").mkdir(parents=True)
+    (tmp_path / RUN / "recipe.yaml").touch()
+    done = bigtrain("sync", "digits-cnn", cwd=tmp_path, NETRC="/nowhere", HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "wandb login" in done.stderr
 
 
 def test_tensorboard_and_trackio_have_the_same_lines_and_drop_what_a_kill_undid(
@@ -485,6 +521,18 @@ def test_every_event_has_a_text_and_the_terminal_shows_it() -> None:
     assert [line.split("  ")[:2] for line in lines] == [["step 3", text] for text in texts]
     assert all(line.endswith("reason so it is") for line in lines)
     assert terminal.saved == "step 3"
+
+
+def test_a_terminal_shows_times_with_their_unit_and_nothing_that_is_none() -> None:
+    shown = io.StringIO()
+    terminal = Terminal(steps=9, unit="tokens", console=Console(file=shown, width=200))
+    tracker = TrackerGroup(terminal)
+    tracker.event(0, "started", ranks=1, job=None)
+    tracker.event(3, "resumed", seconds=0.5, load_seconds=0.25, check_seconds=12.0)
+    assert shown.getvalue().splitlines() == [
+        "step 0  started  ranks 1",
+        "step 3  resumed  0.500 s  load 0.250 s  check 12.000 s",
+    ]
 
 
 def test_a_tracker_gets_the_time_and_the_caller_keeps_its_record() -> None:

@@ -140,7 +140,7 @@ def test_the_export_loads_in_transformers_and_evaluates_alike(finished: Path) ->
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("import ")
     copied = bigtrain("export", "tiny-lm", "out", cwd=finished)
-    assert copied.returncode == 0
+    assert (copied.returncode, copied.stdout) == (0, "the model is in out\n")
     assert load_file(finished / "out" / "model.safetensors")
 
 

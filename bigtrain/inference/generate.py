@@ -30,7 +30,7 @@ def generate_text(run: RunDir, prompt: str, tokens: int, temperature: float, see
     spec = TASK_SPECS[task]
     if not spec.is_language:
         raise RequestError(
-            f"{run.path} is a {task} model",
+            f"{run.path} was trained for task {task}",
             "a causal_lm or seq2seq run",
             f"bigtrain evaluate {run.name}",
         )

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def show(comparison: Comparison) -> None:
     _show_table(screen, title, names, comparison.settings)
     _show_table(screen, "results", names, columns)
     for problem in comparison.problems:
-        screen.print(f"note: {problem}", markup=False, highlight=False)
+        print(f"note: {problem}", file=sys.stderr)
 
 
 def _show_table(screen: Any, title: str, names: list[str], rows: dict[str, list[Any]]) -> None:

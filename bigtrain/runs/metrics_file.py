@@ -6,6 +6,7 @@ wrote it) is parsed, and counts just the same.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ class MetricsFile:
 
     def __init__(self, run: RunDir) -> None:
         self.file = run.metrics.open("a", encoding="utf-8")
-        if self.file.tell() and not run.metrics.read_bytes().endswith(b"\n"):
+        if self.file.tell() and _last_byte(run.metrics) != b"\n":
             self.file.write("\n")  # the process before this one was killed in the middle of a line
 
     def log(self, record: Record) -> None:
@@ -41,6 +42,12 @@ class MetricsFile:
 
     def close(self, summary: Record) -> None:
         self.file.close()
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read()
 
 
 def _to_line(record: Record) -> str:

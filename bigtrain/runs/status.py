@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from bigtrain.config.loader import load_recipe
 from bigtrain.errors import BigtrainError
 from bigtrain.runs.directory import RUNS, RunDir
+from bigtrain.runs.events import Event
 from bigtrain.runs.lock import Owner, is_alive, read_owner
 from bigtrain.runs.metrics_file import Columns, Record, read_columns, read_metrics
 from bigtrain.runs.slurm_queue import queue
@@ -28,9 +30,16 @@ COLUMNS = {
     "mfu": "float64",
     "peak_memory_bytes": "float64",
 }
+_PIPE_WIDTH = 1000  # columns: one line per run, for grep
 _RECENT = 20  # training lines that a rate is taken from
 # The last event of a run that is not running → its state.
-_ENDS = {"stopped": "stopped", "failed": "FAILED", "lost_peer": "lost a rank", "hang": "HUNG"}
+_ENDS: dict[Event, str] = {
+    "stopped": "stopped",
+    "failed": "FAILED",
+    "lost_peer": "lost a rank",
+    "hang": "HUNG",
+}
+_SAVES: tuple[Event, ...] = ("checkpoint", "checkpoint_failed")
 _STYLES = {
     "running": "green",
     "starting": "green",
@@ -97,7 +106,7 @@ def status_of(run: RunDir) -> RunStatus:
 
 def derive_status(run: RunDir, lines: Columns, others: list[Record]) -> RunStatus:
     """As status_of, from the lines of metrics.jsonl: what read_columns returns for COLUMNS."""
-    events = [line for line in others if line.get("event", "nodes") != "nodes"]
+    events = [line for line in others if "event" in line and line["event"] != "nodes"]
     starts = [event for event in events if event["event"] == "started"]
     owner = read_owner(run)
     submitted = [line for line in read_metrics(run.path / "jobs.jsonl") if "job" in line]
@@ -114,8 +123,11 @@ def derive_status(run: RunDir, lines: Columns, others: list[Record]) -> RunStatu
         status.rate = float(np.median(recent[f"{status.unit}_per_s"]))
         if status.state == "running":
             status.left = (status.steps - status.step) * _seconds_per_step(recent)
-    status.restarts = max(len(starts) - 1, 0)
-    status.goodput = goodput(lines, starts, status.state == "running")
+    turns = [event for event in events if event["event"] in ("started", "finished")]
+    status.restarts = sum(
+        before["event"] == after["event"] == "started" for before, after in pairwise(turns)
+    )
+    status.goodput = goodput(lines, turns, status.state == "running")
     status.health = _health(run, recent, events, status.state)
     return status
 
@@ -131,19 +143,24 @@ def _planned_steps(run: RunDir) -> int:
         return 0
 
 
-def goodput(lines: Columns, starts: list[Record], running: bool) -> float | None:
+def goodput(lines: Columns, turns: list[Record], running: bool) -> float | None:
     """Seconds spent on steps that count ÷ wall time since the first start, queueing included.
 
-    A step repeated after a kill counts once. The definition is Google's "ML Productivity Goodput".
+    `turns`: the events `started` and `finished`. A step repeated after a kill counts once, and the
+    time between a finish and a start with more steps not at all. The definition is Google's "ML
+    Productivity Goodput".
     """
-    if not starts or not len(lines["step"]):
+    if not turns or not len(lines["step"]):
         return None
     # Of each step the last line; its seconds are a mean over the steps since the line before.
     steps, last = np.unique(lines["step"][::-1], return_index=True)
     seconds = lines["seconds"][::-1][last]
     counted = float((seconds * np.diff(steps, prepend=0)).sum())
     end = time.time() if running else float(np.nanmax(lines["time"]))
-    wall_time = end - float(starts[0]["time"])
+    wall_time = end - float(turns[0]["time"])
+    for before, after in pairwise(turns):
+        if before["event"] == "finished":
+            wall_time -= min(after["time"], end) - min(before["time"], end)
     return min(counted / max(wall_time, 1e-9), 1.0)
 
 
@@ -198,7 +215,7 @@ def _health(run: RunDir, recent: Columns, events: list[Record], state: str) -> l
     problems = []
     if len(recent["loss"]) and not np.isfinite(recent["loss"][-1]):
         problems.append("loss not finite")
-    saves = [event for event in events if event["event"].startswith("checkpoint")]
+    saves = [event for event in events if event["event"] in _SAVES]
     if saves and saves[-1]["event"] == "checkpoint_failed":
         problems.append(f"checkpoint not written: {saves[-1]['reason']}")
     spikes = sum(event["event"] == "loss_spike" for event in events)
@@ -226,8 +243,10 @@ def show(statuses: list[RunStatus]) -> None:
     if not statuses:
         Console().print("no runs below runs/ yet: bigtrain train RECIPE")
         return
-    heads = ["run", "state", "step", "loss", "rate", "left", "restarts", "goodput", "health"]
-    table = Table(*heads, box=None)
+    table = Table(box=None, collapse_padding=True, pad_edge=False)
+    for head in ("run", "state", "step", "loss", "rate", "left", "restarts", "goodput", "health"):
+        is_whole = head in ("state", "step", "loss", "rate")
+        table.add_column(head, overflow="fold", no_wrap=is_whole)
     for status in statuses:
         table.add_row(
             Text(status.run),
@@ -240,7 +259,10 @@ def show(statuses: list[RunStatus]) -> None:
             "" if status.goodput is None else f"{status.goodput:.0%}",
             Text("; ".join(status.health) or "ok", style="red" if status.health else ""),
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    console.print(table)
 
 
 def _duration(seconds: float) -> str:

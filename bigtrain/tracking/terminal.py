@@ -15,6 +15,7 @@ from bigtrain.runs.metrics_file import Record
 from bigtrain.tracking.base import Tracker
 
 _WIDTH = 40  # columns of the panel's bar, and losses in its trend
+_TIMES = ("seconds", "blocked", "writing", "load_seconds", "check_seconds")  # details of events
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -112,7 +113,12 @@ def _describe(record: Record) -> str:
         title = EVENT_TEXTS.get(record["event"], str(record["event"]))
     parts = [f"step {record['step']}", title]
     for name, value in record.items():
-        if name not in ("kind", "step", "event", "time"):
+        if name in ("kind", "step", "event", "time") or value is None:
+            continue
+        if name in _TIMES:
+            label = name.removesuffix("seconds").replace("_", " ")
+            parts.append(f"{label} {value:.3f} s".replace("  ", " ").strip())
+        else:
             parts.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     return "  ".join(parts)
 

@@ -10,27 +10,23 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import requests
 
 from bigtrain.config.recipe import TrackConfig
+from bigtrain.config.task_specs import MetricName, lower_is_better
 from bigtrain.runs.directory import RunDir
-from bigtrain.runs.events import EVENT_TEXTS
+from bigtrain.runs.events import EVENT_TEXTS, Event
 from bigtrain.runs.metrics_file import Record, read_metrics
 from bigtrain.tracking.base import Tracker, numbers_of
 from bigtrain.tracking.wandb_sync import logged_in, logged_offline, wandb_server
 
 # Events that W&B sends an alert for.
-_ALERTS = ("failed", "stopped", "hang", "checkpoint_failed")
+_ALERTS: tuple[Event, ...] = ("failed", "stopped", "hang", "checkpoint_failed")
 # Metrics whose best value W&B shows beside the last.
-_BEST = {
-    "eval/loss": "min",
-    "train/loss": "min",
-    "eval/accuracy": "max",
-    "eval/f1": "max",
-}
+_BEST = ("train/loss", *(f"eval/{metric}" for metric in get_args(MetricName)))
 # Seconds that W&B may take to start and to finish, so that training waits for neither.
 _START_TIMEOUT = 5.0
 _FINISH_TIMEOUT = 10.0
@@ -157,7 +153,8 @@ class WandB(Tracker):
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric("*", step_metric="step")
-        for name, goal in _BEST.items():
+        for name in _BEST:
+            goal = "min" if lower_is_better(name.split("/")[1]) else "max"
             self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
         self._log_earlier(step)
 

@@ -11,6 +11,8 @@ import requests
 from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RunDir
 
+_ERROR_LINES = ("wandb: ERROR", "Error:")  # how lines of W&B's command line about errors begin
+
 
 def _segments(run: RunDir) -> list[Path]:
     """W&B's folders of a run, in order: each process that trained the run has written one."""
@@ -51,17 +53,21 @@ def _kinds_and_step(line: str) -> set[tuple[str, int]]:
 def sync(run: RunDir) -> str:
     """Upload what was logged offline, every segment once and in order; returns W&B's output.
 
-    Raises RequestError when there is nothing, or W&B refuses.
+    Raises RequestError when there is nothing, W&B has no key, or it refuses.
     """
     folders = [str(path) for path in _segments(run)]
     if not folders:
         raise RequestError(f"{run.path}/wandb holds nothing to sync", "a run with track.wandb on")
+    if not logged_in():
+        raise RequestError(f"W&B has no key for {wandb_server()}", "a key", "wandb login")
     # With one id for all, W&B appends the segments in order of their start; without, a later one
     # overwrites an earlier one (wandb#3841).
     run_id = (run.path / "wandb_id").read_text().strip()
     done = _run_wandb("sync", "--yes", "--include-online", "--id", run_id, *folders)
     output = (done.stdout + done.stderr).strip()
-    if done.returncode != 0 or "error" in output.lower():
+    # It ends with 0 also where its server has refused a run.
+    errors = [line for line in output.splitlines() if line.startswith(_ERROR_LINES)]
+    if done.returncode != 0 or errors:
         raise RequestError(
             f"wandb sync: {output[-500:]}",
             "W&B's server to answer",

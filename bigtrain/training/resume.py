@@ -41,10 +41,11 @@ def recipe_changes(recipe: Recipe, fresh: bool, allow_change: Sequence[str]) -> 
     return diff_recipes(begun, recipe, list(allow_change))
 
 
-def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> ResumePoint:
+def load_resume_point(engine: Engine, run: RunDir, train_samples: int, steps: int) -> ResumePoint:
     """Load the newest checkpoint that verifies, if there is one. A collective.
 
-    Raises RequestError if the run began with another number of training samples.
+    Raises RequestError, on all ranks, if the run began with another number of training samples, or
+    is beyond `steps` already.
     """
     checkpoint, rejected = newest_checkpoint(engine, run)
     if checkpoint is None:
@@ -57,6 +58,12 @@ def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> Resume
             " when this run began",
             "the same data, or its order is another",
             "the data as it was, or --fresh",
+        )
+    if steps < state.step:
+        raise RequestError(
+            f"this run is at step {state.step}, and train.steps={steps} is behind it",
+            f"train.steps of at least {state.step}",
+            f"train.steps={state.step}, or --fresh",
         )
     return ResumePoint(state, checkpoint, rejected, restored)
 

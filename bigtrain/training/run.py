@@ -64,6 +64,7 @@ from bigtrain.training.resume import (
 from bigtrain.training.settings import (
     Settings,
     announce,
+    batch_norm_layers,
     model_facts,
     provenance,
     settings_in_force,
@@ -117,7 +118,7 @@ def run_recipe(
         if engine.main:
             cleanup.callback(release_ownership, run)
         stop = StopFlag(run, engine.main)
-        resume = load_resume_point(engine, run, len(prepared.train))
+        resume = load_resume_point(engine, run, len(prepared.train), recipe.train.steps)
         refuse_fruitless_restarts(engine, run, resume.state.step)
         keep_warnings(run, engine.rank)
         if engine.main:
@@ -284,7 +285,9 @@ def _report_start(
     step = resume.state.step
     tracker.event(step, "started", ranks=engine.world_size, job=os.environ.get("SLURM_JOB_ID"))
     if "normalisation" in settings:
-        tracker.event(step, "normalisation", **settings["normalisation"])
+        layers = batch_norm_layers(engine.module)
+        effect = settings["normalisation"]["value"]
+        tracker.event(step, "normalisation", layers=layers, effect=effect)
     for line in resume.rejected:
         tracker.event(step, "checkpoint_rejected", reason=line)
     if task.data.unreadable:
@@ -321,6 +324,7 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
         if ctx.engine.main:
             export_model(weights, ctx.recipe, ctx.task.data, run.export, finished)
             run.write_json(run.summary, finished)
+        ctx.tracker.event(ctx.state.step, "finished")
         summary = finished
     except StoppedEarly:
         raise  # the loop has reported it

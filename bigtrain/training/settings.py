@@ -77,15 +77,20 @@ def model_facts(model: torch.nn.Module, flops: float, engine: Engine, device: De
     """
     parameters = sum(engine.num_elements(p) for p in model.parameters())
     facts = with_origin("model", {"parameters": parameters})
-    class_names = {type(module).__name__ for module in model.modules()}
-    batch_norms = sorted(name for name in class_names if "BatchNorm" in name)
+    batch_norms = batch_norm_layers(model)
     if batch_norms:
         # The loss then depends on how the global batch is cut.
-        origin = f"model ({', '.join(batch_norms)})"
+        origin = f"model ({batch_norms})"
         facts |= with_origin(origin, {"normalisation": "depends on the micro-batch"})
     peaks = engine.gather(peak_flops(engine.device, device.bf16_is_fast))
     facts |= with_origin("model (counted)", {"flops_per_unit": 3 * flops})
     return facts | with_origin("this machine (data sheet or measured)", {"peak_flops": sum(peaks)})
+
+
+def batch_norm_layers(model: torch.nn.Module) -> str:
+    """The names of the model's classes of batch normalisation; empty: it has none."""
+    class_names = {type(module).__name__ for module in model.modules()}
+    return ", ".join(sorted(name for name in class_names if "BatchNorm" in name))
 
 
 def provenance() -> dict[str, Any]:
@@ -117,10 +122,11 @@ def announce(
     """Print the settings in force, grouped by their origin; then what is about to happen."""
     groups: dict[str, list[str]] = {}
     for key, setting in settings.items():
-        group = setting["origin"].split(":")[0].split(" ")[0]
+        value = setting["value"]
+        shown = f"{value:.2e}" if key == "peak_flops" else value
         # An opening bracket begins markup.
-        text = f"{key}={setting['value']}".replace("[", r"\[")
-        groups.setdefault(group, []).append(text)
+        text = f"{key}={shown}".replace("[", r"\[")
+        groups.setdefault(_group(setting["origin"]), []).append(text)
     for group, texts in groups.items():
         screen.print(f"[bold]{group}[/]: " + "  ".join(texts), highlight=False)
     global_batch = settings["engine.global_batch"]["value"]
@@ -133,6 +139,13 @@ def announce(
         f"{len(task.data.train):,} training and {len(task.data.eval):,} held-out samples",
         highlight=False,
     )
+
+
+def _group(origin: str) -> str:
+    """An origin without its place or reason: `recipe FILE:LINE` is of `recipe`."""
+    if origin.startswith(("recipe ", "override ")):
+        return origin.split(" ", maxsplit=1)[0]
+    return origin.split(" (", maxsplit=1)[0]
 
 
 def _unused(global_batch: int, ranks: int) -> Iterator[str]:
