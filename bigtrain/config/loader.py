@@ -229,7 +229,9 @@ def _check(draft: _Draft) -> LoadedRecipe:
         problems += explain(error, draft.values, draft.places, draft.path)
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        raise RecipeError("\n  ".join([f"{draft.path}: {count}", *problems]))
+        only_overrides = all(problem.startswith("override ") for problem in problems)
+        blamed = "overrides" if only_overrides else draft.path
+        raise RecipeError("\n  ".join([f"{blamed}: {count}", *problems]))
     return LoadedRecipe(
         recipe, {key: _origin(draft.places.get(key)) for key in flatten(recipe.model_dump())}
     )
