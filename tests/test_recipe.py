@@ -71,7 +71,7 @@ def test_every_error_is_reported_at_once_with_file_and_line(tmp_path: Path) -> N
         ),
         (
             "train.keep_best=r2",
-            "overrides: 1 error\n  override train.keep_best=r2: train.keep_best is r2; task causal_lm",
+            "overrides: 1 error\n  override train.keep_best=r2: train.keep_best is r2;",
         ),
         ("data.augment.crop=2", "override data.augment.crop=2: data.augment is for image"),
         ("optim.momentum=0.9", "override optim.momentum=0.9: optim: momentum is for sgd"),

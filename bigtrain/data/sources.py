@@ -162,9 +162,9 @@ def _read_table(request: _Request, builder: str, shown_name: str, **place: Any) 
     try:
         table = datasets.load_dataset(builder, split="train", **place)
     except Exception as problem:  # datasets raises whatever its reader raised
-        cause = problem.__cause__ or problem
+        cause = str(problem.__cause__ or problem).splitlines()[0]
         raise RequestError(
-            f"{request.key}: {shown_name}: cannot be read as {builder}: {str(cause).splitlines()[0]}",
+            f"{request.key}: {shown_name}: cannot be read as {builder}: {cause}",
             f"valid {builder}",
         ) from None
     if builder == "imagefolder" and "label" not in table.column_names:
@@ -192,7 +192,7 @@ def _from_hub(request: _Request) -> Source:
             reason = "not to be had from the hub either"
         built_in = f"a built-in source ({', '.join(request.built_in)})"
         raise RequestError(
-            f"{request.key}: no data set {request.name!r} here: neither a built-in source, nor files;"
+            f"{request.key}: no data set {request.name!r} here: no built-in source, no files;"
             f" and {reason} ({type(problem).__name__})",
             f"{built_in}, a glob, a folder or a hub id",
         ) from None
