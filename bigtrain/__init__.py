@@ -6,7 +6,7 @@ The names below are the whole Python API; each is imported when it is first used
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "LoadedRecipe",
     "Run",
@@ -35,4 +35,4 @@ else:
         return getattr(import_module("bigtrain.api"), name)
 
     def __dir__() -> list[str]:
-        return [*globals(), *__all__]
+        return [*__all__, "__version__"]

@@ -18,7 +18,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bigtrain.config.loader import LoadedRecipe, load_recipe
 from bigtrain.errors import RequestError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["LoadedRecipe", "Run", "evaluate", "load_model", "load_recipe", "open_run", "train"]
+
+MetricsKind = Literal["train", "eval", "event"]
 
 
 class Run:
@@ -59,14 +61,17 @@ class Run:
         """What `train` returned. Raises RequestError while the run has not finished."""
         return _read_json(self._directory.summary, "a finished run")
 
-    def metrics(self, kind: Literal["train", "eval", "event"] = "train") -> "pd.DataFrame":
+    def metrics(self, kind: MetricsKind = "train") -> "pd.DataFrame":
         """The lines of metrics.jsonl of one kind, in the order they were written.
 
         train: one row per logged step with `step`, `samples`, `loss`, `lr`, `grad_norm`, `seconds`
         (per step), `time` (Unix time) and more. eval: one row per evaluation with the task's
         metrics. A step that a resumed run did again is the row of its last time. event: all
-        events.
+        events. Raises RequestError for another kind.
         """
+        if kind not in get_args(MetricsKind):
+            kinds = " or ".join(get_args(MetricsKind))
+            raise RequestError(f"metrics of kind {kind!r}", kinds, 'metrics("train")')
         import pandas as pd
 
         frame = pd.DataFrame(list(read_metrics(self._directory.metrics, kind)))

@@ -2,10 +2,11 @@
 
     python compare_two.py [KEY=VALUE …]
 
-The arguments are overrides for both. Writes losses.csv (the training losses side by side) and
-compare.html (their curves, in a browser).
+The arguments are overrides for both. Writes losses.csv (the training losses side by side) and a
+plot of them: losses.png, or without matplotlib compare.html (the curves, in a browser).
 """
 
+import importlib.util
 import subprocess
 import sys
 
@@ -25,9 +26,13 @@ def main() -> None:
         losses[name] = run.metrics("train").set_index("step")["loss"]
         print(f"{name}: {run.settings['parameters']:,} parameters")
         print(run.metrics("eval")[["step", "loss", "accuracy"]].to_string(index=False))
-    pd.DataFrame(losses).to_csv("losses.csv")
-    compare = [sys.executable, "-m", "bigtrain", "compare", *VARIANTS, "--html", "compare.html"]
-    subprocess.run(compare, check=True)
+    table = pd.DataFrame(losses)
+    table.to_csv("losses.csv")
+    if importlib.util.find_spec("matplotlib"):
+        table.plot(ylabel="loss").figure.savefig("losses.png")
+    else:
+        compare = [sys.executable, "-m", "bigtrain", "compare", *VARIANTS, "--html", "compare.html"]
+        subprocess.run(compare, check=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def test_its_model_is_evaluated_and_loaded() -> None:
     run = bigtrain.open_run("mine")
     again = bigtrain.evaluate(run)
     assert again["loss"] == pytest.approx(run.summary["loss"], rel=1e-6)
+    odd = run.path.rename(run.path.parent / "mine: a #copy")
+    try:
+        assert bigtrain.evaluate(odd) == again
+    finally:
+        odd.rename(run.path)
     model = bigtrain.load_model("mine")
     assert not model.training
     assert model(pixel_values=torch.zeros(2, 1, 8, 8)).shape == (2, 10)
@@ -87,6 +92,11 @@ def test_mistakes_are_errors_with_a_message() -> None:
         bigtrain.train("digits-mlp", ["optim.learning_rat=1"])
     with pytest.raises(RequestError, match="overrides for a recipe that is loaded"):
         bigtrain.train(bigtrain.load_recipe("digits-mlp"), ["train.steps=1"])
+    for overrides in ("train.steps=1", {"train.steps": 1}):
+        with pytest.raises(RequestError, match="a list of key=value"):
+            bigtrain.load_recipe("digits-mlp", overrides)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="metrics of kind 'evals'"):
+        bigtrain.open_run("mine").metrics("evals")  # type: ignore[arg-type]
     unfinished = Path("runs/unfinished")
     unfinished.mkdir(parents=True)
     (unfinished / "recipe.yaml").write_text("name: unfinished\n")
@@ -106,7 +116,8 @@ import sys, bigtrain
 assert not {"torch", "pydantic", "pandas", "numpy"} & set(sys.modules)
 bigtrain.load_recipe("tiny-lm")
 assert not {"torch", "pandas"} & set(sys.modules)
-assert set(bigtrain.__all__) <= set(dir(bigtrain)) and not hasattr(bigtrain, "nothing")
+assert dir(bigtrain) == sorted([*bigtrain.__all__, "__version__"])
+assert not hasattr(bigtrain, "nothing")
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -353,14 +353,16 @@ def no_tokenizer(tmp_path: Path) -> dict[str, Any]:
         ("image_classification", two_sizes, "image_size"),
         ("image_classification", one_class, "no classes found"),
         ("image_classification", other_task, "data.train=diabetes does not serve task"),
-        ("causal_lm", empty_file, "is empty"),
-        ("causal_lm", one_document, "is empty"),
+        ("causal_lm", empty_file, "nothing is left to hold out: data.train has 1 record"),
+        ("causal_lm", one_document, "nothing is left to train on: data.train has 1 record"),
         ("causal_lm", unknown_field, "has no such field"),
         ("regression", no_target, "nothing, or not a finite number"),
         ("causal_lm", wrong_columns, "has no column text; it has: body"),
         ("causal_lm", not_json, "cannot be read as json"),
         ("causal_lm", latin1, "not UTF-8"),
         ("causal_lm", no_files, "data.train: no file matches"),
+        ("image_classification", no_files, "try:      data.train=digits"),
+        ("causal_lm", no_such_set, "and the hub cannot be reached"),
         ("causal_lm", no_such_set, "data.train: no data set 'no-such-set-anywhere'"),
         ("causal_lm", no_tokenizer, "no tokenizer at"),
         ("seq2seq", latin1, "no fields for task seq2seq"),
@@ -451,6 +453,9 @@ def sound_table(folder: Path) -> str:
         ("regression", missing_cell, "row 20 of data.eval: nothing, or not a finite number"),
         ("causal_lm", null_text, "record 20 of data.eval: text is NoneType"),
         ("causal_lm", empty_file, "data.eval is empty"),
+        ("causal_lm", not_json, "data.eval: {broken}/a.jsonl: cannot be read as json"),
+        ("causal_lm", latin1, "data.eval: {broken}/a.txt: not UTF-8"),
+        ("image_classification", one_class, "data.eval: {broken}: no classes found"),
     ],
 )
 def test_an_error_about_data_eval_names_data_eval(
@@ -467,7 +472,7 @@ def test_an_error_about_data_eval_names_data_eval(
     data = {"train": sound(tmp_path / "sound"), "eval": broken, "tokenizer": "bytes"}
     with pytest.raises(RequestError) as caught:
         prepare(recipe(task, data, MODEL_FOR_TASK[task]))
-    assert expected in str(caught.value)
+    assert expected.format(broken=tmp_path / "broken") in str(caught.value)
     assert "data.train" not in str(caught.value)
     assert "eval_fraction" not in str(caught.value)
 

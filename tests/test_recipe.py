@@ -65,6 +65,16 @@ def test_every_error_is_reported_at_once_with_file_and_line(tmp_path: Path) -> N
     [
         ("optim.learning_rat=1", "unknown key optim.learning_rat; did you mean optim.lr?"),
         ("engin.kind=zero2", "unknown key engin; did you mean engine?"),
+        (
+            "modle.name=mlp",
+            "overrides: 1 error\n  override modle.name=mlp: unknown key modle; did you mean model?",
+        ),
+        (
+            "train.keep_best=r2",
+            "overrides: 1 error\n  override train.keep_best=r2: train.keep_best is r2;",
+        ),
+        ("data.augment.crop=2", "override data.augment.crop=2: data.augment is for image"),
+        ("optim.momentum=0.9", "override optim.momentum=0.9: optim: momentum is for sgd"),
         ("optim.micro_batch=2", "did you mean engine.micro_batch?"),
         ("optim.warmup=2", "did you mean optim.warmup_steps?"),
         ("optim.lr=fast", "optim.lr: found 'fast' (text); expected a number"),

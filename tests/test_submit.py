@@ -2,6 +2,7 @@
 writes it anew).
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import bigtrain, quickest
 
-from bigtrain.cluster.slurm import render_script
+from bigtrain.cluster.slurm import render_script, submit
 from bigtrain.config.loader import load_recipe
-from bigtrain.errors import RecipeError
+from bigtrain.errors import RecipeError, RequestError
 from bigtrain.runs.directory import asset
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,17 +45,15 @@ def script(overrides: list[str]) -> str:
 
 
 def head(text: str) -> str:
-    """What is this recipe's own; the rest is slurm/train.sbatch's."""
-    return text.split("if [ $# -eq 0 ]", 1)[0]
+    """What is this recipe's own; the rest is slurm/train.sbatch's, below its check of arguments."""
+    _, _, body = asset("slurm", "train.sbatch").read_text().partition("exit 2\nfi\n")
+    assert body and text.endswith(body)
+    return text.removesuffix(body)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_script_is_the_one_written_down(case: str) -> None:
-    text = script(CASES[case])
-    assert head(text) == (GOLDEN / f"{case}.sbatch").read_text()
-    assert text.endswith(
-        asset("slurm", "train.sbatch").read_text().split("set -euo pipefail\n", 1)[1]
-    )
+    assert head(script(CASES[case])) == (GOLDEN / f"{case}.sbatch").read_text()
 
 
 HOSTILE = [
@@ -115,6 +114,27 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     assert "no sbatch here" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("problem", "fix"),
+    [
+        ("sbatch: error: Batch job submission failed: Invalid partition name", "other slurm.…"),
+        ("sbatch: error: Unable to contact slurm controller (connect failure)", "sinfo"),
+        ("sbatch: fatal: Could not establish a configuration source", "sinfo"),
+    ],
+)
+def test_the_recipe_is_not_blamed_for_a_silent_cluster(
+    problem: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho '{problem}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError) as caught:
+        submit(load_recipe("tiny-lm"), "tiny-lm", [])
+    assert problem in str(caught.value) and f"try:      {fix}" in str(caught.value)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(
     )
     assert done.returncode == 2
     assert "track.extra has trackio, which is not installed" in done.stderr
-    assert "pip install trackio" in done.stderr
+    assert "pip install 'bigtrain[trackio]'" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

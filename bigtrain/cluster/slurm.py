@@ -21,9 +21,13 @@ from bigtrain.config.recipe import Recipe, SlurmConfig
 from bigtrain.errors import RequestError
 from bigtrain.runs.directory import asset, run_directory, write_atomic
 
-_SHELL_OPTIONS = "set -euo pipefail\n"  # the line of a shipped script that its body follows
+_USAGE_CHECK_END = "exit 2\nfi\n"  # of a shipped script: its arguments are right
 # What a job needs of its submitter's environment even where slurm.env names all the rest.
 _ALWAYS_EXPORTED = ["HOME", "USER", "PATH", "LANG", "BIGTRAIN_PYTHON"]
+
+
+# What sbatch says where no recipe is at fault: Slurm is not configured here, or does not answer.
+_UNREACHABLE = ("Could not establish a configuration source", "Unable to contact")
 
 
 class _KeptFile(NamedTuple):
@@ -94,9 +98,10 @@ def _render(recipe: Recipe, shipped_script: str, arguments: str, written_by: str
     """A shipped script with the recipe's options and with `arguments`, which are quoted already."""
     slurm = recipe.slurm
     options = _sbatch_options(recipe.name, slurm)
-    lines = ["#!/usr/bin/env bash", f"# Written by: {written_by!r}"]
+    lines = ["#!/usr/bin/env bash"]
+    lines += [f"# Written by: {line}" for line in written_by.splitlines()]
     lines += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", _SHELL_OPTIONS.rstrip()]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", "set -euo pipefail"]
     variables = {
         "BIGTRAIN_GRACE_SECONDS": str(slurm.grace_seconds),
         "BIGTRAIN_SETUP": slurm.setup,
@@ -106,7 +111,7 @@ def _render(recipe: Recipe, shipped_script: str, arguments: str, written_by: str
         if value is not None:
             lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f"set -- {arguments}")
-    _, _, body = asset("slurm", shipped_script).read_text().partition(_SHELL_OPTIONS)
+    _, _, body = asset("slurm", shipped_script).read_text().partition(_USAGE_CHECK_END)
     return "\n".join(lines) + "\n" + body
 
 
@@ -187,6 +192,8 @@ def _sbatch(recipe: Recipe, script: str, option: str) -> str:
     )
     if done.returncode != 0:
         messages = done.stderr.strip().splitlines() or ["sbatch failed"]
+        if any(sign in done.stderr for sign in _UNREACHABLE):
+            raise RequestError(messages[-1].strip(), "a cluster that answers", "sinfo")
         raise RequestError(
             messages[-1].strip(), "what this cluster has (sinfo)", "other slurm.… in the recipe"
         )

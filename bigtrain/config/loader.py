@@ -20,7 +20,7 @@ from bigtrain.config.recipe import Recipe
 from bigtrain.config.recipe_errors import describe_value, explain
 from bigtrain.config.renamed_keys import RENAMED_KEYS
 from bigtrain.config.secrets import refuse_secrets
-from bigtrain.errors import RecipeError
+from bigtrain.errors import RecipeError, RequestError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Keys that hold either text or a section: an override of a key inside replaces the text.
@@ -81,9 +81,14 @@ def load_recipe(ref: str | Path, overrides: list[str] | None = None) -> LoadedRe
     `ref` is a YAML file or a shipped recipe's name; `overrides` are "key=value" with dotted keys,
     typed as YAML types them. Old keys in a run's own recipe.yaml are translated.
 
-    Raises RecipeError that names every unknown key, wrong type and duplicate with its file:line.
+    Raises RecipeError that names every unknown key, wrong type and duplicate with its file:line,
+    and RequestError for overrides that are no list.
     """
     overrides = overrides or []
+    if isinstance(overrides, str | dict):
+        raise RequestError(
+            f"overrides are {describe_value(overrides)}", "a list of key=value", '["optim.lr=1e-3"]'
+        )
     named = [(f"override {text.partition('=')[0]!r}", text) for text in overrides]
     refuse_secrets([("the recipe's path", str(ref)), *named])
     draft = _read(recipe_path(str(ref)))
@@ -229,7 +234,9 @@ def _check(draft: _Draft) -> LoadedRecipe:
         problems += explain(error, draft.values, draft.places, draft.path)
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        raise RecipeError("\n  ".join([f"{draft.path}: {count}", *problems]))
+        only_overrides = all(problem.startswith("override ") for problem in problems)
+        blamed = "overrides" if only_overrides else draft.path
+        raise RecipeError("\n  ".join([f"{blamed}: {count}", *problems]))
     return LoadedRecipe(
         recipe, {key: _origin(draft.places.get(key)) for key in flatten(recipe.model_dump())}
     )

@@ -55,7 +55,8 @@ def explain(
         by_key.setdefault(_key_path(problem, values), []).append(problem)
     for key, problems in by_key.items():
         if not any(_lies_below(other, key) for other in by_key):
-            yield f"{_nearest_place(key, places, path)}: {_describe(key, problems)}"
+            place = _nearest_place(_named_key(key, problems), places, path)
+            yield f"{place}: {_describe(key, problems)}"
 
 
 def describe_value(value: Any) -> str:
@@ -93,12 +94,31 @@ def _lies_below(key: KeyPath, section: KeyPath) -> bool:
     return len(key) > len(section) > 0 and key[: len(section)] == section
 
 
+def _named_key(key: KeyPath, problems: list[Any]) -> KeyPath:
+    """The key to look for: of a rule about several keys the one that its message begins with."""
+    if problems[0]["type"] != "value_error":
+        return key
+    first_word = _rule(problems[0]).split()[0].rstrip(":")
+    return (*key, *first_word.split("."))
+
+
+def _rule(problem: Any) -> str:
+    """What a validator of the recipe says."""
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
 def _nearest_place(key: KeyPath, places: dict[str, str], path: Path) -> str:
-    """Where the key was set, or else the section around it, or else the file."""
+    """Where the key or one inside of it was set, or else the section around it, or else the file.
+
+    An override of `modle.name` sets `modle` without a place of its own.
+    """
     for length in range(len(key), 0, -1):
-        place = places.get(".".join(key[:length]))
-        if place is not None:
-            return place
+        dotted = ".".join(key[:length])
+        if dotted in places:
+            return places[dotted]
+        for other, place in places.items():
+            if other.startswith(dotted + "."):
+                return place
     return str(path)
 
 
@@ -111,7 +131,7 @@ def _describe(key: KeyPath, problems: list[Any]) -> str:
     if kinds == {"missing"}:
         return f"missing key {dotted}"
     if kinds == {"value_error"}:
-        return f"{dotted or 'recipe'}: {problems[0]['msg'].removeprefix('Value error, ')}"
+        return f"{dotted}: {_rule(problems[0])}" if key else _rule(problems[0])
     expected = " or ".join(dict.fromkeys(_expected(problem) for problem in problems))
     return f"{dotted}: found {describe_value(problems[0]['input'])}; expected {expected}"
 

@@ -50,7 +50,7 @@ def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedD
         )
     if spec.has_labels and len(prepared.classes) < 2:
         raise RequestError(
-            f"{recipe.data.train} has one class only ({prepared.classes[0]})",
+            f"data.train={recipe.data.train} has one class only ({prepared.classes[0]})",
             "two classes at least",
         )
     return prepared

@@ -33,10 +33,15 @@ def refuse_empty(counts: dict[str, int], recipe: Recipe, unreadable: Collection[
         note = ""
         if unreadable:
             note = f"; {len(unreadable)} cannot be read, e.g. {min(unreadable)}"
+        other_count = sum(counts.values())
+        if recipe.data.eval or other_count == 0:
+            raise RequestError(f"data.{part} is empty{note}", "at least one record")
+        records = "1 record" if other_count == 1 else f"{other_count} records"
+        left = "hold out" if part == "eval" else "train on"
         raise RequestError(
-            f"data.{part} is empty ({counts} records{note})",
+            f"nothing is left to {left}: data.train has {records}{note}",
             "at least one record in each part",
-            "" if recipe.data.eval else "data.eval_fraction=0.2",
+            "data.eval_fraction=0.2, more data, or data.eval",
         )
 
 

@@ -124,23 +124,23 @@ class _MicroBatches(Dataset[MicroBatch]):
         self.collate = collate
         self.augment = augment
 
-    def __getitem__(self, wanted: _Slice) -> MicroBatch:  # type: ignore[override]
-        indices = samples_at(wanted.positions, len(self.examples), self.seed)
+    def __getitem__(self, slice_of_batch: _Slice) -> MicroBatch:
+        indices = samples_at(slice_of_batch.positions, len(self.examples), self.seed)
         samples: list[_Sample] = []
         unreadable: list[str] = []
-        for position, index in zip(wanted.positions, indices, strict=True):
+        for position, index in zip(slice_of_batch.positions, indices, strict=True):
             try:
                 samples.append(_Sample(position, index, self.examples[index]))
             except BadSampleError as problem:
                 unreadable.append(problem.found)
-        has_samples = wanted.has_samples
+        has_samples = slice_of_batch.has_samples
         if not samples:
-            samples = self._first_readable(wanted.positions.start)
+            samples = self._first_readable(slice_of_batch.positions.start)
             has_samples = False
         return MicroBatch(
             self._batch(samples),
             has_samples,
-            wanted.positions.start,
+            slice_of_batch.positions.start,
             tuple(sample.index for sample in samples),
             tuple(unreadable),
         )

@@ -19,12 +19,15 @@ from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.records import Record, Source, file_stamp
 from bigtrain.errors import RequestError
 
+# Kinds of errors without an answer of the hub, by name: which HTTP library the hub's client uses
+# depends on its version.
+_NO_CONNECTION = {"TransportError", "ConnectionError"}
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What is asked for: a key of the recipe and its value, the task, the columns by field."""
+class _Request:
+    """A key of the recipe and its value, the task that it must serve, the columns by field."""
 
     key: str  # data.train or data.eval
     name: str
@@ -34,6 +37,11 @@ class _Wanted:
     @property
     def setting(self) -> str:
         return f"{self.key}={self.name}"
+
+    @property
+    def built_in(self) -> list[str]:
+        """The built-in sets for the task."""
+        return [name for name, other in BUILT_IN.items() if self.task in other.tasks]
 
     def column(self, field: str) -> str:
         return self.columns.get(field, field)
@@ -46,26 +54,26 @@ def open_source(
 
     Raises RequestError if there is none, or if it does not serve the task.
     """
-    wanted = _Wanted(key, name, task, columns)
+    request = _Request(key, name, task, columns)
     if name in BUILT_IN:
-        return _from_built_in(wanted)
+        return _from_built_in(request)
     folder = Path(name)
     pattern = name
     if folder.is_dir():
         if TASK_SPECS[task].data == "image":
-            return _from_image_folder(wanted, folder)
+            return _from_image_folder(request, folder)
         pattern = str(folder / "**" / "*")
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
     files = [path for path in paths if path.is_file()]
     if files:
-        return _from_files(wanted, files)
+        return _from_files(request, files)
     if _looks_like_files(pattern):
         raise RequestError(
             f"{key}: no file matches {pattern!r}",
             "files, a folder, or a source",
-            f"{key}={' | '.join(BUILT_IN)}",
+            f"{key}={' | '.join(request.built_in)}",
         )
-    return _from_hub(wanted)
+    return _from_hub(request)
 
 
 def _looks_like_files(name: str) -> bool:
@@ -73,59 +81,59 @@ def _looks_like_files(name: str) -> bool:
     return has_wildcard or name.startswith((".", "/", "~")) or Path(name).suffix != ""
 
 
-def _from_built_in(wanted: _Wanted) -> Source:
-    built_in = BUILT_IN[wanted.name]
-    if wanted.task not in built_in.tasks:
-        others = [name for name, other in BUILT_IN.items() if wanted.task in other.tasks]
+def _from_built_in(request: _Request) -> Source:
+    built_in = BUILT_IN[request.name]
+    if request.task not in built_in.tasks:
         raise RequestError(
-            f"{wanted.setting} does not serve task {wanted.task}",
+            f"{request.setting} does not serve task {request.task}",
             f"task {' or '.join(built_in.tasks)}",
-            f"{wanted.key}={' | '.join(others)}" if others else "",
+            f"{request.key}={' | '.join(request.built_in)}" if request.built_in else "",
         )
-    return built_in.open(wanted.task)
+    return built_in.open(request.task)
 
 
-def _from_image_folder(wanted: _Wanted, folder: Path) -> Source:
+def _from_image_folder(request: _Request, folder: Path) -> Source:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Source(
         f"imagefolder {file_stamp(files)}",
-        partial(_read_table, wanted, "imagefolder", str(folder), data_dir=str(folder)),
+        partial(_read_table, request, "imagefolder", str(folder), data_dir=str(folder)),
     )
 
 
-def _from_files(wanted: _Wanted, files: list[Path]) -> Source:
+def _from_files(request: _Request, files: list[Path]) -> Source:
     formats = {_FORMATS.get(path.suffix.lower(), "text") for path in files}
     if len(formats) > 1:
         suffixes = sorted({path.suffix or path.name for path in files})
         raise RequestError(
-            f"{wanted.key}: files of several kinds: {', '.join(suffixes)}",
+            f"{request.key}: files of several kinds: {', '.join(suffixes)}",
             "one kind per glob",
-            f"{wanted.key}='folder/*.jsonl'",
+            f"{request.key}='folder/*.jsonl'",
         )
     file_format = formats.pop()
     if file_format != "text":
         names = [str(path) for path in files]
         return Source(
             f"{file_format} {file_stamp(files)}",
-            partial(_read_table, wanted, file_format, names[0], data_files=names),
+            partial(_read_table, request, file_format, names[0], data_files=names),
         )
-    if not TASK_SPECS[wanted.task].is_packed:
+    if not TASK_SPECS[request.task].is_packed:
         raise RequestError(
-            f"{wanted.key}: plain text files have no fields for task {wanted.task}",
+            f"{request.key}: plain text files have no fields for task {request.task}",
             "jsonl, csv or parquet",
-            f"{wanted.key}='*.jsonl'",
+            f"{request.key}='*.jsonl'",
         )
-    return Source(file_stamp(files), partial(_read_texts, files))
+    return Source(file_stamp(files), partial(_read_texts, request.key, files))
 
 
-def _read_texts(files: list[Path]) -> Iterable[Record]:
+def _read_texts(key: str, files: list[Path]) -> Iterable[Record]:
     root = os.path.commonpath([path.resolve().parent for path in files])
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as problem:
             raise RequestError(
-                f"{path}: not UTF-8 text (byte {problem.start})", "text, jsonl, csv or parquet"
+                f"{key}: {path}: not UTF-8 text (byte {problem.start})",
+                "text, jsonl, csv or parquet",
             ) from None
         name = os.path.relpath(path.resolve(), root)
         parts = [text]
@@ -145,7 +153,7 @@ def _whole_lines(text: str, least: int) -> list[str]:
     return parts
 
 
-def _read_table(wanted: _Wanted, builder: str, shown_name: str, **place: Any) -> Any:
+def _read_table(request: _Request, builder: str, shown_name: str, **place: Any) -> Any:
     """Records from what the `datasets` library reads from `place` (its data_dir or data_files)."""
     import datasets  # half a second that built-in sources need not pay
 
@@ -154,49 +162,56 @@ def _read_table(wanted: _Wanted, builder: str, shown_name: str, **place: Any) ->
     try:
         table = datasets.load_dataset(builder, split="train", **place)
     except Exception as problem:  # datasets raises whatever its reader raised
-        cause = problem.__cause__ or problem
+        cause = str(problem.__cause__ or problem).splitlines()[0]
         raise RequestError(
-            f"{shown_name}: cannot be read as {builder}: {str(cause).splitlines()[0]}",
+            f"{request.key}: {shown_name}: cannot be read as {builder}: {cause}",
             f"valid {builder}",
         ) from None
     if builder == "imagefolder" and "label" not in table.column_names:
         raise RequestError(
-            f"{shown_name}: no classes found", "one folder of images per class, two at least"
+            f"{request.key}: {shown_name}: no classes found",
+            "one folder of images per class, two at least",
         )
-    return _with_fields(table, wanted)
+    return _with_fields(table, request)
 
 
-def _from_hub(wanted: _Wanted) -> Source:
+def _from_hub(request: _Request) -> Source:
     import datasets
     from huggingface_hub import constants, dataset_info
 
     try:
         if not constants.HF_HUB_OFFLINE:
             # datasets would try for half a minute before it says that a name is wrong
-            dataset_info(wanted.name, timeout=5)
-        table = datasets.load_dataset(wanted.name, split="train")
+            dataset_info(request.name, timeout=5)
+        table = datasets.load_dataset(request.name, split="train")
     except Exception as problem:
+        kinds = {kind.__name__ for kind in type(problem).__mro__}
+        if kinds & _NO_CONNECTION:
+            reason = "the hub cannot be reached"
+        else:
+            reason = "not to be had from the hub either"
+        built_in = f"a built-in source ({', '.join(request.built_in)})"
         raise RequestError(
-            f"{wanted.key}: no data set {wanted.name!r}: neither a built-in source, nor files,"
-            f" nor to be had from the hub ({type(problem).__name__})",
-            f"a built-in source ({', '.join(BUILT_IN)}), a glob, a folder or a hub id",
+            f"{request.key}: no data set {request.name!r} here: no built-in source, no files;"
+            f" and {reason} ({type(problem).__name__})",
+            f"{built_in}, a glob, a folder or a hub id",
         ) from None
-    identity = f"hub {wanted.name} {table._fingerprint}"
-    return Source(identity, partial(_with_fields, table, wanted))
+    identity = f"hub {request.name} {table._fingerprint}"
+    return Source(identity, partial(_with_fields, table, request))
 
 
-def _with_fields(table: Any, wanted: _Wanted) -> Any:
+def _with_fields(table: Any, request: _Request) -> Any:
     """`table` (datasets.Dataset) with the task's fields; class labels by name."""
-    spec = TASK_SPECS[wanted.task]
+    spec = TASK_SPECS[request.task]
     if spec.data == "table":
-        return _numeric_rows(table, spec.fields[1], wanted)
-    columns = {field: wanted.column(field) for field in spec.fields}
+        return _numeric_rows(table, spec.fields[1], request)
+    columns = {field: request.column(field) for field in spec.fields}
     missing = [column for column in columns.values() if column not in table.column_names]
     if missing:
         raise RequestError(
-            f"{wanted.setting} has no column {' or '.join(missing)};"
+            f"{request.setting} has no column {' or '.join(missing)};"
             f" it has: {', '.join(table.column_names)}",
-            f"columns for task {wanted.task}: {', '.join(spec.fields)}",
+            f"columns for task {request.task}: {', '.join(spec.fields)}",
             f"data.columns.{spec.fields[0]}=NAME_OF_A_COLUMN",
         )
     class_names = getattr(table.features.get(columns.get("label")), "names", None)
@@ -212,9 +227,9 @@ def _with_fields(table: Any, wanted: _Wanted) -> Any:
     return table.select_columns(distinct).with_transform(rename)
 
 
-def _numeric_rows(table: Any, answer: str, wanted: _Wanted) -> list[Record]:
+def _numeric_rows(table: Any, answer: str, request: _Request) -> list[Record]:
     """All numeric columns but the answer's as one row of `features` float32."""
-    answer_column = wanted.column(answer)
+    answer_column = request.column(answer)
     inputs: list[str] = []
     for name, feature in table.features.items():
         dtype = str(getattr(feature, "dtype", ""))
@@ -222,7 +237,7 @@ def _numeric_rows(table: Any, answer: str, wanted: _Wanted) -> list[Record]:
             inputs.append(name)
     if answer_column not in table.column_names or not inputs:
         raise RequestError(
-            f"{wanted.setting} has columns {', '.join(table.column_names)}",
+            f"{request.setting} has columns {', '.join(table.column_names)}",
             f"a column {answer_column!r} and at least one numeric column",
             f"data.columns.{answer}=NAME_OF_A_COLUMN",
         )

@@ -47,7 +47,8 @@ def prepare_text(recipe: Recipe, source: Source, evaluation: Source | None) -> P
     meta = cache.meta
     refuse_unreadable(meta["bad"], recipe)
     if TASK_SPECS[recipe.task].is_packed and "eval_bytes" not in meta:
-        raise RequestError("data.eval is empty: its texts have no characters", "text in each part")
+        held_out = "data.eval" if recipe.data.eval else "the held-out part"
+        raise RequestError(f"{held_out} is empty: its texts have no characters", "text in it")
     seq_len = recipe.data.seq_len
     notes = []
     if meta["cut"]:

@@ -14,7 +14,7 @@ _Bf16 = Literal["bf16"] | None
 
 
 def read_launcher(environ: Mapping[str, str]) -> Launcher:
-    """The launcher's wishes, all None without one.
+    """The launcher's settings, all None without one.
 
     Raises RequestError for engines that bigtrain does not have, and for a DeepSpeed configuration
     file that cannot be used.

@@ -143,8 +143,8 @@ def make_plan(
         world_size=world_size,
         global_batch=global_batch,
         micro_batch=min(micro_batch, share),
-        activation_checkpointing=decide("activation_checkpointing", False, "off unless asked"),
-        compile=decide("compile", False, "off unless asked"),
+        activation_checkpointing=decide("activation_checkpointing", False, "off by default"),
+        compile=decide("compile", False, "off by default"),
     )
     return plan, origins
 

@@ -25,10 +25,10 @@ class Device:
     has_tf32: bool = False
 
 
-def find_device(asked: str) -> Device:
+def find_device(setting: str) -> Device:
     """The device for `auto`, `cpu` or `cuda`; RequestError when CUDA is asked for and absent."""
     cuda = torch.cuda.is_available()
-    if asked == "cuda" and not cuda:
+    if setting == "cuda" and not cuda:
         built = torch.version.cuda or "without CUDA"
         raise RequestError(
             f"engine.device is cuda, but torch {torch.__version__} (built {built}) "
@@ -36,7 +36,7 @@ def find_device(asked: str) -> Device:
             "a visible GPU and a CUDA build of torch",
             "engine.device=cpu, or nvidia-smi to see what the machine has",
         )
-    if cuda and asked != "cpu":
+    if cuda and setting != "cpu":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device("cuda", is_native, has_tf32=torch.cuda.get_device_capability() >= (8, 0))
     # Measured: bf16 products are faster than fp32 ones with AVX512_BF16 (1.5×) and AMX (9×), and

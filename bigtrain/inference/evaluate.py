@@ -22,9 +22,10 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     In one process.
     """
     exported = json.loads((run.export / "bigtrain.json").read_text())
-    forced = ["engine.kind=ddp", "engine.offload=none", f"model.pretrained={run.export}"]
+    folder = json.dumps(str(run.export), ensure_ascii=False)  # JSON is YAML
+    forced = ["engine.kind=ddp", "engine.offload=none", f"model.pretrained={folder}"]
     if (run.export / "tokenizer.json").is_file():
-        forced.append(f"data.tokenizer={run.export}")
+        forced.append(f"data.tokenizer={folder}")
     recipe = load_recipe(str(run.recipe), [*overrides, *forced]).recipe
     prepared = prepare(recipe, exported)
     device = find_device(recipe.engine.device)

@@ -36,7 +36,7 @@ def refuse_unusable_trackers(track: TrackConfig) -> None:
             raise RequestError(
                 f"track.extra has {name}, which is not installed",
                 "its extra",
-                f"pip install {name}",
+                f"pip install 'bigtrain[{name}]'",
             )
 
 
