@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import TESTS, bigtrain, on_ranks, start, start_ranks, wait_for
@@ -24,7 +26,9 @@ from torch.utils.cpp_extension import _get_build_directory
 from bigtrain.checkpoint.format import committed_checkpoints, seal, verify_checkpoint, write_tensors
 from bigtrain.config.loader import flatten, load_recipe
 from bigtrain.config.resume_policy import SAFE_TO_CHANGE
+from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RunDir
+from bigtrain.runs.lock import Owner, _boot_id, release_ownership, take_ownership
 from bigtrain.runs.metrics_file import read_metrics
 
 STEPS = [
@@ -345,6 +349,22 @@ def test_one_owner_at_a_time(whole: Path, tmp_path: Path) -> None:
         "a dead owner's lock is taken over"
     )
     assert not (run.path / "lock").exists()
+
+
+def test_a_zombie_owns_nothing(tmp_path: Path) -> None:
+    """A container without an init process keeps a killed owner as a zombie for ever."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = psutil.Process(child.pid)
+        owner = Owner(socket.gethostname(), child.pid, _boot_id(), process.create_time(), job=None)
+        (run.path / "lock").write_text(json.dumps(asdict(owner)))
+        with pytest.raises(RequestError, match="is being trained by"):
+            take_ownership(run)
+        child.send_signal(signal.SIGKILL)
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        take_ownership(run)
+        release_ownership(run)
 
 
 def test_a_changed_recipe_is_shown_and_must_be_allowed(whole: Path, tmp_path: Path) -> None:

@@ -90,9 +90,8 @@ def _may_take_over(owner: Owner | None, this_process: Owner) -> bool:
     if owner is None:
         return True
     alive = is_alive(owner)
-    if (
-        alive is None
-    ):  # a job that was requeued on another host has its old number, and is alone with it
+    if alive is None:
+        # A job that was requeued on another host has its old number, and is alone with it.
         return bool(this_process.job) and owner.job == this_process.job
     return not alive or owner.pid == this_process.pid
 
@@ -116,10 +115,16 @@ def _boot_id() -> str:
 
 
 def _start_time(pid: int) -> float | None:
-    """When a process began; None if there is none. A later one with the same number began later."""
+    """When a process began; None if there is none. A later one with the same number began later.
+
+    A zombie is none: in a container without an init process a killed owner stays one for ever.
+    """
     import psutil  # only here, as filelock above
 
     try:
-        return float(psutil.Process(pid).create_time())
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return float(process.create_time())
     except psutil.Error:
         return None
