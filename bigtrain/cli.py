@@ -362,7 +362,7 @@ def doctor(
     """Check this machine or an allocation before hours are spent; exit 1 if anything is wrong."""
     if slurm:
         _become_doctor_on_every_task(as_json)
-    from bigtrain.training.doctor import examine
+    from bigtrain.doctor.examine import examine
 
     rows = examine()
     if not rows:

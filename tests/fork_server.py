@@ -30,7 +30,7 @@ IMPORTED = (
     "bigtrain.inference.evaluate",
     "bigtrain.inference.generate",
     "bigtrain.training.run",
-    "bigtrain.training.doctor",
+    "bigtrain.doctor.examine",
     # imported late, at a first step, say
     "torch._dynamo",
     "kornia.geometry.transform",

@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config.renamed_keys import RENAMED_KEYS
+from bigtrain.doctor.checks import RankReport, check_ranks
 from bigtrain.engine.flops import PEAKS, flop_counter
 from bigtrain.runs.compare import read_run
 from bigtrain.runs.curves import AXES, all_curves, seed_groups, thin_out
 from bigtrain.runs.directory import RunDir, asset
 from bigtrain.runs.metrics_file import MetricsFile, Record, read_columns, read_metrics
 from bigtrain.runs.status import RunStatus, goodput, status_of
-from bigtrain.training.doctor_checks import RankReport, check_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
 

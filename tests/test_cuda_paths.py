@@ -24,6 +24,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from bigtrain import __main__ as command
 from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import EngineConfig, ModelConfig
+from bigtrain.doctor import examine as doctor
+from bigtrain.doctor.checks import _check_cores
 from bigtrain.engine import deepspeed as deepspeed_engine
 from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
@@ -47,11 +49,9 @@ from bigtrain.models.mlp import MLP
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.registry import TASKS
 from bigtrain.testing import resume_proof
-from bigtrain.training import doctor
 from bigtrain.training import run as assembly
 from bigtrain.training import watchdog as watchdog_module
 from bigtrain.training.context import StepNumbers
-from bigtrain.training.doctor_checks import _check_cores
 from bigtrain.training.preflight import try_forward
 from bigtrain.training.settings import _unused
 from bigtrain.training.watchdog import RankPosition, Watchdog

@@ -18,6 +18,7 @@ T = TypeVar("T")
 # engine.kind when the recipe leaves it to the plan; only the two sharded kinds can offload.
 _KIND_FOR_OFFLOAD: dict[Offload, Kind] = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}
 _TOKENS_PER_MICRO_BATCH = 16_384
+CORES_PER_GPU = 4  # fewer make a GPU wait for its host
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from bigtrain.config.loader import LoadedRecipe, flatten
 from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
 from bigtrain.engine.flops import peak_flops
-from bigtrain.engine.plan import Plan
+from bigtrain.engine.plan import CORES_PER_GPU, Plan
 from bigtrain.engine.runtime import Device, cores_per_rank
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Task
-from bigtrain.training.doctor_checks import CORES_PER_GPU
 
 
 class Setting(TypedDict):

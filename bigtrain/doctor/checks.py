@@ -4,12 +4,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bigtrain.engine.plan import CORES_PER_GPU
 from bigtrain.runs.directory import RUNS
 
 _MEMORY_NEEDED = 1 << 30  # bytes free on each device, or in main memory without one
 _SHM_NEEDED = 1 << 30  # bytes free in /dev/shm
 _DISK_NEEDED = 10 << 30  # bytes free where runs are written
-CORES_PER_GPU = 4  # fewer make a GPU wait for its host
 _CLOCK_SKEW = 2.0  # seconds apart from rank 0
 _SLOW_FRACTION = 0.7  # of the median matrix-multiply rate
 _FOREIGN_MEMORY = 9  # a device of which more than one such part is in use is not ours alone
