@@ -36,7 +36,8 @@ from bigtrain.engine.plan import make_plan
 from bigtrain.engine.runtime import Device, world_from_environment
 from bigtrain.engine.start import start_engine
 from bigtrain.errors import TrainingFailed
-from bigtrain.models.build import build_model
+from bigtrain.models.build import build_model, output_layer
+from bigtrain.models.output_loss import OutputLoss
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.registry import TASKS
 from bigtrain.tracking.base import TrackerGroup
@@ -266,6 +267,10 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
         stop=FixedStop(),
         watchdog=NoWatchdog(),
     )
+    layer = output_layer(engine.module)
+    if layer is not None and case["model"] != "cnn":
+        # Without a trial: some cases are about what a first forward pass meets.
+        training.task.output_loss = OutputLoss(layer)
     return training, collect
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from bigtrain.config.renamed_keys import RENAMED_KEYS
 from bigtrain.doctor.checks import RankReport, check_ranks
-from bigtrain.engine.flops import PEAKS, flop_counter
+from bigtrain.models.flops import PEAKS, flop_counter
 from bigtrain.runs.compare import read_run
 from bigtrain.runs.curves import AXES, all_curves, seed_groups, thin_out
 from bigtrain.runs.directory import RunDir, asset

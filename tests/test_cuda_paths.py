@@ -27,7 +27,6 @@ from bigtrain.config.recipe import EngineConfig, ModelConfig
 from bigtrain.doctor import examine as doctor
 from bigtrain.doctor.checks import _check_cores
 from bigtrain.engine import deepspeed as deepspeed_engine
-from bigtrain.engine import flops
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import DeepSpeedEngine, _take_visible_device
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
@@ -43,6 +42,7 @@ from bigtrain.engine.runtime import (
 from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.inference import generate
+from bigtrain.models import flops
 from bigtrain.models.build import build_model
 from bigtrain.models.cnn import CNN
 from bigtrain.models.mlp import MLP
@@ -269,6 +269,24 @@ def test_a_packed_sequence_counts_its_tokens_and_not_its_width() -> None:
     padded = flops._cudnn_rnn([3, 7, 24], weights)
     assert padded == 2 * 3 * 7 * (128 * 24 + 128 * 32)
     assert flops._cudnn_rnn([21, 24], weights) == padded
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "vendor", "is_fast"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True}, "GenuineIntel", True),
+        ({"avx512_bf16": True}, "AuthenticAMD", True),
+        ({"avx512_bf16": True}, "GenuineIntel", False),
+        ({}, "AuthenticAMD", False),
+    ],
+)
+def test_a_cpu_gets_bf16_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], vendor: str, is_fast: bool
+) -> None:
+    """Intel's AVX512_BF16 without AMX multiplies half as fast as its fp32 does."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"vendor_id : {vendor}")
+    assert find_device("cpu").bf16_is_fast is is_fast
 
 
 @pytest.mark.parametrize("native", [True, False])

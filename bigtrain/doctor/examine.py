@@ -25,8 +25,8 @@ from torch.distributed.elastic.utils.store import barrier
 
 from bigtrain.config.versions import installed_versions
 from bigtrain.doctor.checks import RankReport, Row, check_ranks
-from bigtrain.engine.flops import product_rate
 from bigtrain.engine.runtime import cores_per_rank
+from bigtrain.models.flops import product_rate
 from bigtrain.runs.directory import RUNS, to_json
 from bigtrain.tracking.wandb_sync import logged_in
 from bigtrain.training.watchdog import attempt

@@ -14,6 +14,7 @@ from bigtrain.models.build import build_model
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.registry import TASKS
 from bigtrain.training.evaluation import evaluate
+from bigtrain.training.preflight import use_output_loss
 
 
 def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
@@ -39,6 +40,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
     engine = start_engine(plan, device, {}, 0.0)
     engine.prepare(build_model(recipe, prepared), _idle_optimizer)
     task = TASKS[recipe.task](recipe.task, prepared)
+    use_output_loss(engine, task)
     return evaluate(engine, task)
 
 

@@ -1,5 +1,7 @@
 """From the recipe's model section to a module: ours, one of transformers', or the user's."""
 
+from typing import Any
+
 from torch import nn
 
 from bigtrain.config.recipe import Recipe
@@ -26,3 +28,13 @@ def build_model(recipe: Recipe, prepared: PreparedData, shard: Shard | None = No
     if shard is not None:
         shard(list(model.parameters()))
     return model
+
+
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The linear layer that makes a language model's logits, as `get_output_embeddings` says.
+
+    None for a model without that method, or without one plain such layer.
+    """
+    get_layer: Any = getattr(model, "get_output_embeddings", None)
+    layer = get_layer() if callable(get_layer) else None
+    return layer if type(layer) is nn.Linear else None

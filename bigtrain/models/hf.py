@@ -12,6 +12,11 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.activations import (
+    AccurateGELUActivation,
+    FastGELUActivation,
+    NewGELUActivation,
+)
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
@@ -28,6 +33,9 @@ from bigtrain.models.own import MODELS
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+# GELU's approximation by tanh, written out.
+_GELU_BY_TANH = (NewGELUActivation, FastGELUActivation, AccurateGELUActivation)
 
 # What a model's constructor raises for arguments that do not fit each other.
 _CONSTRUCTOR_ERRORS = (
@@ -52,12 +60,25 @@ def build_transformer(
         model = _without_memory(auto, recipe, config)
         if not on_meta():
             materialise(model, recipe.seed, shard)
+        _use_fused_gelu(model)
     _look_at_no_values(model)
     if recipe.model.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = recipe.model.dropout
     return model
+
+
+def _use_fused_gelu(model: nn.Module) -> None:
+    """One kernel in place of the eight that transformers has for the same formula of GELU.
+
+    As it says there: equivalent, and much faster, but not the same to the last bit. So weights that
+    were trained with the other keep it.
+    """
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, _GELU_BY_TANH):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _look_at_no_values(model: PreTrainedModel) -> None:

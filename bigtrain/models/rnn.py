@@ -81,6 +81,10 @@ class RNN(nn.Module):
             hidden = self.project(hidden)
         return self.head(hidden)
 
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The layer that makes a language model's logits, by transformers' name for it."""
+        return self.head if self.per_position else None
+
     def _run(self, sequence: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """All states, and the last true one of each sequence (of both directions)."""
         if self.per_position or mask is None:

@@ -14,12 +14,12 @@ from torchmetrics.aggregation import SumMetric
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import Batch, Example, PreparedData
 from bigtrain.errors import RequestError
+from bigtrain.models.output_loss import IGNORED
 
 Rows = list[dict[str, Any]]  # of a table
 # A field of an example → the model's argument, where they are called differently.
 _ARGUMENTS = {"image": "pixel_values", "label": "labels", "target": "labels"}
 SAMPLES = 8  # rows of a table of examples
-IGNORED = -100  # the label of a position that does not count, as torch's cross_entropy has it
 
 
 class Task:
@@ -127,9 +127,13 @@ class Evaluator:
         """Add a batch of examples that no other rank adds."""
         labels = batch["labels"]
         logits = self.task.logits(model, batch)
-        self.total.update(self.task.loss_from_logits(logits, labels))
-        self.count.update(self.task.num_targets(batch))
+        self.add_loss(self.task.loss_from_logits(logits, labels), batch)
         self.add(logits, labels, batch)
+
+    def add_loss(self, loss_sum: Tensor, batch: Batch) -> None:
+        """Add the summed loss of a batch, a scalar."""
+        self.total.update(loss_sum)
+        self.count.update(self.task.num_targets(batch))
 
     def compute(self) -> dict[str, float]:
         """`loss` per target token, image or row, and the task's metrics by name. A collective."""

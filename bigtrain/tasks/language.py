@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.aggregation import MeanMetric
 
 from bigtrain.data.examples import Batch, Example
-from bigtrain.tasks.base import IGNORED, SAMPLES, Evaluator, Rows, Task, outputs
+from bigtrain.models.output_loss import IGNORED, OutputLoss
+from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task, outputs
 
 _WRITTEN = 24  # tokens of a sample, at most
 _MAX_LOSS = 700.0  # its exponential is still a number
@@ -57,18 +59,23 @@ def _write(model: Any, inputs: Batch, key: str, start: int) -> Tensor:
 class LanguageEvaluator(Evaluator):
     """loss (nats per target token), perplexity, and bits per byte or the share of exact targets."""
 
+    task: "TokenTask"
+
     def __init__(self, task: Task, device: torch.device) -> None:
         super().__init__(task, device)
         self.exact = MeanMetric(nan_strategy="disable").to(device)
 
-    def add(self, logits: Tensor, labels: Tensor, batch: Batch) -> None:
-        """`logits` [batch, length, vocabulary], `labels` [batch, length].
+    def update(self, model: Any, batch: Batch) -> None:
+        """Add a batch: its loss, and whether each target is exactly what the model would write.
 
         If every target token is the likeliest, given the target tokens before it, then greedy
         decoding, which meets the same prefixes, writes exactly the target; and the reverse. So
         exact matches need no decoding.
         """
-        is_right = logits.argmax(-1) == labels
+        labels = batch["labels"]
+        loss_sum, likeliest = self.task.loss_and_likeliest(model, batch)
+        self.add_loss(loss_sum, batch)
+        is_right = likeliest == labels
         is_right |= labels == IGNORED
         self.exact.update(is_right.all(-1).float())
 
@@ -134,11 +141,52 @@ class LanguageEvaluator(Evaluator):
         return metrics
 
 
-class _TokenTask(Task):
+def _inputs(batch: Batch) -> Batch:
+    """The batch without its labels: the model's arguments."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+class TokenTask(Task):
     """Cross entropy over target tokens; a position labelled IGNORED counts nothing."""
 
     logits_shape = "[batch, target length, vocabulary]"
     evaluator_class = LanguageEvaluator
+    output_loss: OutputLoss | None = None  # set where the loss can do without logits
+
+    def use_output_layer(self, layer: nn.Linear, model: Any, batch: Batch) -> bool:
+        """Compute the loss within the model's output `layer` from now on, if it is the same loss.
+
+        It is not where the model does more with its layer's result than to return it. Both ways are
+        tried on `batch`. Returns whether they agree.
+        """
+        from_logits = self.loss_sum(model, batch)
+        self.output_loss = OutputLoss(layer)
+        try:
+            in_layer = self.loss_sum(model, batch)
+            same = in_layer.ndim == 0 and torch.allclose(in_layer, from_logits, rtol=1e-3)
+        except Exception:  # whatever a model says of a scalar where it expects logits
+            same = False
+        if not same:
+            self.output_loss = None
+        return same
+
+    def loss_sum(self, model: Any, batch: Batch) -> Tensor:
+        if self.output_loss is None:
+            return super().loss_sum(model, batch)
+        return self.output_loss.loss_sum(
+            partial(outputs, model, **_inputs(batch)), batch["labels"], self.label_smoothing
+        )
+
+    def loss_and_likeliest(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss, without smoothing, and the likeliest tokens [batch, length]."""
+        labels = batch["labels"]
+        if self.output_loss is None:
+            logits = self.logits(model, batch)
+            return self.loss_from_logits(logits, labels), logits.argmax(-1)
+        likeliest = torch.empty_like(labels)
+        run_model = partial(outputs, model, **_inputs(batch))
+        loss_sum = self.output_loss.loss_sum(run_model, labels, likeliest=likeliest)
+        return loss_sum, likeliest
 
     def num_targets(self, batch: Batch) -> int:
         is_target = batch["labels"] != IGNORED
@@ -158,7 +206,7 @@ class _TokenTask(Task):
         return pad_sequence(ids, batch_first=True, padding_value=IGNORED)
 
 
-class CausalLM(_TokenTask):
+class CausalLM(TokenTask):
     """Predict each token of a packed text from those before it."""
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -172,7 +220,7 @@ class CausalLM(_TokenTask):
         return {"input_ids": self._pad_inputs(inputs), "labels": self._pad_labels(labels)}
 
 
-class Seq2Seq(_TokenTask):
+class Seq2Seq(TokenTask):
     """Write the target sequence given the source."""
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -14,10 +14,12 @@ from bigtrain.config.recipe import TrackConfig
 from bigtrain.config.versions import installed_versions
 from bigtrain.data.examples import Examples
 from bigtrain.engine.base import Engine
-from bigtrain.engine.flops import flop_counter
 from bigtrain.engine.runtime import explain_out_of_memory
 from bigtrain.errors import RequestError
+from bigtrain.models.build import output_layer
+from bigtrain.models.flops import flop_counter
 from bigtrain.tasks.base import Task, outputs
+from bigtrain.tasks.language import TokenTask
 from bigtrain.tracking.wandb_sync import logged_in
 
 _LONGEST_OF = 512  # examples that the longest text is looked for in
@@ -75,8 +77,7 @@ def try_forward(engine: Engine, task: Task) -> float:
     Returns the floating-point operations of a forward pass per target (token, image, row).
     Raises RequestError if the model does not fit.
     """
-    train = task.data.train
-    batch = engine.to_device(task.collate([train[_longest(task, train)], train[0]]))
+    batch = _probe_batch(engine, task)
     model_name = type(engine.module).__name__
     engine.model.eval()
     try:
@@ -102,6 +103,26 @@ def try_forward(engine: Engine, task: Task) -> float:
             "a causal language model (gpt2, llama, rnn …)",
         )
     return counted.get_total_flops() / task.num_targets(batch)
+
+
+def use_output_loss(engine: Engine, task: Task) -> bool:
+    """Compute the loss in the model's output layer, without logits, where that is the same loss.
+
+    A collective. Returns whether it will be.
+    """
+    layer = output_layer(engine.module)
+    if layer is None or not isinstance(task, TokenTask):
+        return False
+    batch = _probe_batch(engine, task)
+    engine.model.eval()
+    with torch.no_grad(), engine.autocast(), _without_compiling(engine):
+        return task.use_output_layer(layer, engine.model, batch)
+
+
+def _probe_batch(engine: Engine, task: Task) -> dict[str, Tensor]:
+    """Two examples, the longest among them, on the device."""
+    train = task.data.train
+    return engine.to_device(task.collate([train[_longest(task, train)], train[0]]))
 
 
 def _without_compiling(engine: Engine) -> contextlib.AbstractContextManager[object]:

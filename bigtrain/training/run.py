@@ -54,6 +54,7 @@ from bigtrain.training.preflight import (
     refuse_different_ranks,
     refuse_unusable_trackers,
     try_forward,
+    use_output_loss,
 )
 from bigtrain.training.resume import (
     ResumePoint,
@@ -65,6 +66,7 @@ from bigtrain.training.settings import (
     Settings,
     announce,
     batch_norm_layers,
+    loss_setting,
     model_facts,
     provenance,
     settings_in_force,
@@ -113,6 +115,7 @@ def run_recipe(
         flops = try_forward(engine, task)
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
+        settings |= loss_setting(without_logits=use_output_loss(engine, task))
 
         run = _open_run(recipe.name, engine, fresh)
         if engine.main:
@@ -125,7 +128,6 @@ def run_recipe(
             settings |= with_origin("where it runs", provenance())
         tracker = _start_tracking(recipe, engine, task, run, settings, resume, screen)
         _report_start(tracker, engine, task, settings, resume, changes)
-
         flops_per_target = settings["flops_per_unit"]["value"]
         ctx = build_training(
             recipe=recipe,

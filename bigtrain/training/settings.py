@@ -14,9 +14,9 @@ from rich.console import Console
 from bigtrain.config.loader import LoadedRecipe, flatten
 from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
-from bigtrain.engine.flops import peak_flops
 from bigtrain.engine.plan import CORES_PER_GPU, Plan
 from bigtrain.engine.runtime import Device, cores_per_rank
+from bigtrain.models.flops import peak_flops
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Task
 
@@ -84,6 +84,14 @@ def model_facts(model: torch.nn.Module, flops: float, engine: Engine, device: De
     peaks = engine.gather(peak_flops(engine.device, device.bf16_is_fast))
     facts |= with_origin("model (counted)", {"flops_per_unit": 3 * flops})
     return facts | with_origin("this machine (data sheet or measured)", {"peak_flops": sum(peaks)})
+
+
+def loss_setting(without_logits: bool) -> Settings:
+    """How the loss is computed, where it is not from logits."""
+    if not without_logits:
+        return {}
+    origin = "model (the same as from logits)"
+    return with_origin(origin, {"loss": "in the output layer, without logits"})
 
 
 def batch_norm_layers(model: torch.nn.Module) -> str:
