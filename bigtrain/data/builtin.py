@@ -2,6 +2,7 @@
 
 import ast
 import datetime
+import importlib.util
 import random
 import sys
 import sysconfig
@@ -66,15 +67,21 @@ def _library_functions(root: Path, files: list[Path]) -> list[Record]:
     return [function for function in functions if function["label"] in largest]
 
 
+def _scikit_learn_file(name: str) -> Path:
+    """A data file of scikit-learn, which takes longer to import than the file to read."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None, "it is a dependency"
+    return Path(package.origin).parent / "datasets" / "data" / name
+
+
 def _digits() -> list[Record]:
     """8 × 8 images of handwritten digits, grey."""
-    from sklearn.datasets import load_digits
-
-    table = load_digits()
+    table = np.loadtxt(_scikit_learn_file("digits.csv.gz"), delimiter=",")
     records = []
-    for image, label in zip(table.images, table.target, strict=True):
+    for row in table:
+        image = row[:-1].reshape(8, 8)
         grey = (image * (255 / 16)).round().astype(np.uint8)
-        records.append({"image": grey, "label": str(label)})
+        records.append({"image": grey, "label": str(int(row[-1]))})
     return records
 
 
@@ -84,13 +91,12 @@ def _breast_cancer() -> list[Record]:
     The label is the name, so that "malignant" comes second in the alphabet: the class whose recall
     a doctor asks for.
     """
-    from sklearn.datasets import load_breast_cancer
-
-    table = load_breast_cancer()
+    names = ("malignant", "benign")
+    table = np.loadtxt(_scikit_learn_file("breast_cancer.csv"), delimiter=",", skiprows=1)
     records = []
-    for row, answer in zip(table.data, table.target, strict=True):
-        label = str(table.target_names[answer])
-        records.append({"features": row.astype(np.float32), "label": label})
+    for row in table:
+        label = names[int(row[-1])]
+        records.append({"features": row[:-1].astype(np.float32), "label": label})
     return records
 
 

@@ -5,14 +5,6 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryF1Score,
-    BinaryRecall,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassRecall,
-)
 
 from bigtrain.data.examples import Batch, Example
 from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task
@@ -26,17 +18,19 @@ class ClassificationEvaluator(Evaluator):
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
+        from torchmetrics import Metric, MetricCollection, classification
+
         super().__init__(task, device)
         num_classes = len(task.data.classes)
         metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro")
+            "accuracy": classification.MulticlassAccuracy(num_classes, average="micro")
         }
         if num_classes == 2:
-            metrics["recall"] = BinaryRecall()
-            metrics["f1"] = BinaryF1Score()
+            metrics["recall"] = classification.BinaryRecall()
+            metrics["f1"] = classification.BinaryF1Score()
         else:
-            metrics["recall"] = MulticlassRecall(num_classes)
-            metrics["f1"] = MulticlassF1Score(num_classes)
+            metrics["recall"] = classification.MulticlassRecall(num_classes)
+            metrics["f1"] = classification.MulticlassF1Score(num_classes)
         self.collection = MetricCollection(metrics, compute_groups=False).to(device)
         self.wrong: Rows = []
 

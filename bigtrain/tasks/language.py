@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics.aggregation import MeanMetric
 
 from bigtrain.data.examples import Batch, Example
 from bigtrain.tasks.base import IGNORED, SAMPLES, Evaluator, Rows, Task, outputs
@@ -58,6 +57,8 @@ class LanguageEvaluator(Evaluator):
     """loss (nats per target token), perplexity, and bits per byte or the share of exact targets."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
+        from torchmetrics.aggregation import MeanMetric
+
         super().__init__(task, device)
         self.exact = MeanMetric(nan_strategy="disable").to(device)
 
