@@ -1,13 +1,10 @@
 """ZeRO 1, 2 and 3 by DeepSpeed, and every trap of it."""
 
 import contextlib
-import io
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -48,18 +45,13 @@ class DeepSpeedEngine(Engine):
         self.ds_config = ds_config
         plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
         precision = "bf16" if plan.precision == "bf16" else "no"
-        # DeepSpeed prints on every rank what it has compiled.
-        with contextlib.redirect_stdout(io.StringIO()):
-            if device.kind == "cpu":
-                _compile_cpu_extension()
-            else:
-                _take_visible_device()
-                if plan.offload != "none":
-                    # The launcher's one thread is for ranks whose devices do the work.
-                    torch.set_num_threads(cores_per_rank())
-            accelerator = make_accelerator(
-                device, deepspeed_plugin=plugin, mixed_precision=precision
-            )
+        _compile_nothing()
+        if device.kind == "cuda":
+            _take_visible_device()
+            if plan.offload != "none":
+                # The launcher's one thread is for ranks whose devices do the work.
+                torch.set_num_threads(cores_per_rank())
+        accelerator = make_accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision)
         super().__init__(plan, accelerator, clip_norm)
         self._init: Any = None
         _forget_in_transformers()
@@ -290,24 +282,18 @@ def _take_visible_device() -> None:
     os.environ["LOCAL_RANK"] = f"{int(launched_as) % torch.cuda.device_count()}"
 
 
-def _compile_cpu_extension() -> None:
-    """Compile DeepSpeed's extension for CPUs before DeepSpeed does, behind a lock of the kernel's.
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from its extension for CPUs, which inference alone uses.
 
-    torch's own lock is a mere file: a process that is killed while it compiles leaves it behind,
-    and every later start waits for it for ever (torch/utils/file_baton.py). Under our lock a file
-    that is there can only be such a remnant, and is removed.
+    It would ask compilers and GPUs which of its extensions they can build, and build that one, or
+    see at every start whether it has changed: half a second, and a C++ compiler on every node.
     """
-    import ninja
-    from deepspeed.comm.torch import build_shm_op
-    from torch.utils.cpp_extension import _get_build_directory
+    import deepspeed.ops
 
-    # Always the same ninja: another version takes what this one has built for out of date, and a
-    # virtual environment that is not activated has none on its PATH.
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
-    with FileLock(folder.parent / "bigtrain.guard"):
-        (folder / "lock").unlink(missing_ok=True)
-        build_shm_op()
+    deepspeed.ops.__compatible_ops__ = {
+        "deepspeed_shm_comm": False,
+        "deepspeed_not_implemented": False,
+    }
 
 
 def _forget_in_transformers() -> None:
