@@ -39,11 +39,9 @@ class DeepSpeedEngine(Engine):
         self, plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float
     ) -> None:
         _prepare_environment()
-        from accelerate import DeepSpeedPlugin
-
+        plugin = _make_plugin(ds_config)
         silence_libraries()
         self.ds_config = ds_config
-        plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
         precision = "bf16" if plan.precision == "bf16" else "no"
         _compile_nothing()
         if device.kind == "cuda":
@@ -54,7 +52,6 @@ class DeepSpeedEngine(Engine):
         accelerator = make_accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision)
         super().__init__(plan, accelerator, clip_norm)
         self._init: Any = None
-        _forget_in_transformers()
 
     def shard(self, parameters: list[nn.Parameter]) -> None:
         """ZeRO-3: keep this rank's part of each parameter.
@@ -87,7 +84,6 @@ class DeepSpeedEngine(Engine):
         apply_compute_options(model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
-        _forget_in_transformers()
         self._refuse_another_plan()
         if self.plan.kind == "zero3":
             _check_overflow_in_every_precision(self.model.optimizer)
@@ -296,14 +292,18 @@ def _compile_nothing() -> None:
     }
 
 
-def _forget_in_transformers() -> None:
-    """Undo Accelerate's note of ZeRO-3 in transformers.
+def _make_plugin(ds_config: dict[str, Any]) -> Any:
+    """What makes Accelerate start DeepSpeed, and transformers know nothing of it.
 
-    With it transformers would build, fill and gather models in its own way.
+    Told of ZeRO-3, transformers would build, fill and gather models in its own way.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from accelerate import DeepSpeedPlugin
 
-    unset_hf_deepspeed_config()
+    class Plugin(DeepSpeedPlugin):
+        def set_deepspeed_weakref(self) -> None:
+            """Accelerate tells transformers here, and imports it for that."""
+
+    return Plugin(hf_ds_config=ds_config)
 
 
 def _check_overflow_in_every_precision(optimizer: Any) -> None:
