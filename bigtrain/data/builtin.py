@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.records import Record, Source, file_stamp
@@ -67,21 +68,26 @@ def _library_functions(root: Path, files: list[Path]) -> list[Record]:
     return [function for function in functions if function["label"] in largest]
 
 
-def _scikit_learn_file(name: str) -> Path:
-    """A data file of scikit-learn, which takes longer to import than the file to read."""
+def _scikit_learn_table(name: str, header_lines: int = 0) -> NDArray[np.float64]:
+    """A file of scikit-learn's, read without the package, whose import takes most of a second.
+
+    The last column is the answer.
+    """
     package = importlib.util.find_spec("sklearn")
     assert package is not None and package.origin is not None, "it is a dependency"
-    return Path(package.origin).parent / "datasets" / "data" / name
+    folder = Path(package.origin).parent
+    path = folder / "datasets" / "data" / name
+    return np.loadtxt(path, delimiter=",", skiprows=header_lines)
 
 
 def _digits() -> list[Record]:
     """8 × 8 images of handwritten digits, grey."""
-    table = np.loadtxt(_scikit_learn_file("digits.csv.gz"), delimiter=",")
     records = []
-    for row in table:
+    for row in _scikit_learn_table("digits.csv.gz"):
         image = row[:-1].reshape(8, 8)
         grey = (image * (255 / 16)).round().astype(np.uint8)
-        records.append({"image": grey, "label": str(int(row[-1]))})
+        label = str(int(row[-1]))
+        records.append({"image": grey, "label": label})
     return records
 
 
@@ -92,11 +98,11 @@ def _breast_cancer() -> list[Record]:
     a doctor asks for.
     """
     names = ("malignant", "benign")
-    table = np.loadtxt(_scikit_learn_file("breast_cancer.csv"), delimiter=",", skiprows=1)
     records = []
-    for row in table:
+    for row in _scikit_learn_table("breast_cancer.csv", header_lines=1):
+        features = row[:-1].astype(np.float32)
         label = names[int(row[-1])]
-        records.append({"features": row[:-1].astype(np.float32), "label": label})
+        records.append({"features": features, "label": label})
     return records
 
 

@@ -180,14 +180,14 @@ def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], see
         num_shifts = np.uint64(2 * augment.crop + 1)
         draws = np.stack([draw_x, draw_y], axis=1)
         shifts = (draws % num_shifts).astype(np.int64) - augment.crop
-        images = _shifted(images, shifts, augment.crop)
+        images = shifted(images, shifts, augment.crop)
     if augment.flip:
         is_flipped = torch.from_numpy((draw_flip & np.uint64(1)).astype(bool))
         images = torch.where(is_flipped[:, None, None, None], images.flip(-1), images)
     return images
 
 
-def _shifted(images: Tensor, shifts: NDArray[np.int64], largest: int) -> Tensor:
+def shifted(images: Tensor, shifts: NDArray[np.int64], largest: int) -> Tensor:
     """Each image moved to the right and down by its pixels of `shifts` [batch, 2]."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (largest,) * 4, mode="replicate")

@@ -18,19 +18,26 @@ class ClassificationEvaluator(Evaluator):
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
-        from torchmetrics import Metric, MetricCollection, classification
+        from torchmetrics import Metric, MetricCollection
+        from torchmetrics.classification import (
+            BinaryF1Score,
+            BinaryRecall,
+            MulticlassAccuracy,
+            MulticlassF1Score,
+            MulticlassRecall,
+        )
 
         super().__init__(task, device)
         num_classes = len(task.data.classes)
         metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": classification.MulticlassAccuracy(num_classes, average="micro")
+            "accuracy": MulticlassAccuracy(num_classes, average="micro")
         }
         if num_classes == 2:
-            metrics["recall"] = classification.BinaryRecall()
-            metrics["f1"] = classification.BinaryF1Score()
+            metrics["recall"] = BinaryRecall()
+            metrics["f1"] = BinaryF1Score()
         else:
-            metrics["recall"] = classification.MulticlassRecall(num_classes)
-            metrics["f1"] = classification.MulticlassF1Score(num_classes)
+            metrics["recall"] = MulticlassRecall(num_classes)
+            metrics["f1"] = MulticlassF1Score(num_classes)
         self.collection = MetricCollection(metrics, compute_groups=False).to(device)
         self.wrong: Rows = []
 
