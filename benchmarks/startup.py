@@ -3,9 +3,11 @@
 bigtrain beside a bare script and HF's Trainer, which build the same model, optimizer and engine for
 the same data and do nothing else: no run directory, no checks, no W&B. Then the same for bigtrain's
 restart after both ranks and their launcher were killed. Everything is started in turn, ROUNDS
-times; the table has medians.
+times; the table has medians, of seconds and of processor seconds (of all processes together, the
+launcher's too), which say more where a machine has other work.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -45,31 +47,42 @@ LLAMA = {"num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 512, "
 LLAMA |= {"num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 256}
 
 
+class Start(NamedTuple):
+    """Until the first step."""
+
+    seconds: float
+    processor_seconds: float
+
+
 def main(rounds: int) -> None:
     os.chdir(tempfile.mkdtemp())
-    seconds: dict[tuple[Case, str], list[float]] = defaultdict(list)
+    starts: dict[tuple[Case, str], list[Start]] = defaultdict(list)
     for number in range(rounds + 1):  # the first one fills caches, and does not count
         for case in CASES:
             for arm in ARMS:
-                passed = until_first_step(case, arm, f"run-{number}")
+                start = until_first_step(case, arm, f"run-{number}")
                 if number > 0:
-                    seconds[case, arm].append(passed)
+                    starts[case, arm].append(start)
             if case.ranks > 1 and number > 0:
                 # The checkpoint is of the run that `until_first_step` has started, and killed.
-                seconds[case, "restart"].append(until_first_step(case, "bigtrain", f"run-{number}"))
+                starts[case, "restart"].append(until_first_step(case, "bigtrain", f"run-{number}"))
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
-    print("| | bigtrain | bare | HF Trainer | ÷ bare | ÷ HF | restart after a kill |")
-    print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        ours, bare, hf = (statistics.median(seconds[case, arm]) for arm in ARMS)
-        restarts = seconds[case, "restart"]
-        restart = f"{statistics.median(restarts):.2f}" if restarts else ""
-        ratios = f"{ours / bare:.2f} | {ours / hf:.2f}"
-        print(f"| {case} | {ours:.2f} | {bare:.2f} | {hf:.2f} | {ratios} | {restart} |")
+    for index, unit in enumerate(Start._fields):
+        print(f"| {unit} | bigtrain | bare | HF Trainer | ÷ bare | ÷ HF | restart |")
+        print("|---|---|---|---|---|---|---|")
+        for case in CASES:
+            medians = []
+            for arm in [*ARMS, "restart"]:
+                values = [start[index] for start in starts[case, arm]]
+                medians.append(statistics.median(values) if values else float("nan"))
+            ours, bare, hf, restart = medians
+            ratios = f"{ours / bare:.2f} | {ours / hf:.2f}"
+            print(f"| {case} | {ours:.2f} | {bare:.2f} | {hf:.2f} | {ratios} | {restart:.2f} |")
+        print()
 
 
-def until_first_step(case: Case, arm: str, run: str) -> float:
-    """Seconds until the first step that this command does; it is killed after a few more."""
+def until_first_step(case: Case, arm: str, run: str) -> Start:
+    """Start the command; it is killed a few steps after its first."""
     command = [sys.executable]
     if case.ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
@@ -87,12 +100,24 @@ def until_first_step(case: Case, arm: str, run: str) -> float:
         began = time.time()
         launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            while len(times := times_of_steps(steps, began)) < 8:
-                assert launcher.poll() in (None, 0), Path(log.name).read_text()[-3000:]
-                time.sleep(0.05)
+            times = wait_for_steps(1, steps, began, launcher)
+            processor_seconds = sum(processor_times(process) for process in tree(launcher))
+            wait_for_steps(8, steps, began, launcher)
+        except AssertionError:
+            print(Path(log.name).read_text()[-3000:], file=sys.stderr)
+            raise
         finally:
             kill_all(launcher)
-    return times[0] - began
+    return Start(times[0] - began, processor_seconds)
+
+
+def wait_for_steps(
+    count: int, path: Path, began: float, launcher: subprocess.Popen[bytes]
+) -> list[float]:
+    while len(times := times_of_steps(path, began)) < count:
+        assert launcher.poll() in (None, 0), "it has ended"
+        time.sleep(0.02)
+    return times
 
 
 def times_of_steps(path: Path, began: float) -> list[float]:
@@ -106,11 +131,23 @@ def times_of_steps(path: Path, began: float) -> list[float]:
     return times
 
 
-def kill_all(launcher: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the launcher and for all that it has started."""
+def tree(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The launcher, and all that it has started."""
     process = psutil.Process(launcher.pid)
-    for each in [process, *process.children(recursive=True)]:
-        each.kill()
+    return [process, *process.children(recursive=True)]
+
+
+def processor_times(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return sum(process.cpu_times()[:4])  # its own, and its ended children's
+    return 0.0
+
+
+def kill_all(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for every process."""
+    for process in tree(launcher):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     launcher.wait()
     time.sleep(0.5)
 
