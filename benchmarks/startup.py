@@ -95,6 +95,7 @@ def until_first_step(case: Case, arm: str, run: str) -> Start:
     else:
         command += [str(Path(__file__).resolve()), arm, case.recipe, case.kind, str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["TORCH_EXTENSIONS_DIR"] = str(Path("extensions").resolve())  # DeepSpeed's own
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with Path(f"{name}-{arm}.log").open("a") as log:
         began = time.time()
@@ -133,7 +134,10 @@ def times_of_steps(path: Path, began: float) -> list[float]:
 
 def tree(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The launcher, and all that it has started."""
-    process = psutil.Process(launcher.pid)
+    try:
+        process = psutil.Process(launcher.pid)
+    except psutil.NoSuchProcess:
+        return []
     return [process, *process.children(recursive=True)]
 
 
@@ -251,7 +255,7 @@ def hf(recipe: str, kind: str, steps: str) -> None:
         per_device_train_batch_size=micro_batch,
         learning_rate=RATE,
         bf16=recipe == "tiny-lm",
-        ddp_backend="gloo",
+        ddp_backend="gloo" if "RANK" in os.environ else None,
         deepspeed=None if kind == "ddp" else ds_config(recipe, kind, micro_batch),
         report_to=[],
         save_strategy="no",
