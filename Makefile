@@ -1,4 +1,4 @@
-# Needs python3 (3.11 or newer, with venv), make and a C++ compiler (DeepSpeed builds a small part of itself when first used).
+# Needs python3 (3.11 or newer, with venv) and make; the tests also need a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -65,7 +65,6 @@ def train(
     from bigtrain.tracking.terminal import console
     from bigtrain.training.run import run_recipe
 
-    # The imports are done, and a reference cycle may hold a device's memory.
     gc.set_threshold(*gc_threshold)
     summary = run_recipe(loaded, console(as_json, quiet), fresh, allow_change or [])
     if os.environ.get("RANK", "0") != "0":

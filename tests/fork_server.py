@@ -33,7 +33,6 @@ IMPORTED = (
     "bigtrain.doctor.examine",
     # imported late, at a first step, say
     "torch._dynamo",
-    "kornia.geometry.transform",
     "sklearn.datasets",
     "torch.utils.tensorboard",
 )

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_breast_cancer, load_digits
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS, MetricName, TaskName, lower_is_better
+from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.datasets import prepare
-from bigtrain.data.loader import eval_batches, train_batches
+from bigtrain.data.loader import eval_batches, shifted, train_batches
 from bigtrain.data.order import key, permute, samples_at
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import BadSampleError, RequestError, TrainingFailed
@@ -148,6 +150,27 @@ def test_augmentation_depends_on_the_position_alone() -> None:
     assert torch.equal(*images)
     patterns = {tuple((image % 100).flatten().tolist()) for image in images[0]}
     assert len(patterns) > 3, "all shifted alike"
+
+
+def test_a_crop_is_a_shift_with_the_border_repeated() -> None:
+    image = torch.arange(6.0).view(1, 1, 2, 3)
+    moved = shifted(image.expand(2, -1, -1, -1), np.array([[1, 0], [-1, -1]]), largest=1)
+    assert moved[0, 0].tolist() == [[0, 0, 1], [3, 3, 4]]
+    assert moved[1, 0].tolist() == [[4, 5, 5], [4, 5, 5]]
+
+
+def test_what_is_read_without_scikit_learn_is_what_it_would_return() -> None:
+    digits = load_digits()
+    records = list(BUILT_IN["digits"].open("image_classification").records())
+    images = np.stack([record["image"] for record in records])
+    assert (images == (digits.images * (255 / 16)).round()).all()
+    assert [int(record["label"]) for record in records] == digits.target.tolist()
+    tumours = load_breast_cancer()
+    records = list(BUILT_IN["breast-cancer"].open("tabular_classification").records())
+    features = np.stack([record["features"] for record in records])
+    assert (features == tumours.data.astype(np.float32)).all()
+    labels = tumours.target_names[tumours.target]
+    assert [record["label"] for record in records] == labels.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

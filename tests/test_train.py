@@ -161,6 +161,37 @@ def test_verify_names_a_changed_file(finished: Path, tmp_path: Path) -> None:
     )
 
 
+# Packages that take about half a second or more to import, each; and what only some steps need.
+SLOW = {"datasets", "kornia", "matplotlib", "pandas", "requests", "scipy", "sklearn"}
+SLOW |= {"tensorboard", "torchmetrics", "torchvision", "transformers", "triton", "wandb"}
+UNTIL_THE_FIRST_LINE = f"""
+import os, sys
+from bigtrain.__main__ import main
+from bigtrain.runs.metrics_file import MetricsFile
+
+def log(self, record):
+    if record["kind"] == "train":
+        sys.stdout.flush()
+        print("imported:", *({SLOW} | {{"deepspeed"}}) & set(sys.modules), file=sys.stderr)
+        os._exit(0)
+
+MetricsFile.log = log
+main()
+"""
+
+
+@pytest.mark.parametrize(("kind", "imported"), [("ddp", []), ("zero2", ["deepspeed"])])
+def test_a_first_step_waits_for_no_import_that_it_does_not_need(
+    kind: str, imported: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", UNTIL_THE_FIRST_LINE, "train", "digits-cnn"]
+    done = subprocess.run(
+        [*command, f"engine.kind={kind}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].split() == ["imported:", *imported]
+
+
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(tmp_path: Path) -> None:
     arguments = [
         "train",

@@ -2,6 +2,8 @@
 
 import ast
 import datetime
+import importlib.util
+import os
 import random
 import sys
 import sysconfig
@@ -12,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.records import Record, Source, file_stamp
@@ -34,9 +37,10 @@ def _python_stdlib(task: TaskName) -> Source:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files: list[Path] = []
-    for path in sorted(root.rglob("*.py")):
-        if not _NOT_LIBRARY.intersection(path.relative_to(root).parts):
-            files.append(path)
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - _NOT_LIBRARY  # where os.walk goes next
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
     read = _library_functions if TASK_SPECS[task].has_labels else _library_files
     identity = f"python-stdlib 1 {task} {sys.version} {file_stamp(files)}"
     return Source(identity, partial(read, root, files))
@@ -66,15 +70,26 @@ def _library_functions(root: Path, files: list[Path]) -> list[Record]:
     return [function for function in functions if function["label"] in largest]
 
 
+def _scikit_learn_table(name: str, header_lines: int = 0) -> NDArray[np.float64]:
+    """A file of scikit-learn's, read without the package, whose import takes most of a second.
+
+    The last column is the answer.
+    """
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None, "it is a dependency"
+    folder = Path(package.origin).parent
+    path = folder / "datasets" / "data" / name
+    return np.loadtxt(path, delimiter=",", skiprows=header_lines)
+
+
 def _digits() -> list[Record]:
     """8 × 8 images of handwritten digits, grey."""
-    from sklearn.datasets import load_digits
-
-    table = load_digits()
     records = []
-    for image, label in zip(table.images, table.target, strict=True):
+    for row in _scikit_learn_table("digits.csv.gz"):
+        image = row[:-1].reshape(8, 8)
         grey = (image * (255 / 16)).round().astype(np.uint8)
-        records.append({"image": grey, "label": str(label)})
+        label = str(int(row[-1]))
+        records.append({"image": grey, "label": label})
     return records
 
 
@@ -84,13 +99,12 @@ def _breast_cancer() -> list[Record]:
     The label is the name, so that "malignant" comes second in the alphabet: the class whose recall
     a doctor asks for.
     """
-    from sklearn.datasets import load_breast_cancer
-
-    table = load_breast_cancer()
+    names = ("malignant", "benign")
     records = []
-    for row, answer in zip(table.data, table.target, strict=True):
-        label = str(table.target_names[answer])
-        records.append({"features": row.astype(np.float32), "label": label})
+    for row in _scikit_learn_table("breast_cancer.csv", header_lines=1):
+        features = row[:-1].astype(np.float32)
+        label = names[int(row[-1])]
+        records.append({"features": features, "label": label})
     return records
 
 

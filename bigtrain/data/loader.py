@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -170,8 +172,6 @@ def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], see
     The draws are a function of (seed, position): the same on any number of ranks, and after a
     resume. A crop of the image, padded by repeating its border, is a shift by as many whole pixels.
     """
-    from kornia.geometry.transform import hflip, translate
-
     places = np.asarray(positions, np.uint64)
     draw_x, draw_y, draw_flip = (
         mix(places ^ key(seed, _AUGMENT_STREAM, number)) for number in range(3)
@@ -179,12 +179,23 @@ def _augmented(images: Tensor, augment: AugmentConfig, positions: list[int], see
     if augment.crop:
         num_shifts = np.uint64(2 * augment.crop + 1)
         draws = np.stack([draw_x, draw_y], axis=1)
-        shifts = (draws % num_shifts).astype(np.float32) - augment.crop
-        images = translate(images, torch.from_numpy(shifts), "nearest", "border")
+        shifts = (draws % num_shifts).astype(np.int64) - augment.crop
+        images = shifted(images, shifts, augment.crop)
     if augment.flip:
         is_flipped = torch.from_numpy((draw_flip & np.uint64(1)).astype(bool))
-        images = torch.where(is_flipped[:, None, None, None], hflip(images), images)
+        images = torch.where(is_flipped[:, None, None, None], images.flip(-1), images)
     return images
+
+
+def shifted(images: Tensor, shifts: NDArray[np.int64], largest: int) -> Tensor:
+    """Each image moved to the right and down by its pixels of `shifts` [batch, 2]."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (largest,) * 4, mode="replicate")
+    moved = []
+    for image, (right, down) in zip(padded, shifts.tolist(), strict=True):
+        left, top = largest - right, largest - down
+        moved.append(image[:, top : top + height, left : left + width])
+    return torch.stack(moved)
 
 
 def eval_batches(

@@ -1,13 +1,10 @@
 """ZeRO 1, 2 and 3 by DeepSpeed, and every trap of it."""
 
 import contextlib
-import io
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -42,27 +39,19 @@ class DeepSpeedEngine(Engine):
         self, plan: Plan, device: Device, ds_config: dict[str, Any], clip_norm: float
     ) -> None:
         _prepare_environment()
-        from accelerate import DeepSpeedPlugin
-
+        plugin = _make_plugin(ds_config)
         silence_libraries()
         self.ds_config = ds_config
-        plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
         precision = "bf16" if plan.precision == "bf16" else "no"
-        # DeepSpeed prints on every rank what it has compiled.
-        with contextlib.redirect_stdout(io.StringIO()):
-            if device.kind == "cpu":
-                _compile_cpu_extension()
-            else:
-                _take_visible_device()
-                if plan.offload != "none":
-                    # The launcher's one thread is for ranks whose devices do the work.
-                    torch.set_num_threads(cores_per_rank())
-            accelerator = make_accelerator(
-                device, deepspeed_plugin=plugin, mixed_precision=precision
-            )
+        _compile_nothing()
+        if device.kind == "cuda":
+            _take_visible_device()
+            if plan.offload != "none":
+                # The launcher's one thread is for ranks whose devices do the work.
+                torch.set_num_threads(cores_per_rank())
+        accelerator = make_accelerator(device, deepspeed_plugin=plugin, mixed_precision=precision)
         super().__init__(plan, accelerator, clip_norm)
         self._init: Any = None
-        _forget_in_transformers()
 
     def shard(self, parameters: list[nn.Parameter]) -> None:
         """ZeRO-3: keep this rank's part of each parameter.
@@ -95,7 +84,6 @@ class DeepSpeedEngine(Engine):
         apply_compute_options(model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         self.module = self.model.module
-        _forget_in_transformers()
         self._refuse_another_plan()
         if self.plan.kind == "zero3":
             _check_overflow_in_every_precision(self.model.optimizer)
@@ -290,34 +278,41 @@ def _take_visible_device() -> None:
     os.environ["LOCAL_RANK"] = f"{int(launched_as) % torch.cuda.device_count()}"
 
 
-def _compile_cpu_extension() -> None:
-    """Compile DeepSpeed's extension for CPUs before DeepSpeed does, behind a lock of the kernel's.
+def _compile_nothing() -> None:
+    """Import DeepSpeed without what it would compile for others: over a second of every start.
 
-    torch's own lock is a mere file: a process that is killed while it compiles leaves it behind,
-    and every later start waits for it for ever (torch/utils/file_baton.py). Under our lock a file
-    that is there can only be such a remnant, and is removed.
+    Its extension for CPUs serves inference alone. DeepSpeed would ask compilers and GPUs which of
+    its extensions they can build, and need a C++ compiler on every node. And Muon's kernels, which
+    its first step would import, compile at their import: torch does nothing then if it is told to.
     """
-    import ninja
-    from deepspeed.comm.torch import build_shm_op
-    from torch.utils.cpp_extension import _get_build_directory
+    setting = "TORCHDYNAMO_DISABLE"
+    of_user = os.environ.get(setting)
+    os.environ[setting] = "1"
+    import deepspeed.ops
 
-    # Always the same ninja: another version takes what this one has built for out of date, and a
-    # virtual environment that is not activated has none on its PATH.
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
-    with FileLock(folder.parent / "bigtrain.guard"):
-        (folder / "lock").unlink(missing_ok=True)
-        build_shm_op()
+    with contextlib.suppress(ImportError):  # where this version of DeepSpeed has it elsewhere
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    del os.environ[setting]
+    if of_user is not None:
+        os.environ[setting] = of_user
+    deepspeed.ops.__compatible_ops__ = {
+        "deepspeed_shm_comm": False,
+        "deepspeed_not_implemented": False,
+    }
 
 
-def _forget_in_transformers() -> None:
-    """Undo Accelerate's note of ZeRO-3 in transformers.
+def _make_plugin(ds_config: dict[str, Any]) -> Any:
+    """What makes Accelerate start DeepSpeed, and transformers know nothing of it.
 
-    With it transformers would build, fill and gather models in its own way.
+    Told of ZeRO-3, transformers would build, fill and gather models in its own way.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from accelerate import DeepSpeedPlugin
 
-    unset_hf_deepspeed_config()
+    class Plugin(DeepSpeedPlugin):
+        def set_deepspeed_weakref(self) -> None:
+            """Accelerate tells transformers here, and imports it for that."""
+
+    return Plugin(hf_ds_config=ds_config)
 
 
 def _check_overflow_in_every_precision(optimizer: Any) -> None:

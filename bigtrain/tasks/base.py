@@ -1,7 +1,7 @@
 """What every task offers the loop, and the calls they share."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics.aggregation import SumMetric
 
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import Batch, Example, PreparedData
 from bigtrain.errors import RequestError
 from bigtrain.models.output_loss import IGNORED
+
+if TYPE_CHECKING:
+    from torchmetrics.aggregation import SumMetric
 
 Rows = list[dict[str, Any]]  # of a table
 # A field of an example → the model's argument, where they are called differently.
@@ -115,7 +117,7 @@ class Evaluator:
     """Metrics over a whole evaluation set, on any number of ranks.
 
     torchmetrics adds up the ranks' states: `update` with each batch of this rank, then `compute` on
-    all ranks.
+    all ranks. It takes longer to import than torch, so a start does without it.
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
@@ -179,8 +181,10 @@ def outputs(model: Any, **inputs: Tensor) -> Tensor:
     return logits.float()
 
 
-def exact_sum(device: torch.device) -> SumMetric:
+def exact_sum(device: torch.device) -> "SumMetric":
     """A sum over batches and ranks in float64, so that the order of ranks does not show."""
+    from torchmetrics.aggregation import SumMetric
+
     # By default a NaN is left out, and all NaN is a perfect score.
     metric = SumMetric(nan_strategy="disable").to(device)
     metric.set_dtype(torch.float64)

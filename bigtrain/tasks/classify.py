@@ -5,14 +5,6 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryF1Score,
-    BinaryRecall,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassRecall,
-)
 
 from bigtrain.data.examples import Batch, Example
 from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task
@@ -26,6 +18,15 @@ class ClassificationEvaluator(Evaluator):
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
+        from torchmetrics import Metric, MetricCollection
+        from torchmetrics.classification import (
+            BinaryF1Score,
+            BinaryRecall,
+            MulticlassAccuracy,
+            MulticlassF1Score,
+            MulticlassRecall,
+        )
+
         super().__init__(task, device)
         num_classes = len(task.data.classes)
         metrics: dict[str, Metric | MetricCollection] = {

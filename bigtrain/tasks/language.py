@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics.aggregation import MeanMetric
 
 from bigtrain.data.examples import Batch, Example
 from bigtrain.models.output_loss import IGNORED, OutputLoss
@@ -62,6 +61,8 @@ class LanguageEvaluator(Evaluator):
     task: "TokenTask"
 
     def __init__(self, task: Task, device: torch.device) -> None:
+        from torchmetrics.aggregation import MeanMetric
+
         super().__init__(task, device)
         self.exact = MeanMetric(nan_strategy="disable").to(device)
 

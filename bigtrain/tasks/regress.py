@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.regression import R2Score
 
 from bigtrain.data.examples import Batch
 from bigtrain.tasks.base import Evaluator, Task
@@ -15,6 +14,8 @@ class RegressionEvaluator(Evaluator):
     """loss = mse, and R²: the share of the held-out targets' variance that is explained."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
+        from torchmetrics.regression import R2Score
+
         super().__init__(task, device)
         r2 = R2Score().set_dtype(torch.float64)
         self.r2 = r2.to(device)

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, get_args
 
 import psutil
-import requests
 
 from bigtrain.config.recipe import TrackConfig
 from bigtrain.config.task_specs import MetricName, lower_is_better
@@ -40,7 +39,9 @@ class WandB(Tracker):
     earlier process is not logged again; what that process had no time to log is logged first.
 
     All of it happens in a thread: W&B takes seconds to start and two milliseconds for a line, most
-    of it waiting.
+    of it waiting. The thread starts with the first line of training, so that the first step, and a
+    restart's, does not share its processor with W&B's imports. By then data workers are there too:
+    one that is forked while another thread imports could wait for ever.
     """
 
     def __init__(
@@ -52,14 +53,9 @@ class WandB(Tracker):
         known_id: str,
         step: int,
     ) -> None:
-        """Start the thread, which starts W&B.
-
-        `known_id`: from the checkpoint, in case the run directory has lost its own.
+        """`known_id`: from the checkpoint, in case the run directory has lost its own.
         `step`: where training starts.
         """
-        # Imported before any thread starts: a data worker that is forked while another thread
-        # imports could wait for ever.
-        importlib.import_module("wandb")
         self.run_dir = run_dir
         self.run: Any = None  # W&B's, once it has started
         self.id = _wandb_id(run_dir, known_id)
@@ -81,10 +77,11 @@ class WandB(Tracker):
         }
         self.actions.put(partial(self._start, track.wandb, arguments, step))
         self.thread = threading.Thread(target=self._work, daemon=True, name="W&B")
-        self.thread.start()
 
     def log(self, record: Record) -> None:
         event = record.get("event")
+        if record["kind"] == "train" or event in _ALERTS:
+            self._start_thread()
         if event in _ALERTS:
             details = record.get("reason") or record.get("places") or ""
             self._alert(EVENT_TEXTS[event], f"step {record['step']}. {details}")
@@ -100,6 +97,7 @@ class WandB(Tracker):
 
     def close(self, summary: Record) -> None:
         """Finish the run in W&B, and wait for it, but not for longer than it needs."""
+        self._start_thread()
         self.actions.put(partial(self._finish, summary))
         self.actions.put(None)
         self.thread.join(2 * _FINISH_TIMEOUT + self.actions.qsize() / _LINES_PER_SECOND)
@@ -108,6 +106,10 @@ class WandB(Tracker):
             self._warn(f"has not taken the last {self.actions.qsize() + 1} lines in time")
         if late or self.failed:
             _end_service()
+
+    def _start_thread(self) -> None:
+        if self.thread.ident is None:
+            self.thread.start()
 
     def _alert(self, title: str, text: str) -> None:
         self.actions.put(partial(self._send_alert, f"{self.run_dir.name}: {title}", text))
@@ -160,6 +162,7 @@ class WandB(Tracker):
 
     def _start_online(self, arguments: dict[str, Any]) -> None:
         """Leaves `run` as it is where W&B's server does not answer."""
+        import requests
         import wandb
 
         try:

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import requests
-
 from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RunDir
 
@@ -84,4 +82,6 @@ def logged_in() -> bool:
     """Whether W&B has a key for its server, in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    import requests  # a tenth of a second that a run without a key to look for need not pay
+
     return requests.utils.get_netrc_auth(wandb_server()) is not None
