@@ -40,7 +40,7 @@ from bigtrain.engine.runtime import (
     prefer_channels_last,
     set_arithmetic,
 )
-from bigtrain.engine.stopwatch import Stopwatch
+from bigtrain.engine.stopwatch import StepClock
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.inference import generate
 from bigtrain.models.build import build_model
@@ -336,20 +336,25 @@ class SlowEvent:
 def test_a_slow_device_is_seen_though_launching_takes_no_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Each event is half a second after the one before, and none is read before its lap ends."""
     monkeypatch.setattr(torch.cuda, "Event", SlowEvent)
-    stopwatch = Stopwatch(torch.device("cuda"))
+    clock = StepClock(torch.device("cuda"))
+    clock.enter("data")
     for _micro_batch in range(3):
-        stopwatch.start()
-        stopwatch.stop()
-    assert stopwatch.seconds() == pytest.approx(1.5)
+        clock.enter("forward")
+        clock.enter("backward")
+    lap = clock.lap()
+    assert lap.seconds() == pytest.approx({"data": 0.5, "forward": 1.5, "backward": 1.5})
+    clock.enter("backward")  # it is under way
+    clock.enter("data")
+    assert clock.lap().seconds() == pytest.approx({"backward": 0.5, "data": 0.5})
 
 
 def test_on_the_cpu_the_hosts_clock_is_the_devices() -> None:
-    stopwatch = Stopwatch(torch.device("cpu"))
-    stopwatch.start()
+    clock = StepClock(torch.device("cpu"))
+    clock.enter("data")
     time.sleep(0.01)
-    stopwatch.stop()
-    assert 0.01 <= stopwatch.seconds() < 10
+    assert 0.01 <= clock.lap().seconds()["data"] < 10
 
 
 def quiet_watchdog(**attributes: Any) -> Any:
