@@ -1,7 +1,9 @@
 """Where the time of the steps went: the parts of a line of metrics, and their shares.
 
 A line has, for each of PARTS, `seconds_PART`: a mean per step, on rank 0. Lines of versions before
-0.2 have none of them.
+0.2 have none of them. `communication` is the sums of numbers over ranks that each step makes, and
+the wait for the slowest rank in them. The sums of gradients are in `backward` as far as they do not
+overlap with it (ddp), or in `backward` and `optimizer` (DeepSpeed).
 """
 
 import numpy as np
