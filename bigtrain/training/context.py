@@ -34,16 +34,13 @@ class RankRequests(NamedTuple):
     unreadable: float = 0.0  # samples that could not be read
     written: float = 0.0  # ranks whose part of the checkpoint in progress is on disk
 
-    def or_those_of(self, other: "RankRequests") -> "RankRequests":
-        """The larger of the two counts, for each request."""
-        return RankRequests(*map(max, self, other))
-
 
 class StepNumbers(NamedTuple):
     """The numbers of one step, summed over ranks where they differ per rank.
 
-    They come from the device as one vector, put together by `train_step` in the order of these
-    fields; the requests come last, in their own order.
+    They come from the device in two parts, put together by `train_step` in the order of these
+    fields: the outcome of the step, and from `num_targets` on the sums that precede it. The
+    requests come last, in their own order.
     """
 
     loss_sum: float  # NaN in a step that is not logged
@@ -59,8 +56,8 @@ class StepNumbers(NamedTuple):
         return self.loss_sum / max(self.num_targets, 1)
 
     @classmethod
-    def from_vector(cls, values: list[float]) -> "StepNumbers":
-        """The one place where the order of the vector is read."""
+    def from_list(cls, values: list[float]) -> "StepNumbers":
+        """The one place where this order is read."""
         loss_sum, applied, grad_norm, peak_memory, num_targets, samples_digest, *requests = values
         return cls(
             loss_sum=loss_sum,
@@ -101,7 +98,8 @@ class InFlightStep(NamedTuple):
     spiked: bool  # left out because of its loss
     logged: bool
     lap: Lap
-    read_vector: Callable[[], list[float]]  # waits for the device; see StepNumbers
+    sums: list[float]  # known already; see StepNumbers
+    read_outcome: Callable[[], list[float]]  # waits for the device
 
 
 @dataclass

@@ -90,7 +90,7 @@ def _end_early(ctx: TrainContext) -> None:
 
 
 def train_step(ctx: TrainContext) -> RankRequests:
-    """One optimizer step; returns the requests of all ranks that are known by now.
+    """One optimizer step; returns the requests of all ranks.
 
     A step that nothing depends on at once (an evaluation, a checkpoint, what is done about a spike)
     is left to the device. Its numbers are read, and its line of metrics written, within the next
@@ -102,7 +102,7 @@ def train_step(ctx: TrainContext) -> RankRequests:
     ctx.enter("data")
     micro_batches = next(ctx.batches)
     ctx.enter("numbers")
-    # The end of StepNumbers' vector, from the number of targets on.
+    # The end of StepNumbers, from the number of targets on.
     own = [
         _num_targets(ctx, micro_batches),
         _samples_digest(micro_batches),
@@ -110,9 +110,13 @@ def train_step(ctx: TrainContext) -> RankRequests:
     ]
     ctx.enter("meeting")
     sums = engine.sum(*own)
+    read_sums = engine.read(sums)
     gradients = _compute_gradients(ctx, micro_batches, sums[0].clamp(min=1))
 
-    before = _finish_previous_step(ctx)
+    # The host may wait here: the device has these passes to work on.
+    _finish_previous_step(ctx)
+    step_sums = read_sums()
+    requests = RankRequests(*step_sums[-len(RankRequests._fields) :])
     ctx.enter("update")
     state = ctx.state
     rate = learning_rate(state.applied, settings.steps, ctx.recipe.optim)
@@ -127,22 +131,21 @@ def train_step(ctx: TrainContext) -> RankRequests:
         loss_and_peaks = engine.sum(gradients.loss_sum, *engine.peak_of_each_rank())
         loss_sum, peak_memory = loss_and_peaks[0], loss_and_peaks[1:].max()
     ctx.enter("numbers")
-    vector = torch.cat([engine.put(loss_sum, *result, peak_memory), sums])
-    lap = ctx.clock.lap()  # before the vector is sent: once that is here, the device has passed it
+    outcome = engine.put(loss_sum, *result, peak_memory)
+    lap = ctx.clock.lap()  # before the outcome is sent: once that is here, the device has passed it
     ctx.in_flight = InFlightStep(
         learning_rate=rate,
         micro_batches=micro_batches,
         spiked=gradients.spiked,
         logged=logged,
         lap=lap,
-        read_vector=engine.read(vector),
+        sums=step_sums,
+        read_outcome=engine.read(outcome),
     )
-
-    after = RankRequests()
-    if before.stop or before.save or _is_waited_for(ctx, logged):
-        after = _finish_previous_step(ctx)
+    if requests.stop or requests.save or _is_waited_for(ctx, logged):
+        _finish_previous_step(ctx)
     ctx.watchdog.step_done(ctx.state.step, time.perf_counter() - began)
-    return before.or_those_of(after)
+    return requests
 
 
 def _num_targets(ctx: TrainContext, micro_batches: list[MicroBatch]) -> int:
@@ -240,14 +243,11 @@ def _seed_random_draws(seed: int, position: int) -> None:
     np.random.seed(micro_batch_seed & 0xFFFFFFFF)
 
 
-def _finish_previous_step(ctx: TrainContext) -> RankRequests:
-    """Wait for the numbers of the step in flight, and act on them; returns its requests.
-
-    Without a step in flight there is nothing to do.
-    """
+def _finish_previous_step(ctx: TrainContext) -> None:
+    """Wait for the numbers of the step in flight, if there is one, and act on them."""
     step = ctx.in_flight
     if step is None:
-        return RankRequests()
+        return
     ctx.enter("logging")
     numbers = _settle(ctx, step)
     if step.logged:
@@ -260,13 +260,12 @@ def _finish_previous_step(ctx: TrainContext) -> RankRequests:
     if numbers.requests.unreadable:
         _report_unreadable_samples(ctx, step.micro_batches)
     _refuse_to_repeat_failures(ctx)
-    return numbers.requests
 
 
 def _settle(ctx: TrainContext, step: InFlightStep) -> StepNumbers:
     """Wait for the numbers of the step in flight, count them, and write its line of metrics."""
     ctx.in_flight = None
-    numbers = StepNumbers.from_vector(step.read_vector())
+    numbers = StepNumbers.from_list([*step.read_outcome(), *step.sums])
     seconds = step.lap.seconds()
     ctx.watchdog.was_busy(seconds["data"] + seconds["forward"])
     state = ctx.state
