@@ -56,7 +56,7 @@ class StepNumbers(NamedTuple):
         return self.loss_sum / max(self.num_targets, 1)
 
     @classmethod
-    def from_list(cls, values: list[float]) -> "StepNumbers":
+    def from_vector(cls, values: list[float]) -> "StepNumbers":
         """The one place where this order is read."""
         loss_sum, applied, grad_norm, peak_memory, num_targets, samples_digest, *requests = values
         return cls(

@@ -265,7 +265,7 @@ def _finish_previous_step(ctx: TrainContext) -> None:
 def _settle(ctx: TrainContext, step: InFlightStep) -> StepNumbers:
     """Wait for the numbers of the step in flight, count them, and write its line of metrics."""
     ctx.in_flight = None
-    numbers = StepNumbers.from_list([*step.read_outcome(), *step.sums])
+    numbers = StepNumbers.from_vector([*step.read_outcome(), *step.sums])
     seconds = step.lap.seconds()
     ctx.watchdog.was_busy(seconds["data"] + seconds["forward"])
     state = ctx.state
