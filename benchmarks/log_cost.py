@@ -62,7 +62,7 @@ def main() -> None:
         "milliseconds per line": round(1e3 * mean, 3),
         "the slowest of a hundred": round(1e3 * lines[int(0.99 * len(lines))], 3),
         "share of a 50 ms step": f"{mean / 0.05:.2%}",
-        "a step that logs, without its line (ms)": round(1e3 * each, 2),
+        "a step that logs (ms)": round(1e3 * each, 2),
         "a step of a run that logs at its end alone (ms)": round(1e3 * alone, 2),
     }, indent=1))  # fmt: skip
 

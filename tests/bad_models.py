@@ -70,3 +70,15 @@ class StuckOnRankOne(SlowOnRankOne):
         if self.steps == 3 and os.environ["RANK"] == "1":
             time.sleep(3600)
         return super().forward(pixel_values)
+
+
+class FailsInStepThree(SlowOnRankOne):
+    """Fits; in its third step it raises an error."""
+
+    steps = 0
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        self.steps += self.training
+        if self.steps == 3:
+            raise RuntimeError("so it is")
+        return nn.Linear.forward(self, pixel_values.flatten(1))

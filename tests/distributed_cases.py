@@ -10,9 +10,10 @@ import io
 import json
 import shutil
 import sys
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from bigtrain.checkpoint.reader import load_checkpoint
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.examples import Example, PreparedData
-from bigtrain.data.loader import train_batches
+from bigtrain.data.loader import MicroBatch, train_batches
 from bigtrain.data.order import samples_at
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.plan import make_plan
@@ -44,7 +45,7 @@ from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.context import TrainContext
 from bigtrain.training.endings import exit_code_of
 from bigtrain.training.evaluation import evaluate, evaluate_in_training
-from bigtrain.training.loop import train_step
+from bigtrain.training.loop import _finish_previous_step, train_step
 from bigtrain.training.loss_spikes import handle_loss_spike
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.preflight import try_forward
@@ -187,11 +188,13 @@ class Collect:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.seconds: list[dict[str, float]] = []  # of each line: where the time went
         self.events: list[str] = []
 
     def log(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
             self.lines.append({key: record[key] for key in KEPT})
+            self.seconds.append({key: record[key] for key in record if key.startswith("seconds")})
         elif record["kind"] == "event":
             self.events.append(record["event"])
 
@@ -276,6 +279,7 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
 
 def save(training: TrainContext) -> Path:
     """Commit a checkpoint now."""
+    _finish_previous_step(training)
     training.checkpoints.begin(training.state)
     (saved,) = training.checkpoints.finish()
     assert not saved.problem, saved
@@ -368,6 +372,7 @@ def run_skip(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     poison(training)
     for _ in range(3):
         train_step(training)
+    _finish_previous_step(training)
     weights = training.engine.whole_weights()
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     return {
@@ -390,8 +395,8 @@ class HostReads(TorchDispatchMode):
 def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seven steps, the second not finite, with a line of metrics every step, then every third.
 
-    The same weights; and the host waits for the device in the steps that log alone. (On CUDA torch
-    itself raises where anything else would wait.)
+    The same weights and lines; and the host waits for the device in the last step alone. (On CUDA
+    torch itself raises where anything else would wait.)
     """
     found, reads = [], []
     for every in (1, 3):
@@ -399,22 +404,42 @@ def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         settings = training.recipe.train.model_copy(update={"log_every": every})
         training.recipe = training.recipe.model_copy(update={"train": settings})
         poison(training)
+        written = []
         for step in range(1, 8):
-            quiet = step % every != 0 and step < 7
+            quiet = step < 7
             if training.engine.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error" if quiet else "default")
             with HostReads() as counted:
                 train_step(training)
             reads += [counted.count] * quiet
-        found.append((collect.lines, training.engine.whole_weights()))
-    (lines, weights), (few, other_weights) = found
+            written.append(len(collect.lines))
+        found.append((collect.lines, training.engine.whole_weights(), written))
+    (lines, weights, each), (few, other_weights, _) = found
     return {
         "reads": reads,
+        "written": each,
         "lines": [line for line in lines if line["step"] in (3, 6, 7)] == few,
         "weights": all(torch.equal(weights[name], other_weights[name]) for name in weights),
         "applied": training.state.applied,
         "said": collect.events,
     }
+
+
+def run_parts(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Four steps, with data that takes 20 ms on rank 0 and 80 ms on rank 1."""
+    training, collect = build(case)
+    batches, rank = training.batches, training.engine.rank
+
+    def slow() -> Iterator[list[MicroBatch]]:
+        for micro_batches in batches:
+            time.sleep(0.02 + 0.06 * rank)
+            yield micro_batches
+
+    training.batches = slow()
+    for _ in range(4):
+        train_step(training)
+    _finish_previous_step(training)
+    return {"seconds": collect.seconds}
 
 
 def run_spike(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -460,6 +485,7 @@ def run_rates(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     weights = training.engine.whole_weights()
     before = {name: tensor.clone() for name, tensor in weights.items()}
     train_step(training)
+    _finish_previous_step(training)
     after = training.engine.whole_weights()
     return {
         "schedule": collect.lines[0]["lr"],
@@ -592,6 +618,7 @@ RUN = {
     "resume": run_resume,
     "skip": run_skip,
     "lazy": run_lazy,
+    "parts": run_parts,
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
     "rates": run_rates,

@@ -27,6 +27,7 @@ from bigtrain.runs.curves import AXES, all_curves, seed_groups, thin_out
 from bigtrain.runs.directory import RunDir, asset
 from bigtrain.runs.metrics_file import MetricsFile, Record, read_columns, read_metrics
 from bigtrain.runs.status import RunStatus, goodput, status_of
+from bigtrain.runs.step_shares import PARTS, column_of
 
 GOLDEN = Path(__file__).parent / "golden" / "compare.txt"
 
@@ -312,12 +313,31 @@ def test_status_has_the_same_keys_for_every_run(tmp_path: Path) -> None:
         "bad": "UNREADABLE",
     }
     keys = ["run", "state", "step", "steps", "loss", "samples_per_s"]
-    keys += ["left", "restarts", "goodput", "job", "health"]
+    keys += ["left", "restarts", "goodput", "shares", "job", "health"]
     for status in statuses:
         assert list(status) == keys
     tokens = RunStatus("text", "running", rate=5.0, unit="tokens").as_dict()
     assert list(tokens) == [key.replace("samples", "tokens") for key in keys]
     assert tokens["tokens_per_s"] == 5.0
+
+
+def test_where_the_time_went_is_in_status_and_compare_where_lines_say_it(tmp_path: Path) -> None:
+    """The first half of a run is from a version whose lines did not; they count for nothing."""
+    run = make_run(tmp_path, "half", 0, 0.01)
+    make_run(tmp_path, "old", 0, 0.01)
+    seconds = dict.fromkeys(PARTS, 0.0) | {"forward": 0.02, "backward": 0.03, "checkpoint": 0.05}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train" and line["step"] > 100:
+            line |= {column_of(part): value for part, value in seconds.items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = bigtrain("status", "half", cwd=tmp_path).stdout
+    assert "time of a step: checkpoint 50%, backward 30%, forward 20%\n" in shown
+    assert "time of a step" not in bigtrain("status", "old", cwd=tmp_path).stdout
+    shown = bigtrain("compare", "half", "old", "--json", cwd=tmp_path).stdout
+    half, old = json.loads(shown)["results"]
+    assert half["share backward"] == pytest.approx(0.3)
+    assert not [key for key in old if key.startswith("share")]
 
 
 def test_steps_done_twice_count_once_in_goodput() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 from conftest import TESTS, bigtrain
 from cuda_forward import sharding_engine
-from distributed_cases import MODELS, VOCABULARY, HostReads, data_for, recipe_for
+from distributed_cases import MODELS, VOCABULARY, HostReads, build, data_for, recipe_for
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -39,7 +40,7 @@ from bigtrain.engine.runtime import (
     prefer_channels_last,
     set_arithmetic,
 )
-from bigtrain.engine.stopwatch import Stopwatch
+from bigtrain.engine.stopwatch import StepClock
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.inference import generate
 from bigtrain.models import flops
@@ -47,11 +48,13 @@ from bigtrain.models.build import build_model
 from bigtrain.models.cnn import CNN
 from bigtrain.models.mlp import MLP
 from bigtrain.runs.directory import RunDir
+from bigtrain.runs.step_shares import STEP_PARTS, column_of
 from bigtrain.tasks.registry import TASKS
 from bigtrain.testing import resume_proof
 from bigtrain.training import run as assembly
 from bigtrain.training import watchdog as watchdog_module
 from bigtrain.training.context import StepNumbers
+from bigtrain.training.loop import train_step
 from bigtrain.training.preflight import try_forward
 from bigtrain.training.settings import _unused
 from bigtrain.training.watchdog import RankPosition, Watchdog
@@ -354,20 +357,74 @@ class SlowEvent:
 def test_a_slow_device_is_seen_though_launching_takes_no_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Each event is half a second after the one before, and none is read before its lap ends."""
     monkeypatch.setattr(torch.cuda, "Event", SlowEvent)
-    stopwatch = Stopwatch(torch.device("cuda"))
+    clock = StepClock(torch.device("cuda"))
+    clock.enter("data")
     for _micro_batch in range(3):
-        stopwatch.start()
-        stopwatch.stop()
-    assert stopwatch.seconds() == pytest.approx(1.5)
+        clock.enter("forward")
+        clock.enter("backward")
+    lap = clock.lap()
+    assert lap.seconds() == pytest.approx({"data": 0.5, "forward": 1.5, "backward": 1.5})
+    clock.enter("backward")  # it is under way
+    clock.enter("data")
+    assert clock.lap().seconds() == pytest.approx({"backward": 0.5, "data": 0.5})
 
 
 def test_on_the_cpu_the_hosts_clock_is_the_devices() -> None:
-    stopwatch = Stopwatch(torch.device("cpu"))
-    stopwatch.start()
+    clock = StepClock(torch.device("cpu"))
+    clock.enter("data")
     time.sleep(0.01)
-    stopwatch.stop()
-    assert 0.01 <= stopwatch.seconds() < 10
+    assert 0.01 <= clock.lap().seconds()["data"] < 10
+
+
+class OrderedEvent:
+    """A CUDA event that the device has passed once the host has waited for it or a later one."""
+
+    recorded = 0
+    passed = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.number = 0
+
+    def record(self) -> None:
+        OrderedEvent.recorded += 1
+        self.number = OrderedEvent.recorded
+
+    def synchronize(self) -> None:
+        OrderedEvent.passed = max(OrderedEvent.passed, self.number)
+
+    def elapsed_time(self, end: "OrderedEvent") -> float:
+        assert end.number <= OrderedEvent.passed, "the device has not come so far"
+        return 1000.0 * (end.number - self.number)
+
+
+def test_where_a_step_went_is_read_without_a_wait_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop on the CPU, with CUDA's clock: each event is a second after the one before."""
+    case = {"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 8, "steps": 4}
+    training, collect = build(case)
+    monkeypatch.setattr(torch.cuda, "Event", OrderedEvent)
+    training.clock = StepClock(torch.device("cuda"))
+
+    def read(numbers: torch.Tensor) -> Callable[[], list[float]]:
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> list[float]:
+            arrived.synchronize()
+            return numbers.tolist()
+
+        return wait
+
+    monkeypatch.setattr(training.engine, "read", read)
+    for _ in range(4):
+        train_step(training)
+    assert len(collect.seconds) == 4
+    for line in collect.seconds:
+        assert sum(line[column_of(part)] for part in STEP_PARTS) == line["seconds"]
+        assert line["seconds_forward"] >= 2.0, "of two micro-batches"
 
 
 def quiet_watchdog(**attributes: Any) -> Any:

@@ -18,10 +18,12 @@ from conftest import torchrun
 from distributed_cases import GLOBAL_BATCH, MODELS, data_for, recipe_for, sample_ids
 
 from bigtrain.models.build import build_model
+from bigtrain.runs.step_shares import STEP_PARTS, column_of
 
 # The first test waits for all worlds: three minutes on a quiet machine.
 pytestmark = pytest.mark.timeout(1500)
 STEPS = 8
+PARTS_OF_A_STEP = ["parts/ddp", "parts/zero2"]
 LAZY = ["lazy/adamw", "lazy/sgd", "lazy/sgd/momentum", "lazy/rmsprop"]
 ENGINES = {
     "ddp": {"kind": "ddp"},
@@ -80,6 +82,9 @@ def _deeds() -> dict[str, dict[str, Any]]:
             "steps": 7,
             "optim": optim,
         }
+    for name in PARTS_OF_A_STEP:
+        case = {"run": "parts", "model": "cnn", "precision": "fp32", "micro_batch": 4}
+        cases[name] = case | ENGINES[name.split("/")[1]]
     for engine, policy in product(("ddp", "zero2-offload", "zero3"), ("skip", "rewind")):
         case = {
             "run": "spike",
@@ -389,11 +394,25 @@ def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
     found = results[name]
     assert found["lines"] and found["weights"] and found["applied"] == 6
     assert found["said"] == ["step_skipped"], "the step that no line of metrics tells of"
+    assert found["written"] == [0, 1, 2, 3, 4, 5, 7], "a line is written while the next step runs"
     # The others have no kernel that leaves a step out by itself.
     if name in ("lazy/adamw", "lazy/sgd"):
-        assert found["reads"][1:] == [0] * 3, (
+        assert found["reads"][1:6] == found["reads"][7:] == [0] * 5, (
             "beyond the first step, in which the data loader draws its seed"
         )
+
+
+@pytest.mark.parametrize("name", PARTS_OF_A_STEP)
+def test_where_a_step_went_is_seen_and_adds_up(name: str, results: Results) -> None:
+    lines = results[name]["seconds"]
+    assert len(lines) == 4
+    for line in lines:
+        assert sum(line[column_of(part)] for part in STEP_PARTS) == pytest.approx(line["seconds"])
+        assert line["seconds_data"] >= 0.02
+        assert all(line[column_of(part)] > 0 for part in ("forward", "backward", "optimizer"))
+    assert max(line["seconds_communication"] for line in lines[1:]) > 0.04, (
+        "rank 0 waits for the data of rank 1"
+    )
 
 
 SPIKES = {

@@ -1,5 +1,6 @@
 """Promise 2: what a run survives. Each test makes one fault happen for real."""
 
+import gzip
 import json
 import os
 import pickle
@@ -507,6 +508,67 @@ def test_a_file_save_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     assert bigtrain("train", *arguments, cwd=tmp_path).returncode == 0
     assert [path.name[-2:] for path in committed_checkpoints(run)] == ["08", "12", "13", "15"]
     assert not (run.path / "SAVE").exists()
+
+
+def test_a_file_profile_writes_a_profile_and_changes_no_number(whole: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "digits-cnn")
+    run.path.mkdir(parents=True)
+    (run.path / "PROFILE").touch()
+    done = bigtrain("train", *CNN, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == losses(whole)
+    assert not (run.path / "PROFILE").exists()
+    assert "profiler_start" not in done.stderr, "a line that torch's library prints"
+    said = events(tmp_path)["profile"]
+    assert said["step"] == 3 and len(said["dearest"].split(", ")) == 3
+    with gzip.open(tmp_path / said["path"]) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mkldnn_convolution" in names or "aten::convolution" in names
+    text = (run.logs / "profile-step-00000001.txt").read_text()
+    assert text.startswith("3 steps from step 1 on") and said["dearest"] in text
+
+
+def test_steps_of_the_recipe_are_profiled_under_deepspeed_too(tmp_path: Path) -> None:
+    """By rank 0 alone; the second profile is cut short by the evaluation at the end."""
+    asked = ["engine.kind=zero2", "train.profile_steps=[2, 11]"]
+    done = on_ranks(2, "train", *CNN, *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logs = RunDir(tmp_path / "runs" / "digits-cnn").logs
+    assert sorted(path.name for path in logs.glob("profile-*")) == [
+        f"profile-step-000000{step}.{kind}" for step in ("02", "11") for kind in ("json.gz", "txt")
+    ]
+    assert (logs / "profile-step-00000011.txt").read_text().startswith("2 steps from step 11 on")
+
+
+def test_a_profile_that_cannot_be_written_leaves_training_unharmed(
+    whole: Path, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "runs" / "digits-cnn")
+    with small_disk(run.logs, "8k"):
+        (run.path / "PROFILE").touch()
+        done = bigtrain("train", *CNN, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert not list(run.logs.glob("*profile*"))
+    assert "No space left" in events(tmp_path)["profile_failed"]["reason"]
+    assert not (run.path / "PROFILE").exists()
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_what_training_waits_for_a_checkpoint_is_seen(whole: Path) -> None:
+    saves = read_metrics(whole / "runs" / "digits-cnn" / "metrics.jsonl", "event")
+    blocked = [event["blocked"] for event in saves if event["event"] == "checkpoint"]
+    stalls = losses(whole, key="seconds_checkpoint")
+    assert sum(stalls.values()) > 0.9 * blocked[0], "the first, committed when the second begins"
+    assert stalls[5] > 100 * stalls[4], "the checkpoint of step 4 delays step 5"
+    steps = losses(whole, key="seconds").values()
+    assert sum(steps) > sum(losses(whole, key="seconds_forward").values())
+
+
+def test_the_line_before_a_step_that_fails_is_written(tmp_path: Path) -> None:
+    fails = [*MISFIT, "model.name=bad_models:FailsInStepThree"]
+    done = bigtrain("train", *fails, cwd=tmp_path, PYTHONPATH=str(TESTS))
+    assert done.returncode == 3, done.stderr
+    assert list(losses(tmp_path)) == [1, 2]
 
 
 @pytest.mark.parametrize("channels", ["[16, 32, 64]", "[64, 64, 128]"])

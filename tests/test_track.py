@@ -32,7 +32,7 @@ from bigtrain.runs.directory import RunDir
 from bigtrain.runs.events import EVENT_TEXTS, OLD_EVENT_NAMES, Event
 from bigtrain.runs.metrics_file import read_metrics
 from bigtrain.tracking import wandb_sync
-from bigtrain.tracking.base import TrackerGroup
+from bigtrain.tracking.base import TrackerGroup, numbers_of
 from bigtrain.tracking.terminal import Terminal
 
 STEPS = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "engine.kind=ddp"]
@@ -506,6 +506,12 @@ def test_a_secret_of_the_environment_is_in_no_output(tmp_path: Path) -> None:
     for secret in secrets.values():
         assert secret not in output
         assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_where_a_step_went_is_a_group_of_its_own() -> None:
+    record = {"kind": "train", "step": 3, "loss": 2.0, "seconds": 0.5, "seconds_data": 0.1}
+    expected = {"train/loss": 2.0, "train/seconds": 0.5, "seconds/data": 0.1}
+    assert numbers_of(record) == expected
 
 
 def test_every_event_has_a_text_and_the_terminal_shows_it() -> None:

@@ -229,6 +229,11 @@ class TrainConfig(Section):
         description="on a loss far above the last ones: `warn`; `skip` the step; `rewind` to the"
         " last checkpoint and skip the data that caused it",
     )
+    profile_steps: list[PositiveInt] = Field(
+        default=[],
+        description="steps from each of which on three are profiled, as with a file"
+        " runs/NAME/PROFILE",
+    )
     label_smoothing: Fraction = Field(
         default=0.0, description="for losses over classes or tokens, in training only"
     )

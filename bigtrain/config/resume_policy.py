@@ -31,6 +31,7 @@ SAFE_TO_CHANGE = (
     "train.log_every",
     "train.max_skipped_steps",
     "train.on_spike",
+    "train.profile_steps",
     "train.steps",
 )
 

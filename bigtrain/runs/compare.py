@@ -14,6 +14,7 @@ from bigtrain.errors import RequestError
 from bigtrain.runs.directory import RUNS, RunDir
 from bigtrain.runs.metrics_file import Columns, Record, read_columns
 from bigtrain.runs.status import COLUMNS, RunStatus, derive_status
+from bigtrain.runs.step_shares import shares
 
 # Settings that differ between any two runs, and were not asked for.
 UNIMPORTANT = ("name", "slurm.job", "git.", "peak_flops", "track.")
@@ -159,6 +160,8 @@ def results(run: Run, target: float | None, price: float) -> dict[str, Any]:
     memory = run.lines["peak_memory_bytes"]
     if np.isfinite(memory).any():
         row["memory GiB"] = float(np.nanmax(memory)) / 2**30
+    for part, share in shares(run.lines).items():
+        row[f"share {part}"] = share
     row["restarts"] = run.status.restarts
     row["goodput"] = run.status.goodput
     if price:

@@ -16,6 +16,7 @@ from bigtrain.runs.events import Event
 from bigtrain.runs.lock import Owner, is_alive, read_owner
 from bigtrain.runs.metrics_file import Columns, Record, read_columns, read_metrics
 from bigtrain.runs.slurm_queue import queue
+from bigtrain.runs.step_shares import PARTS, column_of, in_words, shares
 
 # The keys of training lines that status and compare read.
 COLUMNS = {
@@ -29,6 +30,7 @@ COLUMNS = {
     "samples_per_s": "float64",
     "mfu": "float64",
     "peak_memory_bytes": "float64",
+    **{column_of(part): "float64" for part in PARTS},
 }
 _PIPE_WIDTH = 1000  # columns: one line per run, for grep
 _RECENT = 20  # training lines that a rate is taken from
@@ -64,6 +66,7 @@ class RunStatus:
     left: float | None = None  # seconds until the last step, of a run that is running
     restarts: int = 0
     goodput: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)  # of the recent steps' time, by part
     job: str | None = None  # in Slurm
     health: list[str] = field(default_factory=list)  # what to look at; empty: all is well
 
@@ -123,6 +126,7 @@ def derive_status(run: RunDir, lines: Columns, others: list[Record]) -> RunStatu
         status.rate = float(np.median(recent[f"{status.unit}_per_s"]))
         if status.state == "running":
             status.left = (status.steps - status.step) * _seconds_per_step(recent)
+    status.shares = shares(recent)
     turns = [event for event in events if event["event"] in ("started", "finished")]
     status.restarts = sum(
         before["event"] == after["event"] == "started" for before, after in pairwise(turns)
@@ -263,6 +267,8 @@ def show(statuses: list[RunStatus]) -> None:
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     console.print(table)
+    if len(statuses) == 1 and statuses[0].shares:
+        console.print(f"time of a step: {in_words(statuses[0].shares)}", highlight=False)
 
 
 def _duration(seconds: float) -> str:

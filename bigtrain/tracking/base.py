@@ -29,13 +29,16 @@ def numbers_of(record: Record) -> dict[str, float]:
     Of events only `nodes` has such numbers: how busy each machine was.
     """
     kind = record["kind"]
-    if kind != "event":
-        return {
-            f"{kind}/{name}": value
-            for name, value in record.items()
-            if isinstance(value, int | float) and name not in ("step", "time")
-        }
     numbers = {}
+    if kind != "event":
+        for name, value in record.items():
+            if not isinstance(value, int | float) or name in ("step", "time"):
+                continue
+            if name.startswith("seconds_"):  # where a step's time went: a group of its own
+                numbers[name.replace("_", "/", 1)] = value
+            else:
+                numbers[f"{kind}/{name}"] = value
+        return numbers
     if record["event"] == "nodes":
         for node, values in record["machines"].items():
             for name, value in values.items():

@@ -8,7 +8,7 @@ from bigtrain.training.context import RankRequests, TrainContext, is_due
 def save_if_due(ctx: TrainContext, requests: RankRequests, stopping: bool) -> None:
     """Begin a checkpoint where one is due, and commit what all ranks have written. A collective."""
     settings, state = ctx.recipe.train, ctx.state
-    ctx.watchdog.enter("checkpoint")
+    ctx.enter("checkpoint")
     last = stopping or state.step == settings.steps
     requested = requests.save > 0
     # While steps are skipped, the checkpoint before them is the one to keep.
@@ -28,7 +28,7 @@ def save_if_due(ctx: TrainContext, requests: RankRequests, stopping: bool) -> No
 
 def finish_checkpoint(ctx: TrainContext) -> None:
     """Wait for the checkpoint in progress, if any, and report it. A collective."""
-    ctx.watchdog.enter("checkpoint")
+    ctx.enter("checkpoint")
     _report(ctx, ctx.checkpoints.finish())
 
 

@@ -4,17 +4,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.checkpoint.writer import CheckpointWriter
 from bigtrain.config.recipe import Recipe, TrainConfig
 from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.batch_norm import RunningStatistics
-from bigtrain.engine.stopwatch import Stopwatch
+from bigtrain.engine.stopwatch import Lap, StepClock
 from bigtrain.tasks.base import Task
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.signals import StopFlag
-from bigtrain.training.watchdog import Watchdog
+from bigtrain.training.watchdog import Phase, Watchdog
+
+# Phases that have another name in a line of metrics (runs/step_shares.py).
+_PART_OF_PHASE: dict[Phase, str] = {
+    "meeting": "communication",
+    "update": "optimizer",
+    "numbers": "other",
+}
 
 
 class RankRequests(NamedTuple):
@@ -25,16 +34,13 @@ class RankRequests(NamedTuple):
     unreadable: float = 0.0  # samples that could not be read
     written: float = 0.0  # ranks whose part of the checkpoint in progress is on disk
 
-    def or_those_of(self, other: "RankRequests") -> "RankRequests":
-        """The larger of the two counts, for each request."""
-        return RankRequests(*map(max, self, other))
-
 
 class StepNumbers(NamedTuple):
     """The numbers of one step, summed over ranks where they differ per rank.
 
-    They come from the device as one vector, put together by `train_step` in the order of these
-    fields; the requests come last, in their own order.
+    They come from the device in two parts, put together by `train_step` in the order of these
+    fields: the outcome of the step, and from `num_targets` on the sums that precede it. The
+    requests come last, in their own order.
     """
 
     loss_sum: float  # NaN in a step that is not logged
@@ -45,9 +51,13 @@ class StepNumbers(NamedTuple):
     samples_digest: float
     requests: RankRequests
 
+    @property
+    def mean_loss(self) -> float:
+        return self.loss_sum / max(self.num_targets, 1)
+
     @classmethod
     def from_vector(cls, values: list[float]) -> "StepNumbers":
-        """The one place where the order of the vector is read."""
+        """The one place where this order is read."""
         loss_sum, applied, grad_norm, peak_memory, num_targets, samples_digest, *requests = values
         return cls(
             loss_sum=loss_sum,
@@ -66,8 +76,18 @@ class LogInterval:
 
     steps: int = 0
     num_targets: float = 0.0  # of these steps, over all ranks
-    seconds: float = 0.0  # that the loop spent in the steps before the current one
-    step_began: float = 0.0  # when the current step began (time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)  # of these steps, by part
+
+    def add(self, num_targets: float, seconds: dict[str, float]) -> None:
+        """A step of so many targets, and its seconds by part."""
+        self.steps += 1
+        self.num_targets += num_targets
+        for part, passed in seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + passed
+
+    def mean_seconds(self, part: str) -> float:
+        """Per step, to a tenth of a microsecond."""
+        return round(self.seconds.get(part, 0.0) / self.steps, 7)
 
 
 class InFlightStep(NamedTuple):
@@ -77,9 +97,18 @@ class InFlightStep(NamedTuple):
     micro_batches: list[MicroBatch]
     spiked: bool  # left out because of its loss
     logged: bool
-    fetch_seconds: float  # of this rank, until it had its micro-batches
-    forward: Stopwatch
-    read_vector: Callable[[], list[float]]  # waits for the device; see StepNumbers
+    lap: Lap
+    sums: list[float]  # known already; see StepNumbers
+    read_outcome: Callable[[], list[float]]  # waits for the device
+
+
+@dataclass
+class RunningProfile:
+    """Steps that torch's profiler looks at."""
+
+    first: int
+    profiler: torch.profiler.profile
+    steps: int = 0  # done
 
 
 @dataclass(kw_only=True)
@@ -95,6 +124,7 @@ class TrainContext:
     stop: StopFlag
     checkpoints: CheckpointWriter
     watchdog: Watchdog
+    clock: StepClock
     running_statistics: RunningStatistics
     # Seconds for one target if all devices ran at their peak; 0 where nothing is known.
     peak_seconds_per_target: float = 0.0
@@ -103,6 +133,13 @@ class TrainContext:
     # The last step whose numbers have not been read.
     in_flight: InFlightStep | None = None
     interval: LogInterval = field(default_factory=LogInterval)
+    # Of the steps under way, on rank 0.
+    profile: RunningProfile | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """The loop begins `phase`."""
+        self.watchdog.enter(phase)
+        self.clock.enter(_PART_OF_PHASE.get(phase, phase))
 
 
 def is_due(step: int, settings: TrainConfig, every: int) -> bool:

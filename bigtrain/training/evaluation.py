@@ -31,11 +31,12 @@ def evaluate_in_training(ctx: TrainContext) -> dict[str, float] | None:
     Returns None, on all ranks, if one of them was asked to stop. A collective.
     """
     engine, task = ctx.engine, ctx.task
+    ctx.enter("evaluation")
     evaluator = _start(engine, task)
     first_batch: dict[str, Tensor] = {}
     micro_batches = eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank)
     for number, micro_batch in enumerate(micro_batches):
-        ctx.watchdog.enter("evaluation")
+        ctx.enter("evaluation")
         if number % _STOP_EVERY == 0 and engine.sum(ctx.stop.requested()) > 0:
             return None
         batch = engine.to_device(micro_batch.batch)

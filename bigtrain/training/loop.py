@@ -1,5 +1,6 @@
 """The one loop: every task, every engine."""
 
+import contextlib
 import itertools
 import math
 import random
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from bigtrain.data.loader import MicroBatch
 from bigtrain.data.order import key, mix
-from bigtrain.engine.stopwatch import Stopwatch
 from bigtrain.errors import StoppedEarly, TrainingFailed
+from bigtrain.runs.step_shares import STEP_PARTS, column_of
 from bigtrain.training.checkpointing import finish_checkpoint, last_good_checkpoint, save_if_due
 from bigtrain.training.context import (
     InFlightStep,
@@ -26,6 +27,7 @@ from bigtrain.training.context import (
 from bigtrain.training.evaluation import evaluate_if_due
 from bigtrain.training.fault_injection import maybe_inject_fault
 from bigtrain.training.loss_spikes import handle_loss_spike, is_spike
+from bigtrain.training.profiling import begin_profile_if_asked, end_profile_if_done
 from bigtrain.training.schedules import learning_rate
 
 
@@ -34,7 +36,6 @@ class GradientPass(NamedTuple):
 
     loss_sum: Tensor  # this rank's part of the summed loss, a scalar on the device
     spiked: bool  # the loss is a spike, and the gradients are NaN so that the step is left out
-    forward: Stopwatch  # of the device, in forward passes
 
 
 def train(ctx: TrainContext) -> dict[str, float]:
@@ -47,14 +48,30 @@ def train(ctx: TrainContext) -> dict[str, float]:
     ctx.engine.reset_peak_memory()
     # A run may have been stopped before its last evaluation.
     stopping = evaluate_if_due(ctx)
-    while ctx.state.step < steps and not stopping:
-        requests = train_step(ctx)
-        # A rank that was asked to stop has seconds, not minutes: evaluation waits for the restart.
-        stopping = requests.stop > 0 or evaluate_if_due(ctx)
-        save_if_due(ctx, requests, stopping)
+    try:
+        while ctx.state.step < steps and not stopping:
+            begin_profile_if_asked(ctx)
+            requests = train_step(ctx)
+            end_profile_if_done(ctx, requests)
+            # A rank that was asked to stop has seconds, not minutes: evaluation waits for the
+            # restart.
+            stopping = requests.stop > 0 or evaluate_if_due(ctx)
+            save_if_due(ctx, requests, stopping)
+    except Exception:
+        _settle_alone(ctx)
+        raise
     if stopping and ctx.state.evaluated < steps:
         _end_early(ctx)
     return ctx.state.results
+
+
+def _settle_alone(ctx: TrainContext) -> None:
+    """After a failure: write the line of the step before, if it is not written, and ask nobody."""
+    with contextlib.suppress(Exception):
+        if ctx.in_flight is not None:
+            _settle(ctx, ctx.in_flight)
+        if ctx.profile is not None:
+            ctx.profile.profiler.stop()
 
 
 def _end_early(ctx: TrainContext) -> None:
@@ -73,31 +90,34 @@ def _end_early(ctx: TrainContext) -> None:
 
 
 def train_step(ctx: TrainContext) -> RankRequests:
-    """One optimizer step; returns the requests of all ranks that are known by now.
+    """One optimizer step; returns the requests of all ranks.
 
-    A step that nothing depends on at once (a line of metrics, an evaluation, a checkpoint) is left
-    to the device. Its numbers are read within the next step, once that one keeps the device busy:
-    so the host never waits for an idle device.
+    A step that nothing depends on at once (an evaluation, a checkpoint, what is done about a spike)
+    is left to the device. Its numbers are read, and its line of metrics written, within the next
+    step, once that one keeps the device busy: so the host never waits for an idle device.
     """
     began = time.perf_counter()
     engine, settings = ctx.engine, ctx.recipe.train
-    ctx.interval.step_began = began
     maybe_inject_fault(engine.rank, ctx.state.step + 1)
-    ctx.watchdog.enter("data")
+    ctx.enter("data")
     micro_batches = next(ctx.batches)
-    fetch_seconds = time.perf_counter() - began
-
-    ctx.watchdog.enter("meeting")
-    # The end of StepNumbers' vector, from the number of targets on.
-    sums = engine.sum(
+    ctx.enter("numbers")
+    # The end of StepNumbers, from the number of targets on.
+    own = [
         _num_targets(ctx, micro_batches),
         _samples_digest(micro_batches),
         *_own_requests(ctx, micro_batches),
-    )
+    ]
+    ctx.enter("meeting")
+    sums = engine.sum(*own)
+    read_sums = engine.read(sums)
     gradients = _compute_gradients(ctx, micro_batches, sums[0].clamp(min=1))
 
-    ctx.watchdog.enter("update")
-    before = _finish_previous_step(ctx)
+    # The host may wait here: the device has these passes to work on.
+    _finish_previous_step(ctx)
+    step_sums = read_sums()
+    requests = RankRequests(*step_sums[-len(RankRequests._fields) :])
+    ctx.enter("update")
     state = ctx.state
     rate = learning_rate(state.applied, settings.steps, ctx.recipe.optim)
     result = engine.step(rate)
@@ -107,27 +127,25 @@ def train_step(ctx: TrainContext) -> RankRequests:
     loss_sum: Tensor | float = math.nan
     peak_memory: Tensor | float = 0.0
     if logged:
+        ctx.enter("meeting")
         loss_and_peaks = engine.sum(gradients.loss_sum, *engine.peak_of_each_rank())
         loss_sum, peak_memory = loss_and_peaks[0], loss_and_peaks[1:].max()
-    vector = torch.cat([engine.put(loss_sum, *result, peak_memory), sums])
+    ctx.enter("numbers")
+    outcome = engine.put(loss_sum, *result, peak_memory)
+    lap = ctx.clock.lap()  # before the outcome is sent: once that is here, the device has passed it
     ctx.in_flight = InFlightStep(
         learning_rate=rate,
         micro_batches=micro_batches,
         spiked=gradients.spiked,
         logged=logged,
-        fetch_seconds=fetch_seconds,
-        forward=gradients.forward,
-        read_vector=engine.read(vector),
+        lap=lap,
+        sums=step_sums,
+        read_outcome=engine.read(outcome),
     )
-
-    after = RankRequests()
-    if logged or before.stop or before.save or _has_evaluation_or_checkpoint(ctx):
-        after = _finish_previous_step(ctx)
-    seconds = time.perf_counter() - began
-    if not logged:
-        ctx.interval.seconds += seconds
-    ctx.watchdog.step_done(ctx.state.step, seconds)
-    return before.or_those_of(after)
+    if requests.stop or requests.save or _is_waited_for(ctx, logged):
+        _finish_previous_step(ctx)
+    ctx.watchdog.step_done(ctx.state.step, time.perf_counter() - began)
+    return requests
 
 
 def _num_targets(ctx: TrainContext, micro_batches: list[MicroBatch]) -> int:
@@ -159,11 +177,15 @@ def _own_requests(ctx: TrainContext, micro_batches: list[MicroBatch]) -> RankReq
     )
 
 
-def _has_evaluation_or_checkpoint(ctx: TrainContext) -> bool:
+def _is_waited_for(ctx: TrainContext, logged: bool) -> bool:
+    """Whether the numbers of the step must be known before the next one begins.
+
+    For its evaluation or checkpoint, or because its loss may change what the next step does.
+    """
     step, settings = ctx.state.step, ctx.recipe.train
-    return is_due(step, settings, settings.eval_every) or is_due(
-        step, settings, settings.checkpoint_every
-    )
+    decides_about_spikes = logged and settings.on_spike != "warn"
+    every = (settings.eval_every, settings.checkpoint_every)
+    return decides_about_spikes or any(is_due(step, settings, steps) for steps in every)
 
 
 def _compute_gradients(
@@ -178,11 +200,11 @@ def _compute_gradients(
     engine.model.train()
     loss_sum = torch.zeros((), device=engine.device)
     spiked = False
-    forward = Stopwatch(engine.device)
     with_samples = sum(micro_batch.has_samples for micro_batch in micro_batches)
     passes = 0  # over micro-batches with samples
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
+        ctx.enter("forward")
         _seed_random_draws(ctx.recipe.seed, micro_batch.first)
         if micro_batch.has_samples:
             ctx.running_statistics.enter(passes, with_samples)
@@ -190,25 +212,23 @@ def _compute_gradients(
         else:
             ctx.running_statistics.enter(with_samples, with_samples)
         with engine.micro_batch(last):
-            ctx.watchdog.enter("forward")
-            forward.start()
             with engine.autocast():
                 loss = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
-            forward.stop()
             if not micro_batch.has_samples:
                 loss = loss * 0.0
             loss_sum += loss.detach()
             if last and policy in ("skip", "rewind"):
+                ctx.enter("meeting")
                 mean_loss = float(engine.sum(loss_sum)[0] / global_targets)
                 spiked = is_spike(ctx.state.recent, mean_loss)
                 if spiked:
                     # Every engine leaves a step out if its gradient is not finite.
                     loss = loss * math.nan
-            ctx.watchdog.enter("backward")
+            ctx.enter("backward")
             # An infinite loss may have a finite gradient. Times NaN it has none, and all ranks
             # leave the step out.
             engine.backward(loss * (1.0 + 0.0 * loss.detach()), global_targets)
-    return GradientPass(loss_sum, spiked, forward)
+    return GradientPass(loss_sum, spiked)
 
 
 def _seed_random_draws(seed: int, position: int) -> None:
@@ -223,43 +243,48 @@ def _seed_random_draws(seed: int, position: int) -> None:
     np.random.seed(micro_batch_seed & 0xFFFFFFFF)
 
 
-def _finish_previous_step(ctx: TrainContext) -> RankRequests:
-    """Wait for the numbers of the step in flight, and act on them; returns its requests.
-
-    Without a step in flight there is nothing to do.
-    """
+def _finish_previous_step(ctx: TrainContext) -> None:
+    """Wait for the numbers of the step in flight, if there is one, and act on them."""
     step = ctx.in_flight
-    ctx.in_flight = None
     if step is None:
-        return RankRequests()
-    numbers = StepNumbers.from_vector(step.read_vector())
-    ctx.watchdog.was_busy(step.fetch_seconds + step.forward.seconds())
-    state = ctx.state
-    state.applied += int(numbers.applied)
-    state.skips = 0 if numbers.applied else state.skips + 1
-    state.weight += int(numbers.num_targets)
-    ctx.interval.steps += 1
-    ctx.interval.num_targets += numbers.num_targets
+        return
+    ctx.enter("logging")
+    numbers = _settle(ctx, step)
     if step.logged:
-        mean_loss = numbers.loss_sum / max(numbers.num_targets, 1)
-        _log(ctx, numbers, mean_loss, step.learning_rate)
-        handle_loss_spike(ctx, mean_loss, step.spiked)
+        handle_loss_spike(ctx, numbers.mean_loss, step.spiked)
     elif not numbers.applied:
-        ctx.tracker.event(state.step, "step_skipped", grad_norm=numbers.grad_norm)
+        ctx.tracker.event(ctx.state.step, "step_skipped", grad_norm=numbers.grad_norm)
     while ctx.watchdog.pending_events:
         event = ctx.watchdog.pending_events.popleft()
         ctx.tracker.event(ctx.state.step, event.name, **event.details)
     if numbers.requests.unreadable:
         _report_unreadable_samples(ctx, step.micro_batches)
     _refuse_to_repeat_failures(ctx)
-    return numbers.requests
 
 
-def _log(ctx: TrainContext, numbers: StepNumbers, mean_loss: float, rate: float) -> None:
+def _settle(ctx: TrainContext, step: InFlightStep) -> StepNumbers:
+    """Wait for the numbers of the step in flight, count them, and write its line of metrics."""
+    ctx.in_flight = None
+    numbers = StepNumbers.from_vector([*step.read_outcome(), *step.sums])
+    seconds = step.lap.seconds()
+    ctx.watchdog.was_busy(seconds["data"] + seconds["forward"])
+    state = ctx.state
+    state.applied += int(numbers.applied)
+    state.skips = 0 if numbers.applied else state.skips + 1
+    state.weight += int(numbers.num_targets)
+    ctx.interval.add(numbers.num_targets, seconds)
+    if step.logged:
+        _log(ctx, numbers, step.learning_rate)
+    return numbers
+
+
+def _log(ctx: TrainContext, numbers: StepNumbers, rate: float) -> None:
     """A line of metrics; its seconds and rates are means over the steps since the last one."""
     interval = ctx.interval
     ctx.interval = LogInterval()
-    seconds = interval.seconds + time.perf_counter() - interval.step_began
+    by_part = {column_of(part): interval.mean_seconds(part) for part in STEP_PARTS}
+    seconds = sum(by_part.values())
+    targets_per_s = interval.num_targets / interval.steps / seconds
     ctx.tracker.log(
         {
             "kind": "train",
@@ -267,13 +292,15 @@ def _log(ctx: TrainContext, numbers: StepNumbers, mean_loss: float, rate: float)
             "samples": ctx.state.samples,
             "samples_digest": int(numbers.samples_digest),
             "weight": ctx.state.weight,
-            "loss": mean_loss,
+            "loss": numbers.mean_loss,
             "lr": rate,
             "grad_norm": numbers.grad_norm,
             "applied": numbers.applied,
-            f"{ctx.task.unit}_per_s": interval.num_targets / seconds,
-            "mfu": ctx.peak_seconds_per_target * interval.num_targets / seconds,
-            "seconds": seconds / interval.steps,
+            f"{ctx.task.unit}_per_s": targets_per_s,
+            "mfu": ctx.peak_seconds_per_target * targets_per_s,
+            "seconds": seconds,
+            **by_part,
+            column_of("checkpoint"): interval.mean_seconds("checkpoint"),
             "peak_memory_bytes": int(numbers.peak_memory),
         }
     )

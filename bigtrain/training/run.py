@@ -33,6 +33,7 @@ from bigtrain.engine.runtime import (
     world_from_environment,
 )
 from bigtrain.engine.start import start_engine
+from bigtrain.engine.stopwatch import StepClock
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.models.export import export_model
@@ -196,6 +197,7 @@ def build_training(
         stop=stop,
         checkpoints=CheckpointWriter(engine, run, recipe, state),
         watchdog=watchdog,
+        clock=StepClock(engine.device),
         running_statistics=RunningStatistics(engine.module),
         peak_seconds_per_target=peak_seconds_per_target,
     )

@@ -1,4 +1,7 @@
-"""Signals, and the files STOP and SAVE, are requests: the loop obeys where all ranks can agree."""
+"""Signals, and files in the run directory, are requests: the loop obeys when it can.
+
+STOP and SAVE concern all ranks, which agree on the step. PROFILE concerns rank 0 alone.
+"""
 
 import os
 import signal
@@ -70,6 +73,10 @@ class StopFlag:
         """Whether there is a file SAVE in the run directory: save, and train on."""
         return self.main and (self.run.path / "SAVE").exists()
 
+    def profile_requested(self) -> bool:
+        """Whether there is a file PROFILE in the run directory."""
+        return self.main and (self.run.path / "PROFILE").exists()
+
     def acknowledge(self) -> None:
         """The run stops: the next start must not stop at once."""
         self._remove("STOP")
@@ -77,6 +84,10 @@ class StopFlag:
     def acknowledge_save(self) -> None:
         """The checkpoint is written."""
         self._remove("SAVE")
+
+    def acknowledge_profile(self) -> None:
+        """The profile is written, or cannot be."""
+        self._remove("PROFILE")
 
     def _remove(self, name: str) -> None:
         if self.main:

@@ -34,12 +34,23 @@ from bigtrain.runs.events import Event
 from bigtrain.tracking.base import TrackerGroup
 
 Phase = Literal[
-    "data", "meeting", "forward", "backward", "update", "evaluation", "checkpoint", "end"
+    "data",
+    "numbers",
+    "meeting",
+    "forward",
+    "backward",
+    "logging",
+    "update",
+    "evaluation",
+    "checkpoint",
+    "profile",
+    "end",
 ]
 # hang_timeout "auto": so many seconds, or as long as so many of the last steps if that is more.
 _AUTO_SECONDS = 600.0
 _AUTO_STEPS = 50
-# Times longer until the first step is done (building, compilation), for checkpoints and at the end.
+# Times longer until the first step is done (building, compilation), for checkpoints and profiles,
+# and at the end.
 _SLOW_PHASE_FACTOR = 10
 _RECENT_STEPS = 20  # that a rank's mean times are taken over
 _STRAGGLER_FACTOR = 1.5  # a straggler's time on its own, in medians over the ranks
@@ -169,7 +180,7 @@ class Watchdog:
             seconds = max(_AUTO_SECONDS, _AUTO_STEPS * _mean(self._step_seconds))
         else:
             seconds = self.timeout
-        if not self.first_step_done or self.phase in ("checkpoint", "end"):
+        if not self.first_step_done or self.phase in ("checkpoint", "profile", "end"):
             seconds *= _SLOW_PHASE_FACTOR
         return seconds
 
