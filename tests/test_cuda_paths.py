@@ -102,7 +102,7 @@ from bigtrain.engine.start import start_engine
 
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
-plan = Plan("zero1", "none", "fp32", 1, 4, 4, False, False)
+plan = Plan("zero1", "none", "fp32", 1, 4, 4, "none", False)
 engine = start_engine(plan, Device("cpu", False), render_deepspeed_config(plan, 0.0), 0.0)
 print(engine.device.type)
 """
@@ -141,7 +141,7 @@ def run_out(*_: Any, **__: Any) -> NoReturn:
 
 
 def small_plan(**settings: Any) -> Plan:
-    return replace(Plan("ddp", "none", "fp32", 1, 8, 8, False, False), **settings)
+    return replace(Plan("ddp", "none", "fp32", 1, 8, 8, "none", False), **settings)
 
 
 def test_out_of_memory_in_the_trial_forward_is_named_with_its_remedies() -> None:
