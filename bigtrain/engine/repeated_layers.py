@@ -4,31 +4,34 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bigtrain.config.recipe import Checkpointing
 from bigtrain.data.token_cache import cache_root
 from bigtrain.errors import RequestError
 
+Context = AbstractContextManager[Any]
 # What `selective` keeps: much work for its memory. The rest of a layer is cheap to compute again.
-_PRODUCTS: list[Any] = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-    torch.ops.aten.linear.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten.convolution.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+_PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_grouped_mm",
+    "linear",
+    "convolution",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -55,25 +58,43 @@ def _repeated_classes(model: nn.Module, alike: bool) -> set[type[nn.Module]]:
 
 
 def _outermost(container: nn.Module, classes: set[type[nn.Module]]) -> Iterator[nn.Module]:
-    elements = list(_elements(container))
+    layers = [layer for layer in _elements(container) if type(layer) in classes]
+    yield from layers
     for child in container.children():
-        if child in elements and type(child) in classes:
-            yield child
-        else:
+        if child not in layers:
             yield from _outermost(child, classes)
 
 
 def _elements(container: nn.Module) -> Iterator[nn.Module]:
-    """What a list holds, if it has parts and parameters: a bare nn.Linear keeps only its input."""
+    """What a list holds that has parts and parameters: a bare nn.Linear keeps only its input."""
     if isinstance(container, nn.ModuleList | nn.Sequential):
         for child in container.children():
-            if any(True for _ in child.children()) and any(True for _ in child.parameters()):
+            has_parts = any(True for _ in child.children())
+            if has_parts and any(True for _ in child.parameters()):
                 yield child
 
 
 def _shapes(layer: nn.Module) -> tuple[tuple[int, ...], ...]:
     # ZeRO-3 leaves an empty tensor where a parameter was, and notes its shape.
     return tuple(tuple(getattr(p, "ds_shape", p.shape)) for p in layer.parameters())
+
+
+def _cut_sequences(model: nn.Module) -> list[nn.Module]:
+    """Parts of each Sequential of bare layers: a convolution or nn.Linear, and what follows it.
+
+    The Sequential runs its parts from now on; its children stay what they were, and so do names.
+    """
+    parts: list[nn.Module] = []
+    for sequence in model.modules():
+        if type(sequence) is not nn.Sequential:
+            continue
+        starts = [i for i, child in enumerate(sequence) if isinstance(child, nn.Linear | _ConvNd)]
+        if len(starts) > 1:
+            starts[0] = 0
+            own = [sequence[start:end] for start, end in pairwise([*starts, len(sequence)])]
+            sequence.forward = nn.Sequential(*own).forward  # type: ignore[method-assign]
+            parts += own
+    return parts
 
 
 def checkpoint_layers(model: nn.Module, which: Checkpointing) -> None:
@@ -84,7 +105,7 @@ def checkpoint_layers(model: nn.Module, which: Checkpointing) -> None:
     but for fewer models and without choice; what it wraps stays off.
     Raises RequestError for a model without repeated layers.
     """
-    layers = repeated_layers(model)
+    layers = repeated_layers(model) or _cut_sequences(model)
     if not layers:
         raise RequestError(
             f"engine.activation_checkpointing is {which}, but {type(model).__name__} has no"
@@ -92,36 +113,29 @@ def checkpoint_layers(model: nn.Module, which: Checkpointing) -> None:
             "layers of one class in an nn.ModuleList or nn.Sequential",
             "engine.activation_checkpointing=none",
         )
-    forward = _run_twice
+    kept = []
     if which == "selective":
-        forward = _run_twice_but_products
+        kept = [getattr(torch.ops.aten, name).default for name in _PRODUCTS]
+        module: Any
+        for module in model.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False  # it would overwrite a product that is kept
+    forward = partial(_run_twice, kept)
     every = which if isinstance(which, int) else 1
     for layer in layers[::every]:
         layer.forward = MethodType(forward, layer)
-    for module in model.modules():
-        if which == "selective" and hasattr(module, "inplace"):
-            module.inplace = False  # it would overwrite a product that is kept
 
 
-def _run_twice(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
-    return _checkpointed(layer, [], inputs, named)
-
-
-def _run_twice_but_products(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
-    return _checkpointed(layer, _PRODUCTS, inputs, named)
-
-
-def _checkpointed(layer: nn.Module, kept: list[Any], inputs: Any, named: Any) -> Any:
-    """The layer's own forward pass; dropout draws the same in the second one."""
+def _run_twice(kept: list[Any], layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """The layer's own forward pass. Dropout draws the same in the second one."""
+    forward = partial(type(layer).forward, layer, **named)
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
     contexts: Any = partial(_contexts, layer, kept)
     if torch.compiler.is_compiling():
         # It copies operations within a graph: buffers move once, and only this context is known.
         contexts = partial(create_selective_checkpoint_contexts, kept)
-    forward = partial(type(layer).forward, layer, **named)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-Context = AbstractContextManager[Any]
 
 
 def _contexts(layer: nn.Module, kept: list[Any]) -> tuple[Context, Context]:
@@ -161,10 +175,9 @@ def compile_layers(model: nn.Module) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     # Dropout draws as without compiling: whoever resumes with it continues the same curve.
     inductor.fallback_random = True
-    layers = repeated_layers(model)
-    # DDP adds gradients between layers; only a whole model has to be cut for it.
-    dynamo.optimize_ddp = not layers
+    # DDP adds gradients between layers. To cut graphs for it fails where one is computed again.
+    dynamo.optimize_ddp = False
     # Each kind of layer, in training and in evaluation, and for each shape of batch.
     dynamo.recompile_limit = 64
-    for module in layers or [model]:
+    for module in repeated_layers(model) or [model]:
         module.compile()

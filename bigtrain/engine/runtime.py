@@ -63,7 +63,7 @@ def cores_per_rank() -> int:
 def silence_libraries() -> None:
     """Silence what means nothing to a user; warnings about the user's own code still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("accelerate", "DeepSpeed", "torch.distributed"):
+    for name in ("accelerate", "DeepSpeed", "torch.distributed", "torch._higher_order_ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("deepspeed", "accelerate", "torch", "transformers", "torchmetrics"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
@@ -165,7 +165,7 @@ def apply_compute_options(model: Any, plan: Plan) -> None:
     Raises RequestError for activation checkpointing of a model without repeated layers.
     """
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):
             # Keys and values kept for generation would only cost memory, and a layer that is
             # computed again would add its own a second time.
