@@ -1,6 +1,5 @@
 """The layers that a model is a stack of: found, computed again in backward passes, compiled."""
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,7 +13,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bigtrain.config.recipe import Checkpointing
-from bigtrain.data.token_cache import cache_root
 from bigtrain.errors import RequestError
 
 Context = AbstractContextManager[Any]
@@ -171,8 +169,6 @@ def compile_layers(model: nn.Module) -> None:
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    # torch's own place is in /tmp, which a job on another machine does not find.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     # Dropout draws as without compiling: whoever resumes with it continues the same curve.
     inductor.fallback_random = True
     # DDP adds gradients between layers. To cut graphs for it fails where one is computed again.
