@@ -145,13 +145,12 @@ def _layers() -> dict[str, dict[str, Any]]:
     }
     engines = ("ddp", "zero1", "zero2", "zero3")
     names = [f"transformer/fp32/ddp/{how}" for how in hows]
-    names += [f"stack/fp32/ddp/{how}" for how in hows]
+    names += [f"stack/fp32/{how}" for how in ("ddp/plain", "zero3/full", "zero3/selective")]
     names += [f"transformer/fp32/{engine}/full" for engine in engines[1:]]
     names += [f"transformer/fp32/{engine}/selective" for engine in engines[1:]]
     names += [f"transformer/fp32/{engine}/compiled" for engine in engines[1:3]]
     names += [f"transformer/bf16/{engine}/selective" for engine in engines]
-    names += [f"transformer/bf16/{engine}/compiled selective" for engine in engines[:3]]
-    names += [f"stack/fp32/zero3/{how}" for how in ("full", "selective")]
+    names += [f"transformer/bf16/{engine}/compiled selective" for engine in ("ddp", "zero2")]
     cases = {}
     for name in names:
         model, precision, engine, how = name.split("/")
