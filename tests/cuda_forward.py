@@ -25,7 +25,7 @@ from bigtrain.tasks.registry import TASKS
 def sharding_engine(device: str) -> Any:
     """ZeRO-3 without DeepSpeed: what is prepared stays as it is."""
     engine: Any = object.__new__(DeepSpeedEngine)
-    engine.plan = Plan("zero3", "none", "fp32", 1, 4, 4, False, False)
+    engine.plan = Plan("zero3", "none", "fp32", 1, 4, 4, "none", False)
     engine.device = torch.device(device)
     engine._refuse_another_plan = lambda: None
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,7 @@ from bigtrain.training.run import _load_best, build_training
 from bigtrain.training.signals import StopFlag
 from bigtrain.training.watchdog import Phase, Watchdog
 
+COMPILE = nn.Module.compile
 SAMPLES, GLOBAL_BATCH, VOCABULARY = 40, 15, 61  # 15 does not divide by 2: shares of 8 and 7
 
 
@@ -96,6 +97,36 @@ class Mixed(nn.Module):
         return self.head(self.block(self.scale(self.embedding(input_ids))))
 
 
+class Block(nn.Module):
+    """A layer with a parameter of its own, and an activation that overwrites its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.inner = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width)
+        )
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[…, width] → [… , width]."""
+        return features + self.dropout(self.scale * self.inner(features))
+
+
+class Stack(nn.Module):
+    """A user's model with repeated layers."""
+
+    def __init__(self, vocab_size: int, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.blocks = nn.Sequential(*[Block(width) for _ in range(depth)])
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, length] → logits [batch, length, vocabulary]."""
+        return self.head(self.blocks(self.embedding(input_ids)))
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {
         "name": "llama",
@@ -113,7 +144,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "cnn": {"name": "cnn", "args": {"channels": [8, 16]}},
     "twice": {"name": "distributed_cases:Twice"},
 }
-MIXED = {"name": "distributed_cases:Mixed"}
+# Models for a few cases, beside those that every engine is tested with.
+OTHER_MODELS = {
+    "mixed": {"name": "distributed_cases:Mixed"},
+    "stack": {"name": "distributed_cases:Stack"},
+}
 
 
 class Memory:
@@ -158,7 +193,7 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
         {
             "name": "exact",
             "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
-            "model": MODELS.get(case["model"], MIXED)
+            "model": (MODELS | OTHER_MODELS)[case["model"]]
             | ({"dropout": case["dropout"]} if "dropout" in case else {}),
             "data": {"train": "none", "seq_len": 32},
             "optim": {
@@ -174,6 +209,8 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
                 "precision": case["precision"],
                 "global_batch": case.get("global_batch", GLOBAL_BATCH),
                 "micro_batch": case["micro_batch"],
+                "activation_checkpointing": case.get("activation_checkpointing", "none"),
+                "compile": case.get("compile", False),
             },
             "train": {"steps": case.get("steps", 8)},
         }
@@ -256,6 +293,8 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
     device = Device(case.get("device", "cpu"), False)
     engine = start_engine(plan, device, config, recipe.optim.clip_norm)
     model = build_model(recipe, prepared, engine.shard)
+    # A backend that generates no code: what is compiled is the same, and C++ takes too long here.
+    nn.Module.compile = partialmethod(COMPILE, backend="aot_eager")
     engine.prepare(
         model, partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
     )

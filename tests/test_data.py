@@ -38,7 +38,7 @@ def recipe(task: str, data: dict[str, Any], model: str = "rnn") -> Recipe:
 
 
 def plan(world: int, batch: int, micro: int) -> Plan:
-    return Plan("ddp", "none", "fp32", world, batch, micro, False, False)
+    return Plan("ddp", "none", "fp32", world, batch, micro, "none", False)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 5))

@@ -11,7 +11,7 @@ from bigtrain.errors import TrainingFailed
 
 
 def plan(world_size: int, global_batch: int = 24, micro_batch: int = 4) -> Plan:
-    return Plan("ddp", "none", "fp32", world_size, global_batch, micro_batch, False, False)
+    return Plan("ddp", "none", "fp32", world_size, global_batch, micro_batch, "none", False)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])

@@ -138,6 +138,35 @@ def _in_use(world: int) -> dict[str, dict[str, Any]]:
     return cases | {f"in_use/{world}/mixed/zero3/none whole": none_whole}
 
 
+def _layers() -> dict[str, dict[str, Any]]:
+    """Compiled, or computed again in backward passes: model/precision/engine/how, with dropout."""
+    hows: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "full": {"activation_checkpointing": "full"},
+        "every second": {"activation_checkpointing": 2},
+        "selective": {"activation_checkpointing": "selective"},
+        "compiled": {"compile": True},
+        "compiled selective": {"compile": True, "activation_checkpointing": "selective"},
+    }
+    engines = ("ddp", "zero1", "zero2", "zero3")
+    names = [f"transformer/fp32/ddp/{how}" for how in hows]
+    names += [f"stack/fp32/{how}" for how in ("ddp/plain", "zero3/full", "zero3/selective")]
+    names += [f"transformer/fp32/{engine}/full" for engine in engines[1:]]
+    names += [f"transformer/fp32/{engine}/selective" for engine in engines[1:]]
+    names += [f"transformer/fp32/{engine}/compiled" for engine in engines[1:3]]
+    names += [f"transformer/bf16/{engine}/selective" for engine in engines]
+    names += [f"transformer/bf16/{engine}/compiled selective" for engine in ("ddp", "zero2")]
+    cases = {}
+    for name in names:
+        model, precision, engine, how = name.split("/")
+        case = {"run": "exact", "model": model, "precision": precision, "micro_batch": 4}
+        case |= {"kept_whole": 0} if engine == "zero3" else {}
+        case |= {"dropout": 0.2} if model == "transformer" else {}
+        cases[f"layers/{name}"] = case | {"steps": 4} | ENGINES[engine] | hows[how]
+    return cases
+
+
+LAYERS = _layers()
 # 20 samples a step in pieces of 5: the same pieces on one rank and on two
 DROPOUT = {
     "run": "exact",
@@ -156,8 +185,10 @@ CASES = {
     2: _curves(2)
     | _in_use(2)
     | _deeds()
+    | LAYERS
     | {name: case for name, case in DROPOUTS.items() if "/2/" in name},
 }
+
 SAVED = {"ddp": 1, "zero3": 1, "zero2": 2, "zero3-offload": 2}  # engine → ranks it is saved on
 
 
@@ -196,7 +227,8 @@ def selected_cases(items: list[pytest.Item]) -> set[str]:
         for value in item.callspec.params.values():
             names.update([value] if isinstance(value, str) else value)
     saves = {f"save/{name.split('/')[1]}" for name in names if name.startswith("go_on/")}
-    return names | saves
+    compared = {f"layers/{name.split('/')[1]}/fp32/ddp/plain" for name in names & set(LAYERS)}
+    return names | saves | compared
 
 
 def run_cases(world: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -461,6 +493,18 @@ def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_sam
     curves = [[line["loss"] for line in results[name]["lines"]] for name in names]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_or_computed_again_the_curve_is_the_same(name: str, results: Results) -> None:
+    _, model, precision, _, _ = name.split("/")
+    plain = results[f"layers/{model}/fp32/ddp/plain"]["lines"]
+    lines = results[name]["lines"]
+    tolerance = TOLERANCE[precision]
+    losses = [line["loss"] for line in plain]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=tolerance)
+    norms = [line["grad_norm"] for line in plain]
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=10 * tolerance)
 
 
 STARTS = {

@@ -280,3 +280,18 @@ def test_recipes_and_schema_print(tmp_path: Path) -> None:
     listed = bigtrain("recipes", cwd=tmp_path).stdout
     assert all(name in listed for name in shipped_recipes())
     assert '"engine"' in bigtrain("schema", cwd=tmp_path).stdout
+
+
+def test_true_and_false_of_earlier_versions_are_full_and_none(tmp_path: Path) -> None:
+    texts = {"true": "full", "false": "none", "2": 2, "selective": "selective", "auto": "auto"}
+    for text, expected in texts.items():
+        recipe = load_recipe("diabetes", [f"engine.activation_checkpointing={text}"]).recipe
+        assert recipe.engine.activation_checkpointing == expected
+    new = load_recipe("diabetes", ["engine.activation_checkpointing=full"]).recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(new).replace("checkpointing: full", "checkpointing: true"))
+    assert load_recipe(path).recipe == new
+    for wrong in ("0", "half", "1.5", "null"):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("diabetes", [f"engine.activation_checkpointing={wrong}"])
+        assert "expected 'none', 'full' or 'selective' or " in str(caught.value)

@@ -92,7 +92,7 @@ def make_engine(kind: type[DDPEngine], columns: int, rank: int = 0, world_size: 
     accelerator = SimpleNamespace(
         process_index=rank, num_processes=world_size, device=torch.device("cpu")
     )
-    plan = Plan("ddp", "none", "fp32", world_size, 8, 8, False, False)
+    plan = Plan("ddp", "none", "fp32", world_size, 8, 8, "none", False)
     Engine.__init__(engine, plan, accelerator, clip_norm=0.0)
     torch.manual_seed(rank)
     engine.module = nn.Linear(columns, 4, bias=False)

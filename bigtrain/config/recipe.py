@@ -5,7 +5,7 @@ Frozen once loaded. A number derived from it belongs into the plan (engine/plan.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bigtrain.config.task_specs import TASK_SPECS, MetricName, TaskName
 
@@ -14,6 +14,16 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # What a line for sbatch may contain: nothing that could end the line, the word or a quotation.
 SlurmValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;@%/+=&|*?~()\[\]-]+$")]
+
+
+def _without_booleans(value: Any) -> Any:
+    """Recipes of earlier versions have true and false."""
+    if isinstance(value, bool):
+        return "full" if value else "none"
+    return value
+
+
+Checkpointing = Literal["none", "full", "selective"] | PositiveInt
 
 
 class Section(BaseModel):
@@ -178,10 +188,16 @@ class EngineConfig(Section):
     micro_batch: PositiveInt | Literal["auto"] = Field(
         default="auto", description="samples per rank and forward pass; auto: about 16k tokens"
     )
-    activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="recompute activations in the backward pass; auto: off"
+    activation_checkpointing: Annotated[
+        Checkpointing | Literal["auto"], BeforeValidator(_without_booleans)
+    ] = Field(
+        default="auto",
+        description="compute activations again in the backward pass: of each repeated layer"
+        " (`full`), of every N-th, or of each but for its products (`selective`); auto: none",
     )
-    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile; auto: off")
+    compile: bool | Literal["auto"] = Field(
+        default="auto", description="torch.compile, of each repeated layer; auto: off"
+    )
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":

@@ -100,8 +100,7 @@ def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> Tok
     ]
     if not TASK_SPECS[recipe.task].is_packed:
         made_from.append(recipe.data.seq_len)  # texts are stored as they were cut
-    root = Path(os.environ.get("BIGTRAIN_CACHE") or Path.home() / ".cache" / "bigtrain")
-    folder = root / "tokens" / blake3(json.dumps(made_from).encode()).hexdigest()[:32]
+    folder = cache_root() / "tokens" / blake3(json.dumps(made_from).encode()).hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "meta.json").is_file():
@@ -115,6 +114,11 @@ def open_cache(recipe: Recipe, source: Source, evaluation: Source | None) -> Tok
                 shutil.rmtree(building, ignore_errors=True)
     meta = json.loads((folder / "meta.json").read_text())
     return TokenCache(folder, meta, load_tokenizer(str(folder / "tokenizer")))
+
+
+def cache_root() -> Path:
+    """Where everything is kept that can be made again; no run needs it."""
+    return Path(os.environ.get("BIGTRAIN_CACHE") or Path.home() / ".cache" / "bigtrain")
 
 
 def _tokenizer_spec(recipe: Recipe) -> str | dict[str, Any]:

@@ -7,7 +7,7 @@ Each part counts as much as its samples do, so the loss does not depend on the c
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
-from bigtrain.config.recipe import EngineConfig
+from bigtrain.config.recipe import Checkpointing, EngineConfig
 from bigtrain.errors import RequestError
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3"]
@@ -31,7 +31,7 @@ class Plan:
     world_size: int  # processes
     global_batch: int  # samples per optimizer step, over all ranks
     micro_batch: int  # samples per rank and forward pass, at most
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     compile: bool
 
     @property
@@ -144,8 +144,10 @@ def make_plan(
         world_size=world_size,
         global_batch=global_batch,
         micro_batch=min(micro_batch, share),
-        activation_checkpointing=decide("activation_checkpointing", False, "off by default"),
-        compile=decide("compile", False, "off by default"),
+        activation_checkpointing=decide("activation_checkpointing", "none", "off by default"),
+        compile=decide(
+            "compile", False, "on CPUs it costs half a minute, and saves a tenth of each step"
+        ),
     )
     return plan, origins
 

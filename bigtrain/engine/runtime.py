@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bigtrain.engine.plan import Plan
+from bigtrain.engine.repeated_layers import checkpoint_layers, compile_layers
 from bigtrain.errors import RequestError
 
 
@@ -74,7 +75,7 @@ def cores_per_rank() -> int:
 def silence_libraries() -> None:
     """Silence what means nothing to a user; warnings about the user's own code still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("accelerate", "DeepSpeed", "torch.distributed"):
+    for name in ("accelerate", "DeepSpeed", "torch.distributed", "torch._higher_order_ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("deepspeed", "accelerate", "torch", "transformers", "torchmetrics"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
@@ -144,8 +145,10 @@ def explain_out_of_memory(problem: torch.OutOfMemoryError, plan: Plan) -> tuple[
     remedies = []
     if plan.micro_batch > 1:
         remedies.append(f"engine.micro_batch={plan.micro_batch // 2}")
-    if not plan.activation_checkpointing:
-        remedies.append("engine.activation_checkpointing=true")
+    if plan.activation_checkpointing == "none":
+        remedies.append("engine.activation_checkpointing=selective")
+    if plan.activation_checkpointing != "full":
+        remedies.append("engine.activation_checkpointing=full")
     if plan.kind != "zero3":
         remedies.append("engine.kind=zero3")
     remedies.append("a smaller model, or more ranks")
@@ -171,18 +174,15 @@ def prefer_channels_last(model: nn.Module, device: torch.device) -> bool:
 def apply_compute_options(model: Any, plan: Plan) -> None:
     """Activation checkpointing and compilation, as the plan has them.
 
-    Raises RequestError for a model without activation checkpointing.
+    Raises RequestError for activation checkpointing of a model without repeated layers.
     """
-    if plan.activation_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise RequestError(
-                f"engine.activation_checkpointing: {type(model).__name__} does not support it",
-                "a transformers model",
-                "engine.activation_checkpointing=false",
-            )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if hasattr(model, "config") and hasattr(model.config, "use_cache"):
-        # Keys and values kept for generation would only cost memory.
-        model.config.use_cache = False
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            # Keys and values kept for generation would only cost memory, and a layer that is
+            # computed again would add its own a second time.
+            config.use_cache = False
+    if plan.activation_checkpointing != "none":
+        checkpoint_layers(model, plan.activation_checkpointing)
     if plan.compile:
-        model.compile()
+        compile_layers(model)

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from bigtrain.data.token_cache import cache_root
 from bigtrain.engine.base import Engine
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import DeepSpeedEngine
@@ -24,6 +25,9 @@ def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_nor
     """
     silence_libraries()
     set_arithmetic(device, plan)
+    if plan.compile:
+        # torch's own place is in /tmp, which a restart on another machine does not find.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     if device.kind == "cpu":
         keep_freed_memory()

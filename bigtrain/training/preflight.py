@@ -81,8 +81,8 @@ def try_forward(engine: Engine, task: Task) -> float:
     model_name = type(engine.module).__name__
     engine.model.eval()
     try:
-        with torch.no_grad(), engine.autocast():
-            with flop_counter() as counted, _without_compiling(engine):
+        with torch.no_grad(), engine.autocast(), _without_compiling(engine):
+            with flop_counter() as counted:
                 task.loss_sum(engine.model, batch)
             looks_ahead = task.spec.is_packed and _looks_ahead(engine, task, batch)
     except RequestError:
@@ -126,7 +126,10 @@ def _probe_batch(engine: Engine, task: Task) -> dict[str, Tensor]:
 
 
 def _without_compiling(engine: Engine) -> contextlib.AbstractContextManager[object]:
-    """A context in which the model is not compiled: what is compiled cannot be counted."""
+    """A context in which the model is not compiled.
+
+    What is compiled cannot be counted; and it would be compiled for these shapes of batch first.
+    """
     if engine.plan.compile:
         return torch.compiler.set_stance("force_eager")
     # set_stance imports torch._dynamo, which takes seconds.
