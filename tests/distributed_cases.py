@@ -12,17 +12,20 @@ import shutil
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
 from bigtrain.checkpoint.reader import load_checkpoint
@@ -382,6 +385,84 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class HostCopies(TorchFunctionMode):
+    """Counts tensors that are sent to the host and waited for."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.cpu
+        return func(*args, **(kwargs or {}))
+
+
+class StandInStream:
+    """Stands in for CUDA's streams and events; counts how often the host waits for one.
+
+    (Never `query` without a result: the caller then waits.)
+    """
+
+    waits = 0
+
+    def __call__(self, *_: Any, **__: Any) -> "StandInStream":
+        return StandInStream()
+
+    def synchronize(self, *_: Any) -> None:
+        StandInStream.waits += 1
+
+    def query(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wait_stream", "wait_event", "record", "record_event"):
+            return lambda *_: None
+        raise AttributeError(name)
+
+
+@contextlib.contextmanager
+def deepspeed_as_on_cuda() -> Iterator[None]:
+    """Let DeepSpeed do as on a device that runs behind the host: streams, events and waits."""
+    from deepspeed.accelerator import get_accelerator
+
+    stand_in = StandInStream()
+    with ExitStack() as patches:
+        of_cpu = patch.multiple(
+            type(get_accelerator()),
+            is_synchronized_device=lambda _self: False,
+            synchronize=lambda _self, *_: stand_in.synchronize(),
+            current_stream=lambda _self, *_: stand_in,
+            default_stream=lambda _self, *_: stand_in,
+            Stream=stand_in,
+            Event=stand_in,
+        )
+        patches.enter_context(of_cpu)
+        patches.enter_context(patch.object(torch.Tensor, "record_stream", lambda *_: None))
+        yield
+
+
+def run_waits(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """How often the host waits for the device in a step that logs nothing.
+
+    The numbers of the step before, which the loop takes from an event, are not among them.
+    """
+    with deepspeed_as_on_cuda():
+        training, _ = build(case)
+        num_targets = training.task.num_targets
+
+        def counted_on_the_host(batch: dict[str, Tensor]) -> int:
+            with _disable_current_modes():
+                return num_targets(batch)
+
+        training.task.num_targets = counted_on_the_host  # type: ignore[method-assign]
+        settings = training.recipe.train.model_copy(update={"log_every": 100})
+        training.recipe = training.recipe.model_copy(update={"train": settings})
+        train_step(training)  # the first one makes what the others use
+        train_step(training)
+        StandInStream.waits = 0
+        with HostReads() as reads, HostCopies() as copies:
+            train_step(training)
+    return {"reads": reads.count + copies.count, "synchronisations": StandInStream.waits}
+
+
 def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seven steps, the second not finite, with a line of metrics every step, then every third.
 
@@ -587,6 +668,7 @@ RUN = {
     "resume": run_resume,
     "skip": run_skip,
     "lazy": run_lazy,
+    "waits": run_waits,
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
     "rates": run_rates,

@@ -146,8 +146,24 @@ DROPOUTS = {
     f"dropout/{n}/{kind}": DROPOUT | {"kind": kind}
     for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
 }
+# How often the host waits in a quiet step with three micro-batches: a number only goes down.
+HOST_WAITS = json.loads((Path(__file__).parent / "host_waits.json").read_text())
+
+
+def _waits() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for name in HOST_WAITS:
+        model, engine, precision = name.split("/")
+        case = {"run": "waits", "model": model, "precision": precision, "micro_batch": MICRO[1][3]}
+        cases[f"waits/{name}"] = case | ENGINES[engine]
+    return cases
+
+
 CASES = {
-    1: _curves(1) | _in_use(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
+    1: _curves(1)
+    | _in_use(1)
+    | _waits()
+    | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
     2: _curves(2)
     | _in_use(2)
     | _deeds()
@@ -394,6 +410,13 @@ def test_a_step_that_logs_nothing_changes_nothing_and_does_not_wait(
         assert found["reads"][1:] == [0] * 3, (
             "beyond the first step, in which the data loader draws its seed"
         )
+
+
+@pytest.mark.parametrize("name", _waits())
+def test_the_host_waits_no_more_often_than_it_did(name: str, results: Results) -> None:
+    assert results[name] == HOST_WAITS[name.removeprefix("waits/")], (
+        "more: something new waits for the device; fewer: write it into tests/host_waits.json"
+    )
 
 
 SPIKES = {
