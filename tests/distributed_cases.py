@@ -175,6 +175,7 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
                 "precision": case["precision"],
                 "global_batch": case.get("global_batch", GLOBAL_BATCH),
                 "micro_batch": case["micro_batch"],
+                "reduce_dtype": case.get("reduce_dtype", "fp32"),
             },
             "train": {"steps": case.get("steps", 8)},
         }

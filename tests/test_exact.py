@@ -109,6 +109,8 @@ def _deeds() -> dict[str, dict[str, Any]]:
     for engine in ("ddp", "zero1", "zero2", "zero3"):
         case = {"run": "rates", "model": "twice", "precision": "fp32", "micro_batch": 4}
         cases[f"rates/{engine}"] = case | ENGINES[engine]
+    case = {"run": "exact", "model": "transformer", "precision": "fp32", "micro_batch": 3}
+    cases["reduce in bf16"] = case | {"kind": "ddp", "reduce_dtype": "bf16"}
     sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
     cases["sabotage"] = sabotage | ENGINES["zero3"]
     cases["last_rank_fails"] = {"run": "last_rank_fails"}
@@ -325,6 +327,15 @@ def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(name: str, results
     losses, norms, _ = reference("cnn", name.split("/")[1], 1e-3)
     assert [line["loss"] for line in results[name]["lines"]] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in results[name]["lines"]] == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["reduce in bf16"])
+def test_gradients_that_ranks_send_in_bf16_are_bf16s(name: str, results: Results) -> None:
+    losses, norms, _ = reference("transformer")
+    lines = results[name]["lines"]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=TOLERANCE["bf16"])
+    found = [line["grad_norm"] for line in lines]
+    assert found == pytest.approx(norms, rel=5e-2) and found != pytest.approx(norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["last_rank_fails"])

@@ -51,6 +51,7 @@ from bigtrain.training.evaluation import evaluate
 from bigtrain.training.loop import train
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.preflight import (
+    check_host_memory,
     refuse_different_ranks,
     refuse_unusable_trackers,
     try_forward,
@@ -110,6 +111,7 @@ def run_recipe(
         make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
         engine.prepare(model, make)
         refuse_different_ranks(engine, task)
+        prepared.notes.extend(check_host_memory(engine, recipe.optim))
         flops = try_forward(engine, task)
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
@@ -125,7 +127,6 @@ def run_recipe(
             settings |= with_origin("where it runs", provenance())
         tracker = _start_tracking(recipe, engine, task, run, settings, resume, screen)
         _report_start(tracker, engine, task, settings, resume, changes)
-
         flops_per_target = settings["flops_per_unit"]["value"]
         ctx = build_training(
             recipe=recipe,
@@ -219,7 +220,7 @@ def _plan_engine(
         recipe.engine,
         world_from_environment()[1],
         len(prepared.train),
-        prepared.tokens_per_sample,
+        prepared.cost_on(device.kind),
         device.bf16_is_fast,
         launcher,
     )
