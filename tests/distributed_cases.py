@@ -9,12 +9,16 @@ import importlib
 import io
 import json
 import shutil
+import statistics
 import sys
+import time
 import traceback
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,42 +119,80 @@ MODELS: dict[str, dict[str, Any]] = {
     "twice": {"name": "distributed_cases:Twice"},
 }
 MIXED = {"name": "distributed_cases:Mixed"}
+# Beside those above in make gpu alone: both have buffers, and the second's BatchNorm sees the cut.
+ON_GPUS: dict[str, dict[str, Any]] = {
+    "bert": {
+        "name": "bert",
+        "args": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        "dropout": 0.0,
+    },
+    "resnet": {
+        "name": "resnet",
+        "args": {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        },
+    },
+}
+TASK_OF = {
+    "cnn": "image_classification",
+    "resnet": "image_classification",
+    "bert": "text_classification",
+}
 
 
 class Memory:
     """Examples made from a rule, of uneven lengths."""
 
     def __init__(self, model: str) -> None:
-        self.image = model == "cnn"
+        self.task = TASK_OF.get(model, "causal_lm")
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __getitem__(self, index: int) -> Example:
         draw = np.random.default_rng(index)
-        if self.image:
+        if self.task == "image_classification":
             return {
                 "image": torch.from_numpy(draw.normal(size=(1, 8, 8)).astype(np.float32)),
                 "label": index % 10,
             }
-        return {"tokens": draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)}
+        tokens = draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)
+        if self.task == "text_classification":
+            return {"text": tokens, "label": index % 10}
+        return {"tokens": tokens}
 
 
 def data_for(model: str) -> PreparedData:
     examples = Memory(model)
-    if model == "cnn":
+    classes = [str(i) for i in range(10)]
+    if examples.task == "image_classification":
         seen = {"image_mean": [0.0], "image_std": [1.0]}
         return PreparedData(
             examples,
             examples,
             1,
-            classes=[str(i) for i in range(10)],
+            classes=classes,
             image=(1, 8, 8),
             preprocessing=seen,
         )
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     return PreparedData(
-        examples, examples, 16, tokenizer=tokenizer, vocab_size=VOCABULARY, eval_bytes=1000
+        examples,
+        examples,
+        16,
+        tokenizer=tokenizer,
+        vocab_size=VOCABULARY,
+        eval_bytes=1000,
+        classes=classes,
     )
 
 
@@ -158,8 +200,8 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "exact",
-            "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
-            "model": MODELS.get(case["model"], MIXED)
+            "task": TASK_OF.get(case["model"], "causal_lm"),
+            "model": (MODELS | ON_GPUS).get(case["model"], MIXED)
             | ({"dropout": case["dropout"]} if "dropout" in case else {}),
             "data": {"train": "none", "seq_len": 32},
             "optim": {
@@ -176,6 +218,8 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
                 "global_batch": case.get("global_batch", GLOBAL_BATCH),
                 "micro_batch": case["micro_batch"],
                 "reduce_dtype": case.get("reduce_dtype", "fp32"),
+                "compile": case.get("compile", "auto"),
+                "activation_checkpointing": case.get("activation_checkpointing", "auto"),
             },
             "train": {"steps": case.get("steps", 8)},
         }
@@ -296,10 +340,17 @@ def go_on(training: TrainContext, path: Path) -> str:
 def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train; losses and norms, and an evaluation where one is asked for."""
     training, collect = build(case)
+    if training.engine.device.type == "cuda":
+        gc.collect()  # what earlier cases have left
+        torch.cuda.empty_cache()
+        training.engine.reset_peak_memory()
+    ends = []
     for _ in range(training.recipe.train.steps):
         train_step(training)
+        ends.append(time.perf_counter())
     return {
         "lines": collect.lines,
+        "seconds": statistics.median(after - before for before, after in pairwise(ends)),
         "eval": evaluate(training.engine, training.task) if case.get("evaluate") else None,
         "accumulation": training.engine.plan.accumulation,
         "peak_memory": training.engine.peak_memory(),
@@ -445,6 +496,8 @@ def run_waits(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     The numbers of the step before, which the loop takes from an event, are not among them.
     """
+    if case.get("device") == "cuda":
+        return run_waits_on_cuda(case)
     with deepspeed_as_on_cuda():
         training, _ = build(case)
         num_targets = training.task.num_targets
@@ -462,6 +515,22 @@ def run_waits(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         with HostReads() as reads, HostCopies() as copies:
             train_step(training)
     return {"reads": reads.count + copies.count, "synchronisations": StandInStream.waits}
+
+
+def run_waits_on_cuda(case: dict[str, Any]) -> dict[str, Any]:
+    """The same as torch itself sees it: what it warns of, with the place of each."""
+    training, _ = build(case)
+    settings = training.recipe.train.model_copy(update={"log_every": 100})
+    training.recipe = training.recipe.model_copy(update={"train": settings})
+    for _ in range(3):
+        train_step(training)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train_step(training)
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits)
+    return {"places": dict(places)}
 
 
 def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
