@@ -49,7 +49,7 @@ reference: .venv/installed-dev  ## docs/recipe.md, from the recipe's schema
 golden: .venv/installed-dev  ## write down the numbers of runs that tests/test_golden.py compares with
 	$(BIN)/python tests/test_golden.py
 
-gpu: .venv/installed-dev  ## the engines on CUDA; prints a table of losses and peak memory
+gpu: .venv/installed-dev  ## all of CUDA in ten minutes; prints a table and writes benchmarks/gpu.json
 	$(BIN)/python -m pytest -m gpu -s
 
 .venv/installed: pyproject.toml constraints.txt

@@ -9,21 +9,27 @@ import importlib
 import io
 import json
 import shutil
+import statistics
 import sys
 import time
 import traceback
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial, partialmethod
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
 from bigtrain.checkpoint.reader import load_checkpoint
@@ -149,42 +155,80 @@ OTHER_MODELS = {
     "mixed": {"name": "distributed_cases:Mixed"},
     "stack": {"name": "distributed_cases:Stack"},
 }
+# Beside those above in make gpu alone: both have buffers, and the second's BatchNorm sees the cut.
+ON_GPUS: dict[str, dict[str, Any]] = {
+    "bert": {
+        "name": "bert",
+        "args": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        "dropout": 0.0,
+    },
+    "resnet": {
+        "name": "resnet",
+        "args": {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        },
+    },
+}
+TASK_OF = {
+    "cnn": "image_classification",
+    "resnet": "image_classification",
+    "bert": "text_classification",
+}
 
 
 class Memory:
     """Examples made from a rule, of uneven lengths."""
 
     def __init__(self, model: str) -> None:
-        self.image = model == "cnn"
+        self.task = TASK_OF.get(model, "causal_lm")
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __getitem__(self, index: int) -> Example:
         draw = np.random.default_rng(index)
-        if self.image:
+        if self.task == "image_classification":
             return {
                 "image": torch.from_numpy(draw.normal(size=(1, 8, 8)).astype(np.float32)),
                 "label": index % 10,
             }
-        return {"tokens": draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)}
+        tokens = draw.integers(2, VOCABULARY, size=5 + index % 23).astype(np.int64)
+        if self.task == "text_classification":
+            return {"text": tokens, "label": index % 10}
+        return {"tokens": tokens}
 
 
 def data_for(model: str) -> PreparedData:
     examples = Memory(model)
-    if model == "cnn":
+    classes = [str(i) for i in range(10)]
+    if examples.task == "image_classification":
         seen = {"image_mean": [0.0], "image_std": [1.0]}
         return PreparedData(
             examples,
             examples,
             1,
-            classes=[str(i) for i in range(10)],
+            classes=classes,
             image=(1, 8, 8),
             preprocessing=seen,
         )
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     return PreparedData(
-        examples, examples, 16, tokenizer=tokenizer, vocab_size=VOCABULARY, eval_bytes=1000
+        examples,
+        examples,
+        16,
+        tokenizer=tokenizer,
+        vocab_size=VOCABULARY,
+        eval_bytes=1000,
+        classes=classes,
     )
 
 
@@ -192,8 +236,8 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "exact",
-            "task": "image_classification" if case["model"] == "cnn" else "causal_lm",
-            "model": (MODELS | OTHER_MODELS)[case["model"]]
+            "task": TASK_OF.get(case["model"], "causal_lm"),
+            "model": (MODELS | OTHER_MODELS | ON_GPUS)[case["model"]]
             | ({"dropout": case["dropout"]} if "dropout" in case else {}),
             "data": {"train": "none", "seq_len": 32},
             "optim": {
@@ -209,8 +253,9 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
                 "precision": case["precision"],
                 "global_batch": case.get("global_batch", GLOBAL_BATCH),
                 "micro_batch": case["micro_batch"],
-                "activation_checkpointing": case.get("activation_checkpointing", "none"),
-                "compile": case.get("compile", False),
+                "reduce_dtype": case.get("reduce_dtype", "fp32"),
+                "compile": case.get("compile", "auto"),
+                "activation_checkpointing": case.get("activation_checkpointing", "auto"),
             },
             "train": {"steps": case.get("steps", 8)},
         }
@@ -340,10 +385,17 @@ def go_on(training: TrainContext, path: Path) -> str:
 def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train; losses and norms, and an evaluation where one is asked for."""
     training, collect = build(case)
+    if training.engine.device.type == "cuda":
+        gc.collect()  # what earlier cases have left
+        torch.cuda.empty_cache()
+        training.engine.reset_peak_memory()
+    ends = []
     for _ in range(training.recipe.train.steps):
         train_step(training)
+        ends.append(time.perf_counter())
     return {
         "lines": collect.lines,
+        "seconds": statistics.median(after - before for before, after in pairwise(ends)),
         "eval": evaluate(training.engine, training.task) if case.get("evaluate") else None,
         "accumulation": training.engine.plan.accumulation,
         "peak_memory": training.engine.peak_memory(),
@@ -429,6 +481,102 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts tensors that are sent to the host and waited for."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.cpu
+        return func(*args, **(kwargs or {}))
+
+
+class StandInStream:
+    """Stands in for CUDA's streams and events; counts how often the host waits for one.
+
+    (Never `query` without a result: the caller then waits.)
+    """
+
+    waits = 0
+
+    def __call__(self, *_: Any, **__: Any) -> "StandInStream":
+        return StandInStream()
+
+    def synchronize(self, *_: Any) -> None:
+        StandInStream.waits += 1
+
+    def query(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wait_stream", "wait_event", "record", "record_event"):
+            return lambda *_: None
+        raise AttributeError(name)
+
+
+@contextlib.contextmanager
+def deepspeed_as_on_cuda() -> Iterator[None]:
+    """Let DeepSpeed do as on a device that runs behind the host: streams, events and waits."""
+    from deepspeed.accelerator import get_accelerator
+
+    stand_in = StandInStream()
+    with ExitStack() as patches:
+        of_cpu = patch.multiple(
+            type(get_accelerator()),
+            is_synchronized_device=lambda _self: False,
+            synchronize=lambda _self, *_: stand_in.synchronize(),
+            current_stream=lambda _self, *_: stand_in,
+            default_stream=lambda _self, *_: stand_in,
+            Stream=stand_in,
+            Event=stand_in,
+        )
+        patches.enter_context(of_cpu)
+        patches.enter_context(patch.object(torch.Tensor, "record_stream", lambda *_: None))
+        yield
+
+
+def run_waits(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """How often the host waits for the device in a step that logs nothing.
+
+    The numbers of the step before, which the loop takes from an event, are not among them.
+    """
+    if case.get("device") == "cuda":
+        return run_waits_on_cuda(case)
+    with deepspeed_as_on_cuda():
+        training, _ = build(case)
+        num_targets = training.task.num_targets
+
+        def counted_on_the_host(batch: dict[str, Tensor]) -> int:
+            with _disable_current_modes():
+                return num_targets(batch)
+
+        training.task.num_targets = counted_on_the_host  # type: ignore[method-assign]
+        settings = training.recipe.train.model_copy(update={"log_every": 100})
+        training.recipe = training.recipe.model_copy(update={"train": settings})
+        train_step(training)  # the first one makes what the others use
+        train_step(training)
+        StandInStream.waits = 0
+        with HostReads() as reads, HostCopies() as copies:
+            train_step(training)
+    return {"reads": reads.count + copies.count, "synchronisations": StandInStream.waits}
+
+
+def run_waits_on_cuda(case: dict[str, Any]) -> dict[str, Any]:
+    """The same as torch itself sees it: what it warns of, with the place of each."""
+    training, _ = build(case)
+    settings = training.recipe.train.model_copy(update={"log_every": 100})
+    training.recipe = training.recipe.model_copy(update={"train": settings})
+    for _ in range(3):
+        train_step(training)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train_step(training)
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits)
+    return {"places": dict(places)}
 
 
 def run_lazy(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -658,6 +806,7 @@ RUN = {
     "skip": run_skip,
     "lazy": run_lazy,
     "parts": run_parts,
+    "waits": run_waits,
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
     "rates": run_rates,

@@ -1,5 +1,6 @@
 """What is decided and placed for CUDA, without a device: stand-ins, patches and fake tensors."""
 
+import math
 import os
 import signal
 import subprocess
@@ -24,10 +25,12 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from bigtrain import __main__ as command
 from bigtrain.config.loader import load_recipe
-from bigtrain.config.recipe import EngineConfig, ModelConfig
+from bigtrain.config.recipe import EngineConfig, ModelConfig, OptimConfig
+from bigtrain.data.examples import PreparedData
 from bigtrain.doctor import examine as doctor
 from bigtrain.doctor.checks import _check_cores
 from bigtrain.engine import deepspeed as deepspeed_engine
+from bigtrain.engine import start
 from bigtrain.engine.ddp import DDPEngine
 from bigtrain.engine.deepspeed import DeepSpeedEngine, _take_visible_device
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
@@ -51,10 +54,12 @@ from bigtrain.runs.directory import RunDir
 from bigtrain.runs.step_shares import STEP_PARTS, column_of
 from bigtrain.tasks.registry import TASKS
 from bigtrain.testing import resume_proof
+from bigtrain.training import preflight
 from bigtrain.training import run as assembly
 from bigtrain.training import watchdog as watchdog_module
 from bigtrain.training.context import StepNumbers
 from bigtrain.training.loop import train_step
+from bigtrain.training.optimizers import make_optimizer, states_per_parameter
 from bigtrain.training.preflight import try_forward
 from bigtrain.training.settings import _unused
 from bigtrain.training.watchdog import RankPosition, Watchdog
@@ -651,6 +656,115 @@ def test_compile_is_refused_under_zero3(settings: dict[str, Any]) -> None:
         refusal = pytest.raises(RequestError, match="compile is true") if compiled is True else None
         with refusal or nullcontext():
             make_plan(engine, 1, 100, 1, bf16_is_fast=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        ({}, ["expandable_segments:True"]),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, []),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, []),
+    ],
+)
+def test_cuda_memory_grows_in_place_unless_the_user_says_otherwise(
+    environment: dict[str, str], asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[str] = []
+    assert torch._C._accelerator_setAllocatorSettings("expandable_segments:True") is None
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    monkeypatch.setattr(start, "set_arithmetic", lambda *_: None)
+    monkeypatch.setattr(start, "DDPEngine", MagicMock())
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingFailed):  # the stand-in is no engine
+        start.start_engine(small_plan(), Device("cuda", True), {}, 0.0)
+    assert settings == asked
+
+
+OPTIMIZERS = [{"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0.9}]
+OPTIMIZERS += [{"name": "rmsprop", "momentum": 0.9}, {"name": "adagrad"}]
+
+
+def engine_of(model: nn.Module, optim: OptimConfig, device: str, **settings: Any) -> Any:
+    engine = engine_on(device)
+    engine.plan = small_plan(**settings)
+    engine.rank, engine.world_size, engine.main = 0, 1, True
+    engine.module, engine._host = model, {}
+    engine.optimizer = make_optimizer(model, optim, lambda parameter: tuple(parameter.shape))
+    return engine
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS)
+def test_what_a_checkpoint_takes_of_host_memory_is_known_before_training(
+    settings: dict[str, Any],
+) -> None:
+    optim = OptimConfig(**settings)
+    model = MLP(12, 10)
+    engine = engine_of(model, optim, "cpu")
+    expected = engine.snapshot_bytes(states_per_parameter(optim))
+    model(features=torch.randn(4, 12)).sum().backward()
+    engine.optimizer.step()
+    copied = [tensor for name, tensor in engine.snapshot().items() if not name.endswith("scalar")]
+    assert sum(tensor.nbytes for tensor in copied) == expected
+
+
+def test_pinned_blocks_are_powers_of_two_and_offloaded_state_is_not_pinned() -> None:
+    model = nn.Linear(1000, 1)  # 4,000 and 4 bytes
+    optim = OptimConfig(name="adamw")
+    assert engine_of(model, optim, "cuda").snapshot_bytes(2) == 3 * (4096 + 4)
+    assert engine_of(model, optim, "cuda", offload="optimizer").snapshot_bytes(2) == 3 * 4004
+
+
+@pytest.mark.parametrize(
+    ("available", "total", "outcome"),
+    [(200, 300, ""), (100, 300, "note"), (100, 150, "refused")],
+)
+def test_checkpoints_that_do_not_fit_a_machines_memory_are_named_before_training(
+    available: int, total: int, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(available=available << 30, total=total << 30)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory)
+    engine: Any = SimpleNamespace(snapshot_bytes=lambda _states: 99 << 30)
+    others = [("other", 99 << 30)]
+    engine.gather = lambda mine: [mine, mine, *others]  # two ranks on this machine, one elsewhere
+    if outcome == "refused":
+        with pytest.raises(RequestError, match=r"198\.0 GiB on .* has 150\.0"):
+            preflight.check_host_memory(engine, OptimConfig())
+        return
+    notes = preflight.check_host_memory(engine, OptimConfig())
+    assert len(notes) == (outcome == "note")
+    assert all("198.0 GiB" in note and "100.0 are free" in note for note in notes)
+
+
+@pytest.mark.parametrize("settings", [{"kind": "zero1"}, {"offload": "optimizer"}])
+def test_gradients_in_bf16_between_ranks_are_refused_under_zero(settings: dict[str, Any]) -> None:
+    engine = EngineConfig(reduce_dtype="bf16", **settings)
+    with pytest.raises(RequestError, match=r"reduce_dtype is bf16, but zero[12]"):
+        make_plan(engine, 2, 100, 1, bf16_is_fast=True)
+    plan, _ = make_plan(EngineConfig(reduce_dtype="bf16"), 2, 100, 1, bf16_is_fast=True)
+    assert plan.reduce_dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("image", "samples", "device", "micro_batch"),
+    [
+        ((3, 224, 224), 1024, "cuda", 256),
+        ((3, 224, 224), 1024, "cpu", 6),
+        ((3, 32, 32), 4096, "cuda", 4096),
+        ((1, 8, 8), 64, "cuda", 64),
+        (None, 64, "cuda", 8),
+    ],
+)
+def test_a_gpu_is_given_as_many_images_as_keep_it_busy(
+    image: Any, samples: int, device: str, micro_batch: int
+) -> None:
+    elements = math.prod(image) if image else 64 * 2048
+    prepared = PreparedData([], [], elements // 64 + (image is not None), image=image)
+    engine = EngineConfig(global_batch=samples)
+    plan, _ = make_plan(engine, 1, samples, prepared.cost_on(device), bf16_is_fast=True)
+    assert plan.micro_batch == micro_batch
 
 
 @pytest.mark.parametrize(

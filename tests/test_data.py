@@ -3,6 +3,7 @@
 import json
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.datasets import load_breast_cancer, load_digits
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS, MetricName, TaskName, lower_is_better
+from bigtrain.data import loader as data_loader
 from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.datasets import prepare
 from bigtrain.data.loader import eval_batches, shifted, train_batches
@@ -135,6 +137,21 @@ def test_samples_of_a_step_do_not_depend_on_ranks_or_workers_or_where_one_starts
                 if micro_batch.has_samples:
                     seen[step] += labels
     assert seen == [samples_at(range((2 + s) * 10, (3 + s) * 10), 23, 5) for s in range(4)]
+
+
+@pytest.mark.parametrize(("micro_batch", "fetched"), [(1, 12), (5, 4)])
+def test_workers_fetch_a_whole_step_ahead(
+    micro_batch: int, fetched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def loader(*_: Any, **settings: Any) -> list[Any]:
+        asked.update(settings)
+        return [SimpleNamespace(batch={"labels": 0})] * 10
+
+    monkeypatch.setattr(data_loader, "DataLoader", loader)
+    assert len(next(stream(plan(1, 10, micro_batch), 0, 0, workers=2))) == 10 // micro_batch
+    assert asked["num_workers"] * asked["prefetch_factor"] == fetched
 
 
 def test_augmentation_depends_on_the_position_alone() -> None:

@@ -114,6 +114,8 @@ def _deeds() -> dict[str, dict[str, Any]]:
     for engine in ("ddp", "zero1", "zero2", "zero3"):
         case = {"run": "rates", "model": "twice", "precision": "fp32", "micro_batch": 4}
         cases[f"rates/{engine}"] = case | ENGINES[engine]
+    case = {"run": "exact", "model": "transformer", "precision": "fp32", "micro_batch": 3}
+    cases["reduce in bf16"] = case | {"kind": "ddp", "reduce_dtype": "bf16"}
     sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
     cases["sabotage"] = sabotage | ENGINES["zero3"]
     cases["last_rank_fails"] = {"run": "last_rank_fails"}
@@ -180,8 +182,24 @@ DROPOUTS = {
     f"dropout/{n}/{kind}": DROPOUT | {"kind": kind}
     for n, kind in ((1, "ddp"), (2, "ddp"), (2, "zero3"))
 }
+# How often the host waits in a quiet step with three micro-batches: a number only goes down.
+HOST_WAITS = json.loads((Path(__file__).parent / "host_waits.json").read_text())
+
+
+def _waits() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for name in HOST_WAITS:
+        model, engine, precision = name.split("/")
+        case = {"run": "waits", "model": model, "precision": precision, "micro_batch": MICRO[1][3]}
+        cases[f"waits/{name}"] = case | ENGINES[engine]
+    return cases
+
+
 CASES = {
-    1: _curves(1) | _in_use(1) | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
+    1: _curves(1)
+    | _in_use(1)
+    | _waits()
+    | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
     2: _curves(2)
     | _in_use(2)
     | _deeds()
@@ -348,6 +366,15 @@ def test_every_optimizer_with_l1_and_l2_is_exact_when_sharded(name: str, results
     assert [line["grad_norm"] for line in results[name]["lines"]] == pytest.approx(norms, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["reduce in bf16"])
+def test_gradients_that_ranks_send_in_bf16_are_bf16s(name: str, results: Results) -> None:
+    losses, norms, _ = reference("transformer")
+    lines = results[name]["lines"]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=TOLERANCE["bf16"])
+    found = [line["grad_norm"] for line in lines]
+    assert found == pytest.approx(norms, rel=5e-2) and found != pytest.approx(norms, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["last_rank_fails"])
 def test_a_case_that_fails_on_the_last_rank_alone_fails(name: str, results: Results) -> None:
     with pytest.raises(AssertionError, match="rank 1: "):
@@ -444,6 +471,13 @@ def test_where_a_step_went_is_seen_and_adds_up(name: str, results: Results) -> N
         assert all(line[column_of(part)] > 0 for part in ("forward", "backward", "optimizer"))
     assert max(line["seconds_communication"] for line in lines[1:]) > 0.04, (
         "rank 0 waits for the data of rank 1"
+    )
+
+
+@pytest.mark.parametrize("name", _waits())
+def test_the_host_waits_no_more_often_than_it_did(name: str, results: Results) -> None:
+    assert results[name] == HOST_WAITS[name.removeprefix("waits/")], (
+        "more: something new waits for the device; fewer: write it into tests/host_waits.json"
     )
 
 

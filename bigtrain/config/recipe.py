@@ -186,7 +186,9 @@ class EngineConfig(Section):
         description="samples per optimizer step on all ranks together; all: the whole training set",
     )
     micro_batch: PositiveInt | Literal["auto"] = Field(
-        default="auto", description="samples per rank and forward pass; auto: about 16k tokens"
+        default="auto",
+        description="samples per rank and forward pass; auto: about 16k tokens, or on a GPU 256"
+        " images of 224 × 224",
     )
     activation_checkpointing: Annotated[
         Checkpointing | Literal["auto"], BeforeValidator(_without_booleans)
@@ -197,6 +199,11 @@ class EngineConfig(Section):
     )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile, of each repeated layer; auto: off"
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="in which ranks send each other gradients under ddp; bf16: half the traffic,"
+        " and sums of 8 bits",
     )
 
     @model_validator(mode="after")

@@ -75,16 +75,21 @@ def train_batches(
 
     Endless. Raises TrainingFailed if no sample at all can be read.
     """
+    workers = recipe.data.workers
     loader = DataLoader(
         _MicroBatches(examples, recipe.seed, collate, recipe.data.augment),
         batch_size=None,
         sampler=_slices(layout, data_rank, first),
-        num_workers=recipe.data.workers,
-        persistent_workers=recipe.data.workers > 0,
+        num_workers=workers,
+        # Together they hold a whole step; torch's own 2 each may be a part of one.
+        prefetch_factor=max(2, layout.accumulation // workers + 1) if workers else None,
+        persistent_workers=workers > 0,
         worker_init_fn=_leave_signals_to_the_rank,
     )
     micro_batches = iter(loader)
     while True:
+        # All of a step's, because its first backward pass divides by the targets of all of them.
+        # Workers fetch them, and the host collates them, while the device is at the step before.
         of_step = [next(micro_batches) for _ in range(layout.accumulation)]
         for micro_batch in of_step:
             if not micro_batch.batch:

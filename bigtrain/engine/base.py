@@ -113,16 +113,35 @@ class Engine(ABC):
         read them back. The next snapshot overwrites this one.
         """
         cuda = self.device.type == "cuda"
+        pinned = self._snapshot_is_pinned()
         tensors = self._tensors_to_save()
         for name, tensor in tensors.items():
             host = self._host.get(name)
             if host is None or host.shape != tensor.shape:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
                 self._host[name] = host
             host.copy_(tensor.detach(), non_blocking=True)
         if cuda:
             torch.cuda.synchronize()
         return {name: self._host[name] for name in tensors}
+
+    def _snapshot_is_pinned(self) -> bool:
+        """Only pinned memory takes copies from a GPU at full speed. Offloaded state is no copy."""
+        return self.device.type == "cuda" and self.plan.offload == "none"
+
+    def snapshot_bytes(self, states_per_parameter: int) -> int:
+        """What `snapshot` will take of this rank's host memory, but for buffers, which are small.
+
+        `states_per_parameter`: tensors of its size that the optimizer keeps, from its first step.
+        """
+        total = 0
+        for part in self._fragments_to_save():
+            size = part.master.nbytes
+            if self._snapshot_is_pinned() and size:
+                # torch rounds a pinned block up to a power of two (CachingHostAllocator.h).
+                size = 1 << (size - 1).bit_length()
+            total += size * (1 + states_per_parameter)
+        return total
 
     def _tensors_to_save(self) -> dict[str, Tensor]:
         """This rank's share of weights, optimizer state and buffers, where they are, by name."""

@@ -4,9 +4,11 @@ import contextlib
 import math
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import GradBucket
 
 from bigtrain.engine.base import Context, Engine, MakeOptimizer, StepResult
 from bigtrain.engine.fragments import Fragment, flat_range
@@ -44,7 +46,7 @@ class DDPEngine(Engine):
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.10 has no other name.
             warnings.simplefilter("ignore", FutureWarning)
-            return torch.nn.parallel.DistributedDataParallel(
+            wrapped = torch.nn.parallel.DistributedDataParallel(
                 self.module,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 # Buffers are averaged when they matter (sync_buffers), on every engine alike.
@@ -52,6 +54,9 @@ class DDPEngine(Engine):
                 gradient_as_bucket_view=True,
                 find_unused_parameters=not is_ours,
             )
+        if self.plan.reduce_dtype == "bf16":
+            wrapped.register_comm_hook(None, _reduce_in_bf16)
+        return wrapped
 
     def autocast(self) -> Context:
         bf16 = self.plan.precision == "bf16"
@@ -107,3 +112,10 @@ class DDPEngine(Engine):
 
     def _fragments_were_written(self) -> None:
         """Forward passes use them as they are."""
+
+
+def _reduce_in_bf16(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's own hook. Under its own name DDP takes it with NCCL alone; gloo can do it too."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.bf16_compress_hook(group, bucket)

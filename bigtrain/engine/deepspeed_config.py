@@ -44,6 +44,8 @@ def render_deepspeed_config(
     if plan.kind == "zero3" and plan.offload == "optimizer":
         config["zero_optimization"].pop("offload_param", None)
     config["steps_per_print"] = 2**31
+    # It waits for the device before each forward pass and after each step (utils/timer.py:238).
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     return _without_auto(config)
 
 

@@ -5,7 +5,7 @@ Each part counts as much as its samples do, so the loss does not depend on the c
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from bigtrain.config.recipe import Checkpointing, EngineConfig
 from bigtrain.errors import RequestError
@@ -33,6 +33,7 @@ class Plan:
     micro_batch: int  # samples per rank and forward pass, at most
     activation_checkpointing: Checkpointing
     compile: bool
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # of gradients on their way between ddp's ranks
 
     @property
     def data_parallel_size(self) -> int:
@@ -101,7 +102,7 @@ def make_plan(
 
     `samples` is the size of the training set, `tokens_per_sample` the tokens (or elements ÷ 64)
     of one sample. Returns the plan, and the origin of each setting that was decided here.
-    Raises RequestError when a rank would have no sample at all, and for zero3 with compile.
+    Raises RequestError when a rank would have no sample at all, and for what `kind` does not do.
     """
     origins: dict[str, str] = {}
 
@@ -134,8 +135,7 @@ def make_plan(
     kind = decide("kind", _KIND_FOR_OFFLOAD[engine.offload], "the fastest that fits the request")
     device_precision: Precision = "bf16" if bf16_is_fast else "fp32"
     precision = decide("precision", device_precision, "this device's faster one")
-    if kind == "zero3" and engine.compile is True:
-        _refuse_to_compile()
+    _refuse_what_is_not_done(kind, engine)
     micro_batch = decide("micro_batch", _micro_batch(share, tokens_per_sample), "about 16k tokens")
     plan = Plan(
         kind=kind,
@@ -145,21 +145,27 @@ def make_plan(
         global_batch=global_batch,
         micro_batch=min(micro_batch, share),
         activation_checkpointing=decide("activation_checkpointing", "none", "off by default"),
-        compile=decide(
-            "compile", False, "on CPUs it costs half a minute, and saves a tenth of each step"
-        ),
+        compile=decide("compile", False, "half a minute, for a tenth of each step on CPUs"),
+        reduce_dtype=engine.reduce_dtype,
     )
     return plan, origins
 
 
-def _refuse_to_compile() -> NoReturn:
-    """Raises RequestError: compile under zero3."""
-    raise RequestError(
-        "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
-        " each would be compiled alone, for minutes, and run no faster",
-        "engine.kind ddp, zero1 or zero2",
-        "engine.compile=false, or another engine.kind",
-    )
+def _refuse_what_is_not_done(kind: Kind, engine: EngineConfig) -> None:
+    """Raises RequestError: compile under zero3, and bf16 between ranks under ZeRO."""
+    if kind == "zero3" and engine.compile is True:
+        raise RequestError(
+            "engine.compile is true, but zero3 gathers parameters between the parts of a model:"
+            " each would be compiled alone, for minutes, and run no faster",
+            "engine.kind ddp, zero1 or zero2",
+            "engine.compile=false, or another engine.kind",
+        )
+    if kind != "ddp" and engine.reduce_dtype == "bf16":
+        raise RequestError(
+            f"engine.reduce_dtype is bf16, but {kind} adds up gradients in DeepSpeed's way",
+            "engine.kind ddp",
+            "engine.reduce_dtype=fp32, or engine.kind=ddp",
+        )
 
 
 def _micro_batch(share: int, tokens_per_sample: int) -> int:

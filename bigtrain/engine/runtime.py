@@ -95,6 +95,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 256 << 20)
 
 
+def grow_memory_in_place() -> None:
+    """CUDA memory in segments that grow: less fragmentation, so fewer ends near the limit.
+
+    As launch/env.sh has it, for a process that it has not started. torch takes this at any time
+    before it asks for memory. A user's own settings may name another allocator, and stay alone.
+    """
+    # PYTORCH_ALLOC_CONF, and PYTORCH_CUDA_ALLOC_CONF as it was called.
+    is_set = any(name.endswith("_ALLOC_CONF") for name in os.environ)
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if change is not None and not is_set:
+        change("expandable_segments:True")
+
+
 def set_arithmetic(device: Device, plan: Plan) -> None:
     """Let products of fp32 numbers be TF32's where the plan says so, and nowhere else.
 

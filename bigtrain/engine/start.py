@@ -10,6 +10,7 @@ from bigtrain.engine.deepspeed import DeepSpeedEngine
 from bigtrain.engine.plan import Plan
 from bigtrain.engine.runtime import (
     Device,
+    grow_memory_in_place,
     keep_freed_memory,
     set_arithmetic,
     silence_libraries,
@@ -34,6 +35,8 @@ def start_engine(plan: Plan, device: Device, ds_config: dict[str, Any], clip_nor
         os.environ["DS_ACCELERATOR"] = "cpu"
         # Beside a GPU, DeepSpeed with any back-end would be given the GPU.
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    else:
+        grow_memory_in_place()
     engine: Engine
     if plan.kind == "ddp":
         engine = DDPEngine(plan, device, clip_norm)

@@ -34,7 +34,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> dict[str, float]:
         recipe.engine,
         world_size=1,
         samples=len(prepared.train),
-        tokens_per_sample=prepared.tokens_per_sample,
+        tokens_per_sample=prepared.cost_on(device.kind),
         bf16_is_fast=device.bf16_is_fast,
     )
     engine = start_engine(plan, device, {}, 0.0)

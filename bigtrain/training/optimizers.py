@@ -84,6 +84,13 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = 
 }
 
 
+def states_per_parameter(optim: OptimConfig) -> int:
+    """How many tensors of a parameter's size the optimizer comes to keep for it."""
+    if optim.name in ("adam", "adamw"):
+        return 2
+    return (optim.name != "sgd") + (optim.momentum > 0)
+
+
 def make_optimizer(
     model: nn.Module, optim: OptimConfig, whole_shape: WholeShape
 ) -> torch.optim.Optimizer:

@@ -5,12 +5,15 @@ What the recipe needs is installed, all ranks are alike, the model fits the data
 
 import contextlib
 import importlib.util
+import socket
+from collections import Counter
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-from bigtrain.config.recipe import TrackConfig
+from bigtrain.config.recipe import OptimConfig, TrackConfig
 from bigtrain.config.versions import installed_versions
 from bigtrain.data.examples import Examples
 from bigtrain.engine.base import Engine
@@ -21,6 +24,7 @@ from bigtrain.models.flops import flop_counter
 from bigtrain.tasks.base import Task, outputs
 from bigtrain.tasks.language import TokenTask
 from bigtrain.tracking.wandb_sync import logged_in
+from bigtrain.training.optimizers import states_per_parameter
 
 _LONGEST_OF = 512  # examples that the longest text is looked for in
 
@@ -69,6 +73,29 @@ def refuse_different_ranks(engine: Engine, task: Task) -> None:
                 f" not {data[0]}",
                 "the same files on every node",
             )
+
+
+def check_host_memory(engine: Engine, optim: OptimConfig) -> list[str]:
+    """A note where this machine may not have room for checkpoints. A collective.
+
+    All ranks of a machine copy their parts to its memory before they are written. Raises
+    RequestError where the copies are larger than all of it, as on every other machine like it.
+    """
+    copy = engine.snapshot_bytes(states_per_parameter(optim))
+    copies: Counter[str] = Counter()
+    for host, size in engine.gather((socket.gethostname(), copy)):
+        copies[host] += size
+    needed = max(copies.values())
+    memory = psutil.virtual_memory()
+    text = f"checkpoints are first copied to memory: {needed / 2**30:.1f} GiB on a machine, but"
+    if needed > memory.total:
+        raise RequestError(
+            f"{text} this one has {memory.total / 2**30:.1f}",
+            "room for the copies of all ranks of a machine",
+            "more machines, which share the copies; or a smaller model",
+        )
+    is_short = needed > memory.available
+    return [f"{text} {memory.available / 2**30:.1f} are free now"] if is_short else []
 
 
 def try_forward(engine: Engine, task: Task) -> float:

@@ -53,6 +53,7 @@ from bigtrain.training.evaluation import evaluate
 from bigtrain.training.loop import train
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.preflight import (
+    check_host_memory,
     refuse_different_ranks,
     refuse_unusable_trackers,
     try_forward,
@@ -125,14 +126,13 @@ def run_recipe(
         make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
         engine.prepare(model, make)
         refuse_different_ranks(engine, task)
+        prepared.notes.extend(check_host_memory(engine, recipe.optim))
         flops = try_forward(engine, task)
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
         settings |= loss_setting(without_logits=use_output_loss(engine, task))
 
-        run = _open_run(recipe.name, engine, fresh)
-        if engine.main:
-            cleanup.callback(release_ownership, run)
+        run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)
         resume = load_resume_point(engine, run, len(prepared.train), recipe.train.steps)
         refuse_fruitless_restarts(engine, run, resume.state.step)
@@ -235,7 +235,7 @@ def _plan_engine(
         recipe.engine,
         world_from_environment()[1],
         len(prepared.train),
-        prepared.tokens_per_sample,
+        prepared.cost_on(device.kind),
         device.bf16_is_fast,
         launcher,
     )
@@ -245,8 +245,8 @@ def _plan_engine(
     return _PlannedEngine(plan, origins, ds_config)
 
 
-def _open_run(name: str, engine: Engine, fresh: bool) -> RunDir:
-    """The run's directory, owned by this process from now on: the first thing that is written.
+def _open_run(name: str, engine: Engine, fresh: bool, cleanup: ExitStack) -> RunDir:
+    """The run's directory, the first thing that is written. Rank 0 owns it until `cleanup`.
 
     Raises RequestError, on all ranks, if another process owns it. A collective.
     """
@@ -262,6 +262,8 @@ def _open_run(name: str, engine: Engine, fresh: bool) -> RunDir:
     run, problem = engine.gather((run, problem))[0]
     if problem is not None:
         raise problem
+    if engine.main:
+        cleanup.callback(release_ownership, run)
     return run
 
 
