@@ -89,9 +89,10 @@ def local_batches(job: Job) -> Iterator[dict[str, Tensor]]:
         yield {name: value[step, share] for name, value in job.batches.items()}
 
 
-def mean_over_ranks(job: Job) -> float:
-    """The mean loss of all steps and ranks."""
-    mean = torch.stack(job.losses).mean()
+def mean_over_ranks(job: Job, mean: Tensor | None = None) -> float:
+    """The mean loss of all steps and ranks. `mean`: of this rank, if it is known already."""
+    if mean is None:
+        mean = torch.stack(job.losses).mean()
     if job.ranks > 1:
         torch.distributed.all_reduce(mean)
     return float(mean) / job.ranks
@@ -164,7 +165,8 @@ def train_hf(job: Job) -> None:
     )
     assert arguments.world_size == job.ranks, arguments.world_size
     trainer = Trainer(job.model, arguments, train_dataset=job.samples(), callbacks=[Clock()])
-    job.mean_loss = trainer.train().training_loss
+    # The Trainer's is of this rank alone.
+    job.mean_loss = mean_over_ranks(job, torch.tensor(trainer.train().training_loss))
 
 
 def train_lightning(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What bigtrain's loop and loader add to a step: `python benchmarks/loop_overhead.py` (two minutes).
+"""What bigtrain's loop and loader add to a step: `python benchmarks/loop_overhead.py`.
 
 One process. A raw loop (forward, backward, step on the same kind of engine) and bigtrain's train
 step take turns, step by step, each on a model of its own with the same weights and batches; so do

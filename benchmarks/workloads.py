@@ -132,9 +132,12 @@ class WithLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-        """Labels [batch, …] and what the model takes → `loss`, a scalar in fp32."""
-        logits = self.model(**inputs).float()
+    def forward(
+        self, labels: Tensor, input_ids: Tensor | None = None, pixel_values: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Labels [batch, …] and tokens or images → `loss`, a scalar in fp32."""
+        # HF Trainer would hand a forward that takes any keyword arguments of its own.
+        logits = self.model(pixel_values if input_ids is None else input_ids).float()
         loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         return {"loss": loss}
 
