@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from workloads import CLIP, RATE, SEED, WORKLOADS, build_plain
+from workloads import CLIP, RATE, SEED, WORKLOADS, build_plain, without_logits
 
 # glibc keeps what is freed: what bigtrain sets by itself (engine/runtime.py), by environment.
 KEEP_MEMORY = {
@@ -101,11 +101,19 @@ def mean_over_ranks(job: Job, mean: Tensor | None = None) -> float:
 def train_loop(job: Job) -> None:
     """A loop of torch alone, with DistributedDataParallel on several ranks."""
     model: Any = job.model
+    if job.tuned:
+        model = without_logits(job.workload, model)
+    channels_last = job.tuned and "pixel_values" in job.batches
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
     if job.ranks > 1:
         torch.distributed.init_process_group("gloo")
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=job.tuned)
     optimizer = job.optimizer(model)
     for batch in local_batches(job):
+        if channels_last:
+            images = batch["pixel_values"]
+            batch["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
             loss = model(**batch)["loss"]
         loss.backward()
@@ -233,7 +241,8 @@ ARMS = {
     "hf-best": Arm("HF Trainer, best switches", train_hf, tuned=True),
     "lightning-best": Arm("Lightning, best switches", train_lightning, tuned=True),
     "accelerate-best": Arm("Accelerate, best switches", train_accelerate, tuned=True),
-    "tuned": Arm("torch loop, tuned by hand", train_loop, tuned=True),
+    "tuned": Arm("torch loop, tuned by hand, bf16", train_loop, tuned=True),
+    "tuned-fp32": Arm("torch loop, tuned by hand, fp32", train_loop, tuned=True, bf16=False),
     "bigtrain": Arm("bigtrain, defaults", None),
     "zero1": Arm("bigtrain, zero1", None, overrides=("engine.kind=zero1",), only_ranks=2),
     "zero2": Arm("bigtrain, zero2", None, overrides=("engine.kind=zero2",), only_ranks=2),

@@ -6,6 +6,7 @@ on one order of samples, and the other toolkits do not even pay for reading it.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,46 @@ class WithLoss(nn.Module):
         logits = self.model(pixel_values if input_ids is None else input_ids).float()
         loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         return {"loss": loss}
+
+
+class ChunkedLoss(nn.Module):
+    """A language model whose loss is computed from its last hidden states, 512 tokens at a time."""
+
+    def __init__(self, model: Any, states: Callable[[Tensor], Tensor], head: nn.Linear) -> None:
+        super().__init__()
+        self.model = model
+        self.states = states
+        self.head = head
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
+        """Tokens and labels [batch, length] → `loss`, a scalar in fp32."""
+        hidden = self.states(input_ids).flatten(0, 1)
+        dtype = torch.float32
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.bfloat16
+        options = nn.LinearCrossEntropyOptions(
+            acc_policy="balanced", chunking_method=None, batch_chunk_size=512
+        )
+        bias = self.head.bias
+        with torch.autocast("cpu", enabled=False):
+            loss = nn.functional.linear_cross_entropy(
+                hidden.to(dtype),
+                self.head.weight.to(dtype),
+                labels.flatten(),
+                linear_bias=None if bias is None else bias.to(dtype),
+                options=options,
+            )
+        return {"loss": loss.float()}
+
+
+def without_logits(name: str, model: Any) -> nn.Module:
+    """A workload's plain model with a loss that needs no logits, where it is a language model."""
+    if name == "transformer":
+        return ChunkedLoss(model, lambda ids: model.transformer(ids)[0], model.lm_head)
+    if name == "lstm":
+        rnn = model.model
+        return ChunkedLoss(model, lambda ids: rnn.rnn(rnn.embedding(ids))[0], rnn.head)
+    return model
 
 
 def build_plain(name: str, weights: dict[str, Tensor], tanh_gelu: bool) -> nn.Module:
