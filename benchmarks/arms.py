@@ -1,6 +1,6 @@
 """One arm of `make bench`, in one process or one rank: another toolkit, or a plain loop of torch.
 
-python benchmarks/arms.py ARM WORKLOAD FOLDER STEPS (torchrun starts it for two ranks)
+python benchmarks/arms.py ARM WORKLOAD FOLDER STEPS bf16|fp32 (torchrun starts it for two ranks)
 
 Prints a line of JSON: when each step ended (Unix time), and the mean of the losses. bigtrain's own
 arms are its command line, which bench.py starts.
@@ -132,7 +132,9 @@ def train_accelerate(job: Job) -> None:
     handlers = []
     if job.ranks > 1:  # without the name each rank is alone on a CPU
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if job.bf16 else "no", cpu=True, kwargs_handlers=handlers
+    )
     assert accelerator.num_processes == job.ranks, accelerator.num_processes
     loader = DataLoader(job.samples(), batch_size=job.micro_batch)
     optimizer = job.optimizer(job.model)
@@ -168,7 +170,7 @@ def train_hf(job: Job) -> None:
         save_strategy="no",
         use_cpu=True,
         ddp_backend="gloo" if job.ranks > 1 else None,
-        bf16=True,
+        bf16=job.bf16,
         **({"optim": "adamw_torch_fused", "disable_tqdm": True} if job.tuned else {}),
     )
     assert arguments.world_size == job.ranks, arguments.world_size
@@ -208,7 +210,7 @@ def train_lightning(job: Job) -> None:
         accelerator="cpu",
         devices=job.ranks,
         strategy=several if job.ranks > 1 else "auto",
-        precision="bf16-mixed",
+        precision="bf16-mixed" if job.bf16 else "32-true",
         max_steps=job.steps,
         max_epochs=1,
         gradient_clip_val=CLIP,
@@ -228,21 +230,20 @@ class Arm:
     title: str
     train: Callable[[Job], None] | None
     tuned: bool = False
-    bf16: bool = True
+    precision: str = ""  # empty: the one whose matrix products are faster on this machine
     overrides: tuple[str, ...] = ()  # of bigtrain's recipe
     only_ranks: int | None = None
 
 
 ARMS = {
-    "plain": Arm("torch loop, fp32", train_loop, bf16=False),
-    "hf": Arm("HF Trainer, bf16", train_hf),
-    "lightning": Arm("Lightning, bf16", train_lightning),
-    "accelerate": Arm("Accelerate, bf16", train_accelerate),
+    "plain": Arm("torch loop, fp32", train_loop, precision="fp32"),
+    "hf": Arm("HF Trainer, bf16", train_hf, precision="bf16"),
+    "lightning": Arm("Lightning, bf16", train_lightning, precision="bf16"),
+    "accelerate": Arm("Accelerate, bf16", train_accelerate, precision="bf16"),
     "hf-best": Arm("HF Trainer, best switches", train_hf, tuned=True),
     "lightning-best": Arm("Lightning, best switches", train_lightning, tuned=True),
     "accelerate-best": Arm("Accelerate, best switches", train_accelerate, tuned=True),
-    "tuned": Arm("torch loop, tuned by hand, bf16", train_loop, tuned=True),
-    "tuned-fp32": Arm("torch loop, tuned by hand, fp32", train_loop, tuned=True, bf16=False),
+    "tuned": Arm("torch loop, tuned by hand", train_loop, tuned=True),
     "bigtrain": Arm("bigtrain, defaults", None),
     "zero1": Arm("bigtrain, zero1", None, overrides=("engine.kind=zero1",), only_ranks=2),
     "zero2": Arm("bigtrain, zero2", None, overrides=("engine.kind=zero2",), only_ranks=2),
@@ -252,7 +253,7 @@ ARMS = {
 
 def main() -> None:
     """Train, and print what was seen."""
-    name, workload, folder, steps = sys.argv[1:]
+    name, workload, folder, steps, precision = sys.argv[1:]
     arm = ARMS[name]
     assert arm.train is not None, f"{name} is a command of its own"
     torch.manual_seed(SEED)
@@ -262,7 +263,7 @@ def main() -> None:
         # transformers' models shift labels by themselves unless they are given the shifted ones.
         batches["shift_labels"] = batches["labels"]
     model = build_plain(workload, content["weights"], arm.tuned)
-    job = Job(workload, model, batches, int(steps), arm.tuned, arm.bf16)
+    job = Job(workload, model, batches, int(steps), arm.tuned, bf16=precision == "bf16")
     arm.train(job)
     if job.rank == 0:
         print("\n" + json.dumps({"times": job.times, "mean_loss": job.mean_loss}))

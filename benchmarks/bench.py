@@ -47,6 +47,7 @@ class Bench:
     folder: Path
     rounds: int
     with_checks: bool
+    machine: dict[str, Any]  # what it can do (machine_rates)
     share: float = 1.0  # of the steps of a workload
 
     def steps(self, workload: str) -> int:
@@ -54,6 +55,12 @@ class Bench:
 
     def warm(self, workload: str) -> int:
         return round(WORKLOADS[workload].warm * self.share)
+
+    @property
+    def faster_precision(self) -> str:
+        """bf16 on processors with AMX, fp32 on many that only have AVX512-BF16."""
+        bf16_rate, fp32_rate = self.machine["bf16_GFLOP_per_s"], self.machine["fp32_GFLOP_per_s"]
+        return "bf16" if bf16_rate > fp32_rate else "fp32"
 
 
 def run(command: list[str], folder: Path, cores: int, ranks: int, **variables: str) -> str:
@@ -99,8 +106,10 @@ def run_other(bench: Bench, cell: Cell) -> tuple[list[float], float]:
     """When each step of another toolkit ended, and the mean loss."""
     launcher = [*TORCHRUN, str(cell.ranks)] if cell.ranks > 1 else [sys.executable]
     command = [*launcher, str(HERE / "arms.py"), cell.arm, cell.workload]
-    command += [str(bench.folder), str(bench.steps(cell.workload))]
-    memory = KEEP_MEMORY if ARMS[cell.arm].tuned else {}
+    arm = ARMS[cell.arm]
+    precision = arm.precision or bench.faster_precision
+    command += [str(bench.folder), str(bench.steps(cell.workload)), precision]
+    memory = KEEP_MEMORY if arm.tuned else {}
     seen = last_json(run(command, bench.folder, CORES, cell.ranks, **memory))
     return seen["times"], seen["mean_loss"]
 
@@ -124,11 +133,11 @@ def measure(bench: Bench, cells: list[Cell]) -> list[Measured]:
     return measured
 
 
-def machine_rates(bench: Bench) -> dict[str, Any]:
+def machine_rates(folder: Path) -> dict[str, Any]:
     """This machine, and what it can do at best."""
     script = str(HERE / "machine_rates.py")
-    rates = last_json(run([sys.executable, script], bench.folder, CORES, 1))
-    rates |= last_json(run([*TORCHRUN, "2", script], bench.folder, CORES, 2))
+    rates = last_json(run([sys.executable, script], folder, CORES, 1))
+    rates |= last_json(run([*TORCHRUN, "2", script], folder, CORES, 2))
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.partition(": ")[2] for line in facts if line.startswith("model name")]
     return {"processor": models[0] if models else platform.machine(), "cores": CORES} | rates
@@ -182,7 +191,7 @@ def as_json(bench: Bench, measured: list[Measured], note: str) -> dict[str, Any]
         "command": "make bench",
         "when": time.strftime("%Y-%m-%d"),
         "note": note,
-        "machine": machine_rates(bench),
+        "machine": bench.machine | {"faster precision": bench.faster_precision},
         "workloads": workloads,
         "arms": {name: arm.title for name, arm in ARMS.items()},
         "cells": cells,
@@ -215,8 +224,9 @@ def main() -> None:
     cells = chosen_cells(asked.workloads, asked.ranks, asked.arms)
     is_complete = cells == chosen_cells(list(WORKLOADS), [1, 2], list(ARMS)) and asked.checks
     share = 1 / 3 if asked.quick else 1.0
-    bench = Bench(asked.folder.resolve(), asked.rounds, asked.checks, share)
-    bench.folder.mkdir(parents=True, exist_ok=True)
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(folder, asked.rounds, asked.checks, machine_rates(folder), share)
     for name in asked.workloads:
         write_recipe(name, bench.folder)
         preparation = [sys.executable, str(HERE / "workloads.py"), name, str(bench.folder)]

@@ -23,6 +23,9 @@ def load(name: str) -> ModuleType:
 report, bench = load("report"), load("bench")
 
 
+RATES = {"bf16_GFLOP_per_s": 80.0, "fp32_GFLOP_per_s": 150.0}
+
+
 def measured(arm: str, *rounds: list[float], loss: float = 2.0, ranks: int = 1) -> Any:
     cell = report.Cell("lstm", ranks, arm)
     return report.Measured(cell, list(rounds), [loss] * len(rounds))
@@ -85,8 +88,8 @@ def test_the_last_line_of_json_is_read() -> None:
 def test_arms_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bigtrain's command line and a plain loop: one loss, from the same weights and batches."""
     monkeypatch.setattr(bench, "CORES", 1)
-    small = bench.Bench(tmp_path, rounds=1, with_checks=False, share=1 / 14)
-    assert small.steps("cnn") == 3
+    small = bench.Bench(tmp_path, 1, False, RATES, share=1 / 14)
+    assert small.steps("cnn") == 3 and small.faster_precision == "fp32"
     load("workloads").write_batches("cnn", tmp_path, 3)
     results = bench.measure(small, bench.chosen_cells(["cnn"], [1], ["tuned", "bigtrain"]))
     assert not report.unequal_losses(results, bench.TOLERANCE), results
