@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types size docs reference golden faults browser slurm soak gpu clean
+.PHONY: demo test check lint types size docs reference golden faults browser slurm soak bench gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
@@ -27,6 +27,9 @@ slurm: .venv/installed-dev  ## the Slurm script on a real two-node Slurm on this
 
 soak: .venv/installed-dev  ## ten minutes of random kills; the curve must be the undisturbed one
 	$(BIN)/python benchmarks/soak.py
+
+bench: .venv/installed-bench  ## bigtrain beside other toolkits on two idle cores, an hour (BENCH=--quick: a minute)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -59,6 +62,10 @@ gpu: .venv/installed-dev  ## all of CUDA in ten minutes; prints a table and writ
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-bench: .venv/installed-dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:
