@@ -204,6 +204,8 @@ def test_every_layer_but_the_first_uses_its_code_and_dropout_draws_the_same() ->
     tokens = torch.arange(32).view(2, 16)
     expected = trained(plain, tokens)
     compile_layers(compiled)  # by torch's own compiler: about ten seconds of C++
+    assert compiled._compiled_call_impl is None
+    assert all(block._compiled_call_impl for block in compiled.blocks)
     found = trained(compiled, tokens)
     assert counters["stats"]["unique_graphs"] == 1
     for name, tensor in expected.items():

@@ -145,7 +145,7 @@ def make_plan(
         global_batch=global_batch,
         micro_batch=min(micro_batch, share),
         activation_checkpointing=decide("activation_checkpointing", "none", "off by default"),
-        compile=decide("compile", False, "half a minute, for a tenth of each step on CPUs"),
+        compile=decide("compile", False, "off: costs half a minute, saves a tenth of a step"),
         reduce_dtype=engine.reduce_dtype,
     )
     return plan, origins
