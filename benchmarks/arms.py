@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from workloads import CLIP, RATE, SEED, WORKLOADS, build_plain, without_logits
 
+GPU_STEPS = 10  # steps of a GPU between two times
 # glibc keeps what is freed: what bigtrain sets by itself (engine/runtime.py), by environment.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -41,6 +42,7 @@ class Job:
     times: list[float] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     mean_loss: float = 0.0
+    steps_done: int = 0
 
     @property
     def rank(self) -> int:
@@ -59,8 +61,18 @@ class Job:
         fused = True if self.tuned else None
         return torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=fused)
 
+    @property
+    def device(self) -> str:
+        return "cuda" if WORKLOADS[self.workload].gpu_model else "cpu"
+
     def step_ended(self, loss: Tensor | None = None) -> None:
-        self.times.append(time.time())
+        """On a GPU the host waits for every tenth step alone, and notes the time of these."""
+        self.steps_done += 1
+        if self.device == "cpu":
+            self.times.append(time.time())
+        elif self.steps_done % GPU_STEPS == 0:
+            torch.cuda.synchronize()
+            self.times.append(time.time())
         if loss is not None:
             self.losses.append(loss.detach())
 
@@ -82,11 +94,11 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def local_batches(job: Job) -> Iterator[dict[str, Tensor]]:
-    """This rank's share of each step's batch, without copying."""
+    """This rank's share of each step's batch; on the CPU without copying."""
     first = job.rank * job.micro_batch
     for step in range(job.steps):
         share = slice(first, first + job.micro_batch)
-        yield {name: value[step, share] for name, value in job.batches.items()}
+        yield {name: value[step, share].to(job.device) for name, value in job.batches.items()}
 
 
 def mean_over_ranks(job: Job, mean: Tensor | None = None) -> float:
@@ -103,6 +115,7 @@ def train_loop(job: Job) -> None:
     model: Any = job.model
     if job.tuned:
         model = without_logits(job.workload, model)
+    model = model.to(job.device)
     channels_last = job.tuned and "pixel_values" in job.batches
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -114,7 +127,7 @@ def train_loop(job: Job) -> None:
         if channels_last:
             images = batch["pixel_values"]
             batch["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.bf16):
             loss = model(**batch)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -133,7 +146,9 @@ def train_accelerate(job: Job) -> None:
     if job.ranks > 1:  # without the name each rank is alone on a CPU
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
-        mixed_precision="bf16" if job.bf16 else "no", cpu=True, kwargs_handlers=handlers
+        mixed_precision="bf16" if job.bf16 else "no",
+        cpu=job.device == "cpu",
+        kwargs_handlers=handlers,
     )
     assert accelerator.num_processes == job.ranks, accelerator.num_processes
     loader = DataLoader(job.samples(), batch_size=job.micro_batch)
@@ -168,7 +183,7 @@ def train_hf(job: Job) -> None:
         remove_unused_columns=False,
         seed=SEED,
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         ddp_backend="gloo" if job.ranks > 1 else None,
         bf16=job.bf16,
         **({"optim": "adamw_torch_fused", "disable_tqdm": True} if job.tuned else {}),
@@ -207,7 +222,7 @@ def train_lightning(job: Job) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     several: Any = DDPStrategy(process_group_backend="gloo")
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=job.device,
         devices=job.ranks,
         strategy=several if job.ranks > 1 else "auto",
         precision="bf16-mixed" if job.bf16 else "32-true",
@@ -259,7 +274,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     content = torch.load(Path(folder) / f"{workload}.pt", weights_only=True)
     batches = {key: value[: int(steps)] for key, value in content["batches"].items()}
-    if workload == "transformer":
+    if workload == "transformer" or WORKLOADS[workload].gpu_model:
         # transformers' models shift labels by themselves unless they are given the shifted ones.
         batches["shift_labels"] = batches["labels"]
     model = build_plain(workload, content["weights"], arm.tuned)

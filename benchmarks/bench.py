@@ -49,6 +49,11 @@ class Bench:
     with_checks: bool
     machine: dict[str, Any]  # what it can do (machine_rates)
     share: float = 1.0  # of the steps of a workload
+    steps_per_time: int = 1  # steps between two times that an arm notes
+
+    @property
+    def cores(self) -> int:
+        return CORES if self.steps_per_time == 1 else len(os.sched_getaffinity(0))
 
     def steps(self, workload: str) -> int:
         return round(WORKLOADS[workload].steps * self.share)
@@ -110,7 +115,7 @@ def run_other(bench: Bench, cell: Cell) -> tuple[list[float], float]:
     precision = arm.precision or bench.faster_precision
     command += [str(bench.folder), str(bench.steps(cell.workload)), precision]
     memory = KEEP_MEMORY if arm.tuned else {}
-    seen = last_json(run(command, bench.folder, CORES, cell.ranks, **memory))
+    seen = last_json(run(command, bench.folder, bench.cores, cell.ranks, **memory))
     return seen["times"], seen["mean_loss"]
 
 
@@ -122,10 +127,15 @@ def measure(bench: Bench, cells: list[Cell]) -> list[Measured]:
             cell = one.cell
             if ARMS[cell.arm].train is None:
                 overrides = ARMS[cell.arm].overrides
-                times, loss = run_bigtrain(bench, cell.workload, cell.ranks, overrides)
+                times, loss = run_bigtrain(
+                    bench, cell.workload, cell.ranks, overrides, cores=bench.cores
+                )
             else:
                 times, loss = run_other(bench, cell)
-            one.rounds.append(step_seconds(times, bench.warm(cell.workload)))
+            # bigtrain's default is a line, and so a time, per step.
+            every = 1 if ARMS[cell.arm].train is None else bench.steps_per_time
+            seconds = step_seconds(times, bench.warm(cell.workload) // every)
+            one.rounds.append([second / every for second in seconds])
             one.losses.append(loss)
             shown = f"{1e3 * one.median:9.1f} ms per step, mean loss {loss:.5f}"
             where = f"{cell.workload:12} {cell.ranks} × {cell.arm:16}"
@@ -155,6 +165,11 @@ def scaling(bench: Bench) -> dict[str, str]:
         seconds = sorted(per_rank)[len(per_rank) // 2]
         rates.append(ranks / seconds)
     return {"goal": "≥ 1.85 ×", "measured": f"{rates[1] / rates[0]:.2f} ×"}
+
+
+def on_cpu() -> list[str]:
+    """The workloads that need no GPU."""
+    return [name for name, workload in WORKLOADS.items() if not workload.gpu_model]
 
 
 def chosen_cells(workloads: list[str], ranks: list[int], arms: list[str]) -> list[Cell]:
@@ -203,7 +218,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="bigtrain beside other toolkits, on two cores.")
     parser.add_argument("--quick", action="store_true", help="a minute; writes to the folder only")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=on_cpu(), default=on_cpu())
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     parser.add_argument("--checks", action=argparse.BooleanOptionalAction, default=True)
@@ -222,7 +237,7 @@ def main() -> None:
         asked.workloads, asked.arms, asked.ranks = ["transformer"], QUICK_ARMS, [1]
         asked.rounds, asked.checks = 1, False
     cells = chosen_cells(asked.workloads, asked.ranks, asked.arms)
-    is_complete = cells == chosen_cells(list(WORKLOADS), [1, 2], list(ARMS)) and asked.checks
+    is_complete = cells == chosen_cells(on_cpu(), [1, 2], list(ARMS)) and asked.checks
     share = 1 / 3 if asked.quick else 1.0
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,7 @@ def build(recipe_file: str, folder: Path, *overrides: str) -> TrainContext:
 
 
 def close(ctx: TrainContext) -> None:
+    """Close what `build` opened; the run that was built last comes first (signals)."""
     ctx.watchdog.close()
     ctx.checkpoints.close()
     ctx.tracker.close({})
@@ -119,8 +120,8 @@ def compare_loops(recipe: str, folder: Path, number: int, *overrides: str) -> di
     raw_times, own_times = in_turns(
         number, lambda: raw_step(raw, next(for_raw)), lambda: train_step(ours)
     )
-    close(raw)
     close(ours)
+    close(raw)
     return difference(raw_times, own_times) | {"same": same}
 
 
@@ -134,8 +135,8 @@ def compare_loader(recipe: str, folder: Path, number: int, *overrides: str) -> d
     ready_times, loading_times = in_turns(
         number, lambda: train_step(ready), lambda: train_step(loading)
     )
-    close(loading)
     close(ready)
+    close(loading)
     return difference(ready_times, loading_times)
 
 

@@ -5,9 +5,10 @@ starting weights and the batches that bigtrain has for the same recipe. So all a
 on one order of samples, and the other toolkits do not even pay for reading it.
 """
 
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Workload:
     steps: int
     warm: int  # steps that are not counted: the first ones; of the CNN its first epoch
     recipe: str  # YAML without the sections that all workloads share
+    gpu_model: str = ""  # transformers' model type, for the workloads of gpu.py
+    gpu_arguments: dict[str, Any] = field(default_factory=dict)
 
 
 TRANSFORMER_RECIPE = """
@@ -74,6 +77,41 @@ WORKLOADS = {
     ),
     "cnn": Workload("CNN (64-128-256, two convolutions each)", "images", 64, 1, 42, 12, CNN_RECIPE),
     "lstm": Workload("LSTM language model (256)", "tokens", 8, 256, 60, 12, LSTM_RECIPE),
+}
+
+
+ON_GPU = """
+task: causal_lm
+model: {name: MODEL, args: ARGUMENTS}
+data:
+  train: python-stdlib
+  eval: FOLDER/held-out.txt
+  seq_len: 1024
+  tokenizer: {train: bpe, vocab_size: 8192}
+"""
+LLAMA_1B = {
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 1024,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
+}
+LLAMA_7B = {"max_position_embeddings": 1024, "vocab_size": 32_000}
+GPT2 = {"vocab_size": 50_257, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def _on_gpu(title: str, model: str, arguments: dict[str, Any], global_batch: int) -> Workload:
+    recipe = ON_GPU.replace("MODEL", model).replace("ARGUMENTS", json.dumps(arguments))
+    return Workload(title, "tokens", global_batch, 1024, 60, 20, recipe, model, arguments)
+
+
+WORKLOADS |= {
+    "gpt2-124m": _on_gpu("GPT-2 124M", "gpt2", GPT2, 16),
+    "llama-1b": _on_gpu("Llama 1B", "llama", LLAMA_1B, 8),
+    "llama-7b": _on_gpu("Llama 7B", "llama", LLAMA_7B, 4),
 }
 
 
@@ -190,6 +228,16 @@ def build_plain(name: str, weights: dict[str, Tensor], tanh_gelu: bool) -> nn.Mo
     It is the same function. The CNN's activation is another function, so it stays.
     """
     model: Any
+    if WORKLOADS[name].gpu_model:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(WORKLOADS[name].gpu_model, **WORKLOADS[name].gpu_arguments)
+        config.use_cache = False
+        if tanh_gelu and name == "gpt2-124m":
+            config.activation_function = "gelu_pytorch_tanh"
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(weights)
+        return model
     if name == "transformer":
         from transformers import GPT2Config, GPT2LMHeadModel
 
