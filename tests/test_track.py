@@ -334,7 +334,7 @@ def test_a_terminal_shows_a_live_panel(tmp_path: Path) -> None:
 def test_a_step_that_was_done_twice_is_logged_once(tmp_path: Path) -> None:
     """Killed twice before W&B is switched on.
 
-    metrics.jsonl has steps 9 and 10 twice, and W&B once, as they were done last.
+    metrics.jsonl has step 9 twice, and W&B once, as it was done last.
     """
     recipe = [
         "digits-mlp",

@@ -254,8 +254,8 @@ class TrainConfig(Section):
     )
     profile_steps: list[PositiveInt] = Field(
         default=[],
-        description="steps from each of which on three are profiled, as with a file"
-        " runs/NAME/PROFILE",
+        description="steps at which a profile of three steps begins; a file runs/NAME/PROFILE asks"
+        " for one too",
     )
     label_smoothing: Fraction = Field(
         default=0.0, description="for losses over classes or tokens, in training only"
