@@ -197,10 +197,10 @@ def model_and_data(recipe: str) -> tuple[Any, list[dict[str, Any]]]:
     return Classifier(), [{"pixel_values": image, "labels": label} for image, label in pairs]
 
 
-def ds_config(recipe: str, kind: str, micro_batch: int) -> dict[str, Any]:
+def ds_config(is_bf16: bool, kind: str, micro_batch: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "bf16": {"enabled": recipe == "tiny-lm"},
+        "bf16": {"enabled": is_bf16},
         "zero_optimization": {"stage": int(kind[-1])},
         "zero_allow_untested_optimizer": True,
     }
@@ -216,18 +216,19 @@ def bare(recipe: str, kind: str, steps: str) -> None:
     model, data = model_and_data(recipe)
     micro_batch = (4 if recipe == "tiny-lm" else 32) // world
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+    is_bf16 = recipe == "tiny-lm"
     engine: Any = None
     if kind != "ddp":
         import deepspeed
 
         deepspeed.init_distributed("gloo")
-        config = ds_config(recipe, kind, micro_batch)
+        config = ds_config(is_bf16, kind, micro_batch)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     elif world > 1:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
     for batch in DataLoader(data, micro_batch, shuffle=True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe == "tiny-lm"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             loss = (engine or model)(**batch)["loss"]
         if engine is not None:
             engine.backward(loss)
@@ -250,19 +251,24 @@ def hf(recipe: str, kind: str, steps: str) -> None:
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     micro_batch = (4 if recipe == "tiny-lm" else 32) // int(os.environ.get("WORLD_SIZE", "1"))
+    is_bf16 = recipe == "tiny-lm" and kind == "ddp"
     arguments = TrainingArguments(
         output_dir=f"{steps}.out",
         per_device_train_batch_size=micro_batch,
         learning_rate=RATE,
-        bf16=recipe == "tiny-lm",
+        # Told of the CPU, Accelerate would drop DeepSpeed; not told, Trainer refuses bf16.
+        use_cpu=kind == "ddp",
+        bf16=is_bf16,
         ddp_backend="gloo" if "RANK" in os.environ else None,
-        deepspeed=None if kind == "ddp" else ds_config(recipe, kind, micro_batch),
+        deepspeed=None if kind == "ddp" else ds_config(is_bf16, kind, micro_batch),
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
     )
     model, data = model_and_data(recipe)
-    Trainer(model, arguments, train_dataset=data, callbacks=[Note()]).train()
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Note()])
+    assert trainer.is_deepspeed_enabled == (kind != "ddp")
+    trainer.train()
 
 
 if __name__ == "__main__":
