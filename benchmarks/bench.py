@@ -146,11 +146,15 @@ def measure(bench: Bench, cells: list[Cell]) -> list[Measured]:
 def machine_rates(folder: Path) -> dict[str, Any]:
     """This machine, and what it can do at best."""
     script = str(HERE / "machine_rates.py")
-    rates = last_json(run([sys.executable, script], folder, CORES, 1))
-    rates |= last_json(run([*TORCHRUN, "2", script], folder, CORES, 2))
+    rates = last_json(run([sys.executable, script], folder, CORES, ranks=1))
+    of_two_ranks = run([*TORCHRUN, "2", script], folder, CORES, ranks=2)
+    rates |= last_json(of_two_ranks)
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(": ")[2] for line in facts if line.startswith("model name")]
-    return {"processor": models[0] if models else platform.machine(), "cores": CORES} | rates
+    processor = platform.machine()
+    for line in facts:
+        if line.startswith("model name"):
+            processor = line.partition(": ")[2]
+    return {"processor": processor, "cores": CORES} | rates
 
 
 def scaling(bench: Bench) -> dict[str, str]:
@@ -196,12 +200,20 @@ def as_json(bench: Bench, measured: list[Measured], note: str) -> dict[str, Any]
     for name in dict.fromkeys(one.cell.workload for one in measured):
         facts = WORKLOADS[name]
         units = facts.global_batch * facts.units_per_sample
-        workloads[name] = {"title": facts.title, "unit": facts.unit, "units_per_step": units}
+        workloads[name] = {
+            "title": facts.title,
+            "unit": facts.unit,
+            "units_per_step": units,
+        }
     cells = []
     for one in measured:
-        rounds = [[round(second, 6) for second in steps] for steps in one.rounds]
-        entry = {"step_seconds": rounds, "mean_losses": one.losses}
-        cells.append(one.cell._asdict() | entry)
+        rounds = []
+        for steps in one.rounds:
+            rounds.append([round(second, 6) for second in steps])
+        entry = one.cell._asdict()
+        entry["step_seconds"] = rounds
+        entry["mean_losses"] = one.losses
+        cells.append(entry)
     return {
         "command": "make bench",
         "when": time.strftime("%Y-%m-%d"),
@@ -254,7 +266,8 @@ def main() -> None:
     tables = markdown(results)
     print(tables)
     if is_complete:
-        replace_tables(HERE / "README.md", tables)
+        picture = "![Rates of all arms](bench.svg)"
+        replace_tables(HERE / "README.md", f"{picture}\n\n{tables}")
     problems = unequal_losses(measured, TOLERANCE)
     if problems:
         sys.exit("losses differ:\n" + "\n".join(problems))
