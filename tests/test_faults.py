@@ -453,6 +453,7 @@ def test_every_key_that_decides_a_step_needs_leave_to_change() -> None:
     assert guarded == deciding | {
         "engine.precision",
         "engine.global_batch",
+        "engine.reduce_dtype",
         "train.label_smoothing",
     }
 

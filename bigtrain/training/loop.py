@@ -197,7 +197,8 @@ def _compute_gradients(
     """
     engine, task = ctx.engine, ctx.task
     policy = ctx.recipe.train.on_spike
-    engine.model.train()
+    if not engine.module.training:  # what DeepSpeed wraps it in leaves its own flag alone
+        engine.model.train()  # it walks over all modules
     loss_sum = torch.zeros((), device=engine.device)
     spiked = False
     with_samples = sum(micro_batch.has_samples for micro_batch in micro_batches)
@@ -238,7 +239,10 @@ def _seed_random_draws(seed: int, position: int) -> None:
     cuts the global batch into the same micro-batches.
     """
     micro_batch_seed = int(key(seed, position)) >> 1
-    torch.manual_seed(micro_batch_seed)
+    # torch.manual_seed looks for back-ends to seed, for a quarter of a millisecond.
+    torch.default_generator.manual_seed(micro_batch_seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(micro_batch_seed)
     random.seed(micro_batch_seed)
     np.random.seed(micro_batch_seed & 0xFFFFFFFF)
 
