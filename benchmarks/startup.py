@@ -8,6 +8,7 @@ launcher's too), which say more where a machine has other work.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -90,6 +91,7 @@ def until_first_step(case: Case, arm: str, run: str) -> Start:
     steps = Path(f"{name}-{arm}.jsonl")
     if arm == "bigtrain":
         settings = [f"name={name}", f"engine.kind={case.kind}", "train.checkpoint_every=5"]
+        settings.append("engine.precision=fp32")  # as the others have it
         command += ["-m", "bigtrain", "train", case.recipe, "--quiet", *settings]
         steps = Path("runs") / name / "metrics.jsonl"
     else:
@@ -176,7 +178,7 @@ def model_and_data(recipe: str) -> tuple[Any, list[dict[str, Any]]]:
         tokens = torch.randint(0, 4096, (512, 256))
         data = [{"input_ids": row, "labels": row} for row in tokens]
         return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **LLAMA)), data
-    from sklearn.datasets import load_digits
+    import numpy as np
     from torch import nn
 
     from bigtrain.models.cnn import CNN
@@ -190,17 +192,19 @@ def model_and_data(recipe: str) -> tuple[Any, list[dict[str, Any]]]:
             logits = self.cnn(pixel_values)
             return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
-    table = load_digits()
-    images = torch.tensor(table.images / 16, dtype=torch.float32)[:, None]
-    labels = torch.tensor(table.target)
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = torch.tensor(np.loadtxt(path, delimiter=","), dtype=torch.float32)
+    images = table[:, :-1].view(-1, 1, 8, 8) / 16
+    labels = table[:, -1].long()
     pairs = zip(images, labels, strict=True)
     return Classifier(), [{"pixel_values": image, "labels": label} for image, label in pairs]
 
 
-def ds_config(is_bf16: bool, kind: str, micro_batch: int) -> dict[str, Any]:
+def ds_config(kind: str, micro_batch: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "bf16": {"enabled": is_bf16},
         "zero_optimization": {"stage": int(kind[-1])},
         "zero_allow_untested_optimizer": True,
     }
@@ -216,20 +220,18 @@ def bare(recipe: str, kind: str, steps: str) -> None:
     model, data = model_and_data(recipe)
     micro_batch = (4 if recipe == "tiny-lm" else 32) // world
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    is_bf16 = recipe == "tiny-lm"
     engine: Any = None
     if kind != "ddp":
         import deepspeed
 
         deepspeed.init_distributed("gloo")
-        config = ds_config(is_bf16, kind, micro_batch)
+        config = ds_config(kind, micro_batch)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     elif world > 1:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
     for batch in DataLoader(data, micro_batch, shuffle=True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            loss = (engine or model)(**batch)["loss"]
+        loss = (engine or model)(**batch)["loss"]
         if engine is not None:
             engine.backward(loss)
             engine.step()
@@ -251,16 +253,13 @@ def hf(recipe: str, kind: str, steps: str) -> None:
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     micro_batch = (4 if recipe == "tiny-lm" else 32) // int(os.environ.get("WORLD_SIZE", "1"))
-    is_bf16 = recipe == "tiny-lm" and kind == "ddp"
     arguments = TrainingArguments(
         output_dir=f"{steps}.out",
         per_device_train_batch_size=micro_batch,
         learning_rate=RATE,
-        # Told of the CPU, Accelerate would drop DeepSpeed; not told, Trainer refuses bf16.
-        use_cpu=kind == "ddp",
-        bf16=is_bf16,
+        use_cpu=kind == "ddp",  # told of the CPU, Accelerate would drop DeepSpeed
         ddp_backend="gloo" if "RANK" in os.environ else None,
-        deepspeed=None if kind == "ddp" else ds_config(is_bf16, kind, micro_batch),
+        deepspeed=None if kind == "ddp" else ds_config(kind, micro_batch),
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,

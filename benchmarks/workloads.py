@@ -213,7 +213,9 @@ class ChunkedLoss(nn.Module):
 
 def without_logits(name: str, model: Any) -> nn.Module:
     """A workload's plain model with a loss that needs no logits, where it is a language model."""
-    if name == "transformer":
+    if WORKLOADS[name].gpu_model == "llama":
+        return ChunkedLoss(model, lambda ids: model.model(ids)[0], model.lm_head)
+    if name == "transformer" or WORKLOADS[name].gpu_model:
         return ChunkedLoss(model, lambda ids: model.transformer(ids)[0], model.lm_head)
     if name == "lstm":
         rnn = model.model
@@ -224,7 +226,7 @@ def without_logits(name: str, model: Any) -> nn.Module:
 def build_plain(name: str, weights: dict[str, Tensor], tanh_gelu: bool) -> nn.Module:
     """The workload's model as a user of another toolkit has it; returns a mapping with `loss`.
 
-    `tanh_gelu`: the Transformer's activation as torch's own operation, not as transformers' five.
+    `tanh_gelu`: the Transformer's activation as torch's own operation, not as transformers' eight.
     It is the same function. The CNN's activation is another function, so it stays.
     """
     model: Any

@@ -383,6 +383,12 @@ def go_on(training: TrainContext, path: Path) -> str:
     return restored.moved
 
 
+def compiled_graphs() -> int:
+    """How many torch.compile has made in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else int(utils.counters["stats"]["unique_graphs"])
+
+
 def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train; losses and norms, and an evaluation where one is asked for."""
     training, collect = build(case)
@@ -391,10 +397,12 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         torch.cuda.empty_cache()
         training.engine.reset_peak_memory()
     ends = []
+    graphs = compiled_graphs()
     for _ in range(training.recipe.train.steps):
         train_step(training)
         ends.append(time.perf_counter())
     return {
+        "compiled_graphs": compiled_graphs() - graphs,
         "lines": collect.lines,
         "seconds": statistics.median(after - before for before, after in pairwise(ends)),
         "eval": evaluate(training.engine, training.task) if case.get("evaluate") else None,
@@ -574,8 +582,10 @@ def run_waits_on_cuda(case: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        train_step(training)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            train_step(training)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     places = Counter(f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits)
     return {"places": dict(places)}
 

@@ -38,7 +38,12 @@ def curves(device: str) -> Cases:
         if precision == "bf16" or "offload" not in engine:
             name = f"{model}/{engine}/{precision}"
             cases[name] = case("exact", model, precision, device, **ENGINES[engine])
-    options = {"checkpointed": {"activation_checkpointing": True}, "compiled": {"compile": True}}
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    options: Cases = {
+        "full": {"activation_checkpointing": "full"},
+        "selective": {"activation_checkpointing": "selective"},
+        "compiled": {"compile": True, "backend": backend},
+    }
     for option, engine in product(options, ("ddp", "zero1", "zero2", "zero3")):
         if (option, engine) != ("compiled", "zero3"):  # which is refused
             settings = ENGINES[engine] | options[option]

@@ -727,15 +727,15 @@ def test_checkpoints_that_do_not_fit_a_machines_memory_are_named_before_training
     memory = SimpleNamespace(available=available << 30, total=total << 30)
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory)
     engine: Any = SimpleNamespace(snapshot_bytes=lambda _states: 99 << 30)
-    others = [("other", 99 << 30)]
+    others = [("other", 99 << 30, 120 << 30, 110 << 30)]
     engine.gather = lambda mine: [mine, mine, *others]  # two ranks on this machine, one elsewhere
     if outcome == "refused":
-        with pytest.raises(RequestError, match=r"198\.0 GiB on .* has 150\.0"):
+        with pytest.raises(RequestError, match=r"198\.0 GiB on .* has 150\.0 GiB"):
             preflight.check_host_memory(engine, OptimConfig())
         return
     notes = preflight.check_host_memory(engine, OptimConfig())
     assert len(notes) == (outcome == "note")
-    assert all("198.0 GiB" in note and "100.0 are free" in note for note in notes)
+    assert all("198.0 GiB" in note and "100.0 GiB free" in note for note in notes)
 
 
 @pytest.mark.parametrize("settings", [{"kind": "zero1"}, {"offload": "optimizer"}])

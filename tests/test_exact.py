@@ -539,6 +539,7 @@ def test_compiled_or_computed_again_the_curve_is_the_same(name: str, results: Re
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=tolerance)
     norms = [line["grad_norm"] for line in plain]
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=10 * tolerance)
+    assert (results[name]["compiled_graphs"] > 0) == bool(LAYERS[name].get("compile"))
 
 
 STARTS = {

@@ -95,6 +95,9 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     else:
         done = on_ranks(case.ranks, "train", *case.arguments, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
+    settings = json.loads((folder / "runs" / name / "effective.json").read_text())
+    models_tokens = name.startswith(("tiny-lm", "rnn-lm", "dates-seq2seq"))
+    assert ("loss" in settings) == models_tokens, "these alone can do without logits, and have to"
     text = (folder / "runs" / name / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]

@@ -63,7 +63,9 @@ def test_nothing_waits_for_the_device_in_a_step_that_does_not_log(
 
 @pytest.mark.parametrize("name", [name for name in WAITS if name.startswith("waits/")])
 def test_where_the_host_waits_is_known(name: str, results: Results) -> None:
-    assert "places" in results[name]
+    places = results[name]["places"]
+    if name.endswith("/ddp"):
+        assert places == {}
 
 
 @pytest.mark.parametrize("name", gpu_matrix.resumes("cuda"))

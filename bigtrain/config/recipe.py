@@ -203,7 +203,7 @@ class EngineConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="in which ranks send each other gradients under ddp; bf16: half the traffic,"
-        " and sums of 8 bits",
+        " and sums with 8 significant bits",
     )
 
     @model_validator(mode="after")
@@ -254,8 +254,8 @@ class TrainConfig(Section):
     )
     profile_steps: list[PositiveInt] = Field(
         default=[],
-        description="steps at which a profile of three steps begins; a file runs/NAME/PROFILE asks"
-        " for one too",
+        description="steps at which a profile of three steps begins, unless one is under way;"
+        " a file runs/NAME/PROFILE asks for one too",
     )
     label_smoothing: Fraction = Field(
         default=0.0, description="for losses over classes or tokens, in training only"

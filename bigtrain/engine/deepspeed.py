@@ -277,22 +277,24 @@ def _take_visible_device() -> None:
 
 
 def _compile_nothing() -> None:
-    """Import DeepSpeed without what it would compile for others: over a second of every start.
+    """Import DeepSpeed without what it would compile, and no run needs: over a second of a start.
 
     Its extension for CPUs serves inference alone. DeepSpeed would ask compilers and GPUs which of
-    its extensions they can build, and need a C++ compiler on every node. And Muon's kernels, which
-    its first step would import, compile at their import: torch does nothing then if it is told to.
+    its extensions they can build, and need a C++ compiler on every node. Importing Muon's kernels
+    compiles them; TORCHDYNAMO_DISABLE prevents that, and is set during the import alone.
     """
     setting = "TORCHDYNAMO_DISABLE"
     of_user = os.environ.get(setting)
     os.environ[setting] = "1"
-    import deepspeed.ops
+    try:
+        import deepspeed.ops
 
-    with contextlib.suppress(ImportError):  # where this version of DeepSpeed has it elsewhere
-        import deepspeed.runtime.zero.muon.muon_optimizer
-    del os.environ[setting]
-    if of_user is not None:
-        os.environ[setting] = of_user
+        with contextlib.suppress(ImportError):  # where this version of DeepSpeed has it elsewhere
+            import deepspeed.runtime.zero.muon.muon_optimizer
+    finally:
+        del os.environ[setting]
+        if of_user is not None:
+            os.environ[setting] = of_user
     deepspeed.ops.__compatible_ops__ = {
         "deepspeed_shm_comm": False,
         "deepspeed_not_implemented": False,

@@ -152,15 +152,18 @@ def make_accelerator(device: Device, **settings: Any) -> Any:
     return Accelerator(kwargs_handlers=[group], **settings)
 
 
-def explain_out_of_memory(problem: torch.OutOfMemoryError, plan: Plan) -> tuple[str, str, str]:
+def explain_out_of_memory(
+    problem: torch.OutOfMemoryError, plan: Plan, model: nn.Module
+) -> tuple[str, str, str]:
     """What was asked for and what is free, in torch's words; what is needed; what to set."""
     asked_and_free = str(problem).split(" Including")[0].split(" Of the allocated")[0]
     remedies = []
     if plan.micro_batch > 1:
         remedies.append(f"engine.micro_batch={plan.micro_batch // 2}")
-    if plan.activation_checkpointing == "none":
+    has_layers = any(isinstance(part, nn.ModuleList | nn.Sequential) for part in model.modules())
+    if has_layers and plan.activation_checkpointing == "none":
         remedies.append("engine.activation_checkpointing=selective")
-    if plan.activation_checkpointing != "full":
+    if has_layers and plan.activation_checkpointing != "full":
         remedies.append("engine.activation_checkpointing=full")
     if plan.kind != "zero3":
         remedies.append("engine.kind=zero3")

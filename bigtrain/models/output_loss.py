@@ -108,12 +108,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         scale = grads[0]
+        # In place: the weight's is as large as the weight.
         if hidden_grad is not None:
-            hidden_grad = (hidden_grad * scale).to(hidden_dtype)
+            hidden_grad = hidden_grad.mul_(scale).to(hidden_dtype)
         if weight_grad is not None:
-            weight_grad = (weight_grad * scale).to(weight_dtype)
+            weight_grad = weight_grad.mul_(scale).to(weight_dtype)
         if bias_grad is not None:
-            bias_grad = (bias_grad * scale).to(weight_dtype)
+            bias_grad = bias_grad.mul_(scale).to(weight_dtype)
         return hidden_grad, weight_grad, bias_grad, None
 
 

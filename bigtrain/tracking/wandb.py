@@ -80,7 +80,7 @@ class WandB(Tracker):
 
     def log(self, record: Record) -> None:
         event = record.get("event")
-        if record["kind"] == "train" or event in _ALERTS:
+        if record["kind"] in ("train", "eval") or event in _ALERTS:
             self._start_thread()
         if event in _ALERTS:
             details = record.get("reason") or record.get("places") or ""

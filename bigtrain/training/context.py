@@ -108,6 +108,7 @@ class RunningProfile:
 
     first: int
     profiler: torch.profiler.profile
+    is_requested: bool  # by a file PROFILE
     steps: int = 0  # done
 
 

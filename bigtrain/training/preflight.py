@@ -76,26 +76,34 @@ def refuse_different_ranks(engine: Engine, task: Task) -> None:
 
 
 def check_host_memory(engine: Engine, optim: OptimConfig) -> list[str]:
-    """A note where this machine may not have room for checkpoints. A collective.
+    """A note for each machine that may not have room for checkpoints. A collective.
 
     All ranks of a machine copy their parts to its memory before they are written. Raises
-    RequestError where the copies are larger than all of it, as on every other machine like it.
+    RequestError, on all ranks, where the copies are larger than all of it.
     """
     copy = engine.snapshot_bytes(states_per_parameter(optim))
-    copies: Counter[str] = Counter()
-    for host, size in engine.gather((socket.gethostname(), copy)):
-        copies[host] += size
-    needed = max(copies.values())
     memory = psutil.virtual_memory()
-    text = f"checkpoints are first copied to memory: {needed / 2**30:.1f} GiB on a machine, but"
-    if needed > memory.total:
-        raise RequestError(
-            f"{text} this one has {memory.total / 2**30:.1f}",
-            "room for the copies of all ranks of a machine",
-            "more machines, which share the copies; or a smaller model",
+    report = (socket.gethostname(), copy, memory.total, memory.available)
+    needed: Counter[str] = Counter()
+    machines: dict[str, tuple[int, int]] = {}
+    for host, size, total, available in engine.gather(report):
+        needed[host] += size
+        machines[host] = (total, available)
+    notes = []
+    for host, (total, available) in machines.items():
+        text = (
+            f"checkpoints are copied to memory first: that takes {needed[host] / 2**30:.1f} GiB"
+            f" on {host}, which has {total / 2**30:.1f} GiB ({available / 2**30:.1f} GiB free)"
         )
-    is_short = needed > memory.available
-    return [f"{text} {memory.available / 2**30:.1f} are free now"] if is_short else []
+        if needed[host] > total:
+            raise RequestError(
+                text,
+                "room for the copies of all ranks of a machine",
+                "more machines, which share the copies; or a smaller model",
+            )
+        if needed[host] > available:
+            notes.append(text)
+    return notes
 
 
 def try_forward(engine: Engine, task: Task) -> float:
@@ -115,7 +123,7 @@ def try_forward(engine: Engine, task: Task) -> float:
     except RequestError:
         raise
     except torch.OutOfMemoryError as problem:
-        raise RequestError(*explain_out_of_memory(problem, engine.plan)) from None
+        raise RequestError(*explain_out_of_memory(problem, engine.plan, engine.module)) from None
     except Exception as problem:  # whatever a model says of an input that does not fit it
         inputs = [f"{key} {list(x.shape)}" for key, x in batch.items() if key != "labels"]
         raise RequestError(

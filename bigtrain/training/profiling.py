@@ -17,28 +17,29 @@ _ROWS = 40  # of the text's table
 
 def begin_profile_if_asked(ctx: TrainContext) -> None:
     """Profile the steps that come now, on rank 0 alone, where somebody asks for it."""
-    ctx.enter("profile")  # on every rank, as all phases
+    ctx.enter("numbers")  # on every rank, as all phases
     if not ctx.engine.main or ctx.profile is not None:
         return
     first = ctx.state.step + 1
-    if first not in ctx.recipe.train.profile_steps and not ctx.stop.profile_requested():
+    is_requested = ctx.stop.profile_requested()
+    if first not in ctx.recipe.train.profile_steps and not is_requested:
         return
     # torch's library prints a line at every start.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    profiler = torch.profiler.profile()
+    profile = RunningProfile(first, torch.profiler.profile(), is_requested)
     try:
-        profiler.start()
-        ctx.profile = RunningProfile(first, profiler)
+        profile.profiler.start()
+        ctx.profile = profile
     except Exception as problem:  # whatever it is, training continues
-        _report_failure(ctx, problem)
+        _report_failure(ctx, profile, problem)
 
 
 def end_profile_if_done(ctx: TrainContext, requests: RankRequests) -> None:
     """After a step: write the profile under way if it has its three steps, or no more follow."""
-    ctx.enter("profile")
     profile, settings = ctx.profile, ctx.recipe.train
     if profile is None:
         return
+    ctx.enter("profile")
     profile.steps += 1
     evaluates = is_due(ctx.state.step, settings, settings.eval_every)
     if profile.steps < _STEPS and not evaluates and not requests.stop:
@@ -48,12 +49,18 @@ def end_profile_if_done(ctx: TrainContext, requests: RankRequests) -> None:
         profile.profiler.stop()
         _write(ctx, profile)
     except Exception as problem:  # a full disk, above all
-        _report_failure(ctx, problem)
-    ctx.stop.acknowledge_profile()
+        _report_failure(ctx, profile, problem)
+        return
+    if profile.is_requested:
+        ctx.stop.acknowledge_profile()
 
 
-def _report_failure(ctx: TrainContext, problem: Exception) -> None:
-    ctx.stop.acknowledge_profile()
+def _report_failure(ctx: TrainContext, profile: RunningProfile, problem: Exception) -> None:
+    # First, because the disk may be full, and the event has to be written.
+    for path in ctx.checkpoints.run.logs.glob(f"profile-step-{profile.first:08d}.*"):
+        path.unlink(missing_ok=True)
+    if profile.is_requested:
+        ctx.stop.acknowledge_profile()
     reason = str(problem) or type(problem).__name__
     ctx.tracker.event(ctx.state.step, "profile_failed", reason=reason)
 

@@ -90,12 +90,14 @@ class _PlannedEngine(NamedTuple):
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Looking for garbage while libraries are imported would cost a tenth of the start."""
+    """Looking for garbage until training begins would cost a tenth of the start."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 @_no_garbage_collection()
@@ -352,7 +354,7 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
         reason = str(problem).split("\n")[0] or type(problem).__name__
         ctx.tracker.event(ctx.state.step, event, reason=reason)
         if isinstance(problem, torch.OutOfMemoryError):
-            explanation = explain_out_of_memory(problem, ctx.engine.plan)
+            explanation = explain_out_of_memory(problem, ctx.engine.plan, ctx.engine.module)
             raise TrainingFailed(*explanation) from None
         raise
     finally:

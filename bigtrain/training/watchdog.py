@@ -49,8 +49,8 @@ Phase = Literal[
 # hang_timeout "auto": so many seconds, or as long as so many of the last steps if that is more.
 _AUTO_SECONDS = 600.0
 _AUTO_STEPS = 50
-# Times longer until the first step is done (building, compilation), for checkpoints and profiles,
-# and at the end.
+# Times longer until the first step is done (building, compilation), for a rank's checkpoints and
+# profiles, and at the end.
 _SLOW_PHASE_FACTOR = 10
 _RECENT_STEPS = 20  # that a rank's mean times are taken over
 _STRAGGLER_FACTOR = 1.5  # a straggler's time on its own, in medians over the ranks
