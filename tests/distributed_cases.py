@@ -397,6 +397,8 @@ def run_exact(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         torch.cuda.empty_cache()
         training.engine.reset_peak_memory()
     ends = []
+    if case.get("compile"):
+        torch._dynamo.reset()  # else what an earlier case has compiled would serve this one too
     graphs = compiled_graphs()
     for _ in range(training.recipe.train.steps):
         train_step(training)

@@ -155,7 +155,7 @@ def small_plan(**settings: Any) -> Plan:
 def test_out_of_memory_in_the_trial_forward_is_named_with_its_remedies() -> None:
     engine: Any = SimpleNamespace(
         plan=small_plan(),
-        module=nn.Linear(1, 1),
+        module=nn.Sequential(nn.Linear(1, 1)),
         model=nn.Linear(1, 1),
         to_device=lambda batch: batch,
         autocast=nullcontext,

@@ -6,7 +6,7 @@ import gpu_matrix
 import pytest
 
 PART = (
-    "cpu/ bert/zero3/bf16 resnet/ddp/bf16 transformer/zero2/bf16/checkpointed"
+    "cpu/ bert/zero3/bf16 resnet/ddp/bf16 transformer/zero2/bf16/full"
     " waits/rnn/zero1 lazy/bert resume/ddp"
 )
 
@@ -18,7 +18,7 @@ def test_a_part_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert [name for name, result in results.items() if "error" in result] == [], table
     curves = {row.name: row for row in gpu_matrix.rows(results)}
     assert set(curves) == {
-        "transformer/zero2/bf16/checkpointed",
+        "transformer/zero2/bf16/full",
         "bert/zero3/bf16",
         "resnet/ddp/bf16",
     }
@@ -34,7 +34,7 @@ def test_every_engine_and_every_model_is_in_it() -> None:
     for model in ("transformer", "rnn", "cnn", "bert", "resnet"):
         for engine in ("ddp", "zero1", "zero2", "zero3", "zero3-offload"):
             assert f"{model}/{engine}/bf16" in names
-    for option in ("checkpointed", "compiled"):
+    for option in ("full", "selective", "compiled"):
         assert f"transformer/zero2/bf16/{option}" in names
     assert "waits/rnn/zero3" in names and "resume/zero3-offload" in names
     assert "lazy/transformer" in names
