@@ -33,9 +33,9 @@ from bigtrain.runs.metrics_file import read_metrics
 
 HERE = Path(__file__).parent
 CORES = 2
-# Mean losses of all steps. In bf16 a toolkit's order of roundings moves them by a few 1e-4; another
+# Mean losses of all steps. bf16 moves them by 6e-4 (Transformer) and 4e-3 (CNN); another
 # batch, rate, clipping or starting weight moves them by more than 1e-2.
-TOLERANCE = 3e-3
+TOLERANCE = 5e-3
 QUICK_ARMS = ["plain", "hf-best", "tuned", "bigtrain"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
