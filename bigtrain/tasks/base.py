@@ -78,8 +78,7 @@ class Task:
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The model's output in fp32. Raises RequestError if it does not have the task's shape."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = outputs(model, **inputs)
+        logits = outputs(model, **model_inputs(batch))
         expected = self.expected_shape(logits, batch["labels"])
         if logits.shape != expected:
             raise RequestError(
@@ -158,6 +157,11 @@ class Evaluator:
     def metrics(self, loss: float) -> dict[str, float]:
         """The task's own metrics by name, `loss` being known. A collective."""
         return {}
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """The batch without its labels: the model's arguments."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def outputs(model: Any, **inputs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bigtrain.data.examples import Batch, Example
 from bigtrain.models.output_loss import IGNORED, OutputLoss
-from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task, outputs
+from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task, model_inputs, outputs
 
 _WRITTEN = 24  # tokens of a sample, at most
 _MAX_LOSS = 700.0  # its exponential is still a number
@@ -142,11 +142,6 @@ class LanguageEvaluator(Evaluator):
         return metrics
 
 
-def _inputs(batch: Batch) -> Batch:
-    """The batch without its labels: the model's arguments."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
 class TokenTask(Task):
     """Cross entropy over target tokens; a position labelled IGNORED counts nothing."""
 
@@ -177,7 +172,7 @@ class TokenTask(Task):
         if self.output_loss is None:
             return super().loss_sum(model, batch)
         return self.output_loss.loss_sum(
-            partial(outputs, model, **_inputs(batch)), batch["labels"], self.label_smoothing
+            partial(outputs, model, **model_inputs(batch)), batch["labels"], self.label_smoothing
         )
 
     def loss_and_likeliest(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -187,7 +182,7 @@ class TokenTask(Task):
             logits = self.logits(model, batch)
             return self.loss_from_logits(logits, labels), logits.argmax(-1)
         likeliest = torch.empty_like(labels)
-        run_model = partial(outputs, model, **_inputs(batch))
+        run_model = partial(outputs, model, **model_inputs(batch))
         loss_sum = self.output_loss.loss_sum(run_model, labels, likeliest=likeliest)
         return loss_sum, likeliest
 
