@@ -34,6 +34,7 @@ from bigtrain.runs.metrics_file import read_metrics
 from bigtrain.tracking import wandb_sync
 from bigtrain.tracking.base import TrackerGroup, numbers_of
 from bigtrain.tracking.terminal import Terminal
+from bigtrain.tracking.wandb import _end_service
 
 STEPS = ["train.steps=12", "train.eval_every=6", "train.checkpoint_every=4", "engine.kind=ddp"]
 CNN = ["digits-cnn", *STEPS]
@@ -419,6 +420,12 @@ def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
         psutil.pid_exists(service.pid) and service.status() == psutil.STATUS_STOPPED
         for service in services
     )
+
+
+def test_a_killed_service_does_not_choose_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """teardown() raises SystemExit(-9) if the kill reaches the service after its last message."""
+    monkeypatch.setattr("wandb.teardown", lambda: sys.exit(-9))
+    _end_service()
 
 
 @pytest.mark.parametrize(("steps", "code"), [("train.steps=4", 0), ("optim.lr=1e30", 1)])

@@ -235,8 +235,12 @@ def _wandb_id(run_dir: RunDir, known_id: str) -> str:
 
 
 def _end_service() -> None:
-    """Kill W&B's process: at the end of the program W&B would wait for it without a limit."""
-    with contextlib.suppress(Exception):  # it may end by itself at the same time
+    """Kill W&B's process: at the end of the program W&B would wait for it without a limit.
+
+    It may end by itself at the same time. And teardown() ends the program with that process's
+    exit code, unless it finds the connection closed already.
+    """
+    with contextlib.suppress(Exception, SystemExit):
         for child in psutil.Process().children():
             if child.name().startswith("wandb"):
                 child.kill()
