@@ -26,14 +26,14 @@ from bigtrain.engine.runtime import find_device
 from bigtrain.engine.start import start_engine
 from bigtrain.models.build import build_model
 from bigtrain.runs.directory import RunDir
+from bigtrain.supervision.signals import StopFlag
+from bigtrain.supervision.watchdog import Watchdog
 from bigtrain.tasks.registry import TASKS
 from bigtrain.tracking.terminal import console
 from bigtrain.training.context import TrainContext
 from bigtrain.training.loop import train_step
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.run import build_trackers, build_training
-from bigtrain.training.signals import StopFlag
-from bigtrain.training.watchdog import Watchdog
 
 SAME_STEPS = 20  # after which weights are compared
 NEVER = 10**9

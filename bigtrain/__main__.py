@@ -39,7 +39,7 @@ def main() -> None:
         print(redact(traceback.format_exc()), file=sys.stderr)
         code = 3
         if "torch" in sys.modules:
-            from bigtrain.training.endings import exit_code_of
+            from bigtrain.supervision.endings import exit_code_of
 
             code = exit_code_of(problem)
         # No verdict: it may be the end of another rank, in words that exit_code_of does not know.
@@ -67,7 +67,7 @@ def _exit(code: int) -> NoReturn:
     srun alone would not do: it passes on the highest code of all ranks.
     """
     if code in (2, 3):
-        from bigtrain.training.verdict import write_verdict
+        from bigtrain.supervision.verdict import write_verdict
 
         write_verdict(f"{code}")
     _leave(code)

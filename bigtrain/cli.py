@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Train a recipe; a run that has a checkpoint is continued from there."""
     from bigtrain.config.loader import load_recipe
-    from bigtrain.training.signals import listen
+    from bigtrain.supervision.signals import listen
 
     listen()
     loaded = load_recipe(recipe, overrides)

@@ -46,18 +46,18 @@ from bigtrain.errors import TrainingFailed
 from bigtrain.models.build import build_model, output_layer
 from bigtrain.models.output_loss import OutputLoss
 from bigtrain.runs.directory import RunDir
+from bigtrain.supervision.endings import exit_code_of
+from bigtrain.supervision.signals import StopFlag
+from bigtrain.supervision.watchdog import Phase, Watchdog
 from bigtrain.tasks.registry import TASKS
 from bigtrain.tracking.base import TrackerGroup
 from bigtrain.training.context import TrainContext
-from bigtrain.training.endings import exit_code_of
 from bigtrain.training.evaluation import evaluate, evaluate_in_training
 from bigtrain.training.loop import _finish_previous_step, train_step
 from bigtrain.training.loss_spikes import handle_loss_spike
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.preflight import try_forward
 from bigtrain.training.run import _load_best, build_training
-from bigtrain.training.signals import StopFlag
-from bigtrain.training.watchdog import Phase, Watchdog
 
 COMPILE = nn.Module.compile
 SAMPLES, GLOBAL_BATCH, VOCABULARY = 40, 15, 61  # 15 does not divide by 2: shares of 8 and 7

@@ -52,17 +52,17 @@ from bigtrain.models.cnn import CNN
 from bigtrain.models.mlp import MLP
 from bigtrain.runs.directory import RunDir
 from bigtrain.runs.step_shares import STEP_PARTS, column_of
+from bigtrain.supervision import watchdog as watchdog_module
+from bigtrain.supervision.watchdog import RankPosition, Watchdog
 from bigtrain.tasks.registry import TASKS
 from bigtrain.testing import resume_proof
 from bigtrain.training import preflight
 from bigtrain.training import run as assembly
-from bigtrain.training import watchdog as watchdog_module
 from bigtrain.training.context import StepNumbers
 from bigtrain.training.loop import train_step
 from bigtrain.training.optimizers import make_optimizer, states_per_parameter
 from bigtrain.training.preflight import try_forward
 from bigtrain.training.settings import _unused
-from bigtrain.training.watchdog import RankPosition, Watchdog
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>

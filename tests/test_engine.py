@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from bigtrain.engine.batch_norm import RunningStatistics, use_fp32_statistics
-from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import TrainingFailed
+from bigtrain.supervision.peer_loss import lost_a_peer
 
 
 def plan(world_size: int, global_batch: int = 24, micro_batch: int = 4) -> Plan:

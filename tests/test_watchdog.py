@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigtrain.training.watchdog import Diagnosis, RankPosition, diagnose, stragglers
+from bigtrain.supervision.watchdog import Diagnosis, RankPosition, diagnose, stragglers
 
 
 def position(posts: int, heartbeats: int, phase: str = "forward") -> RankPosition:

@@ -28,8 +28,8 @@ from bigtrain.doctor.checks import RankReport, Row, check_ranks
 from bigtrain.engine.runtime import cores_per_rank
 from bigtrain.models.flops import product_rate
 from bigtrain.runs.directory import RUNS, to_json
+from bigtrain.supervision.watchdog import attempt
 from bigtrain.tracking.wandb_sync import logged_in
-from bigtrain.training.watchdog import attempt
 
 _PATIENCE = timedelta(seconds=60)
 _PORTS = 8  # that are tried, one after the other

@@ -13,10 +13,10 @@ from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.batch_norm import RunningStatistics
 from bigtrain.engine.stopwatch import Lap, StepClock
+from bigtrain.supervision.signals import StopFlag
+from bigtrain.supervision.watchdog import Phase, Watchdog
 from bigtrain.tasks.base import Task
 from bigtrain.tracking.base import TrackerGroup
-from bigtrain.training.signals import StopFlag
-from bigtrain.training.watchdog import Phase, Watchdog
 
 # Phases that have another name in a line of metrics (runs/step_shares.py).
 _PART_OF_PHASE: dict[Phase, str] = {

@@ -15,6 +15,7 @@ from bigtrain.data.loader import MicroBatch
 from bigtrain.data.order import key, mix
 from bigtrain.errors import StoppedEarly, TrainingFailed
 from bigtrain.runs.step_shares import STEP_PARTS, column_of
+from bigtrain.supervision.fault_injection import maybe_inject_fault
 from bigtrain.training.checkpointing import finish_checkpoint, last_good_checkpoint, save_if_due
 from bigtrain.training.context import (
     InFlightStep,
@@ -25,7 +26,6 @@ from bigtrain.training.context import (
     is_due,
 )
 from bigtrain.training.evaluation import evaluate_if_due
-from bigtrain.training.fault_injection import maybe_inject_fault
 from bigtrain.training.loss_spikes import handle_loss_spike, is_spike
 from bigtrain.training.profiling import begin_profile_if_asked, end_profile_if_done
 from bigtrain.training.schedules import learning_rate

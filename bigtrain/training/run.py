@@ -24,7 +24,6 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.batch_norm import RunningStatistics
 from bigtrain.engine.deepspeed_config import render_deepspeed_config
 from bigtrain.engine.launcher import read_launcher, refuse_contradictions
-from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.plan import Launcher, Plan, make_plan
 from bigtrain.engine.runtime import (
     Device,
@@ -41,6 +40,10 @@ from bigtrain.runs.directory import RunDir, run_directory, write_atomic
 from bigtrain.runs.events import Event
 from bigtrain.runs.lock import release_ownership, take_ownership
 from bigtrain.runs.metrics_file import MetricsFile
+from bigtrain.supervision.peer_loss import lost_a_peer
+from bigtrain.supervision.signals import StopFlag
+from bigtrain.supervision.verdict import write_verdict
+from bigtrain.supervision.watchdog import Watchdog
 from bigtrain.tasks.base import Task
 from bigtrain.tasks.registry import TASKS
 from bigtrain.tracking.accelerate import AccelerateTracker, start_accelerate_tracker
@@ -75,9 +78,6 @@ from bigtrain.training.settings import (
     settings_in_force,
     with_origin,
 )
-from bigtrain.training.signals import StopFlag
-from bigtrain.training.verdict import write_verdict
-from bigtrain.training.watchdog import Watchdog
 
 
 class _PlannedEngine(NamedTuple):

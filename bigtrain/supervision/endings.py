@@ -2,9 +2,9 @@
 
 import sys
 
-from bigtrain.engine.peer_loss import lost_a_peer
 from bigtrain.engine.runtime import world_from_environment
 from bigtrain.errors import LOST_PEERS
+from bigtrain.supervision.peer_loss import lost_a_peer
 
 
 def exit_code_of(problem: BaseException) -> int:
