@@ -139,8 +139,7 @@ def load_model(run_or_folder: str | Path | Run) -> "nn.Module":
     On the CPU, in fp32 and in evaluation mode. Of a transformers model it is that library's class.
     Raises RequestError if the run has not finished.
     """
-    place = run_or_folder.path if isinstance(run_or_folder, Run) else Path(run_or_folder)
-    folder = place if (place / "bigtrain.json").is_file() else find_finished_run(place).export
+    folder = find_export(run_or_folder.path if isinstance(run_or_folder, Run) else run_or_folder)
     from bigtrain.models.export import load_exported
 
     task = _read_json(folder / "bigtrain.json", "an exported model")["task"]
@@ -157,6 +156,15 @@ def find_finished_run(ref: str | Path) -> RunDir:
             f"bigtrain train {directory.recipe}",
         )
     return directory
+
+
+def find_export(ref: str | Path) -> Path:
+    """The exported model of a finished run, or the folder itself if it holds one.
+
+    Raises RequestError if there is none.
+    """
+    place = Path(ref)
+    return place if (place / "bigtrain.json").is_file() else find_finished_run(place).export
 
 
 def _read_json(path: Path, expected: str) -> dict[str, Any]:

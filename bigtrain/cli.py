@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from bigtrain.cli_use import Json, generate, predict
 from bigtrain.errors import RequestError, TrainingFailed
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=3e-4 engine.kind=zero2"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 LAUNCHER = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
 gc_threshold = gc.get_threshold()  # Python's own; __main__.py, which raises it first, sets this
 
@@ -109,26 +109,8 @@ def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = Fals
         _print_table(results)
 
 
-@app.command()
-def generate(
-    run: RunArgument,
-    prompt: Annotated[str, typer.Argument(help="the text to continue")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="how many tokens to write at most")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
-    seed: Annotated[int, typer.Option(help="decides the sample")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Let a finished language model (or sequence-to-sequence model) write."""
-    from bigtrain.api import find_finished_run
-
-    directory = find_finished_run(run)
-    from bigtrain.inference.generate import generate_text
-
-    text = generate_text(directory, prompt, tokens, temperature, seed)
-    if as_json:
-        _print_json({"prompt": prompt, "text": text})
-    else:
-        print(prompt + text)
+app.command()(predict)
+app.command()(generate)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from bigtrain.errors import BadSampleError, RequestError
 _IN_MEMORY = 256 << 20  # bytes of decoded images kept
 _STATISTICS_SAMPLE = 2000  # images, about, that mean and deviation are taken of
 _MANY = 5000  # images that are worth a progress bar
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,12 @@ def _decode(part: Part, size: int | None, index: int) -> tuple[Tensor, str]:
     """
     try:
         record = part[index]
-        return _pixels(record["image"], size), str(record["label"])
-    except _DECODING_ERRORS as problem:
+        return pixels_of(record["image"], size), str(record["label"])
+    except DECODING_ERRORS as problem:
         raise BadSampleError(f"image {part.name(index)} does not decode: {problem}") from None
 
 
-def _pixels(image: Any, size: int | None) -> Tensor:
+def pixels_of(image: Any, size: int | None) -> Tensor:
     """Scaled to 0 … 1; with `size`, the shorter side is resized to it and the middle cut out.
 
     An array is taken as grey; a file is read as colour, because some files of a set may be grey.

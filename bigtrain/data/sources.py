@@ -22,7 +22,7 @@ from bigtrain.errors import RequestError
 # Kinds of errors without an answer of the hub, by name: which HTTP library the hub's client uses
 # depends on its version.
 _NO_CONNECTION = {"TransportError", "ConnectionError"}
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _from_image_folder(request: _Request, folder: Path) -> Source:
 
 
 def _from_files(request: _Request, files: list[Path]) -> Source:
-    formats = {_FORMATS.get(path.suffix.lower(), "text") for path in files}
+    formats = {FORMATS.get(path.suffix.lower(), "text") for path in files}
     if len(formats) > 1:
         suffixes = sorted({path.suffix or path.name for path in files})
         raise RequestError(
@@ -155,24 +155,28 @@ def _whole_lines(text: str, least: int) -> list[str]:
 
 def _read_table(request: _Request, builder: str, shown_name: str, **place: Any) -> Any:
     """Records from what the `datasets` library reads from `place` (its data_dir or data_files)."""
-    import datasets  # half a second that built-in sources need not pay
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it, once
-    try:
-        table = datasets.load_dataset(builder, split="train", **place)
-    except Exception as problem:  # datasets raises whatever its reader raised
-        cause = str(problem.__cause__ or problem).splitlines()[0]
-        raise RequestError(
-            f"{request.key}: {shown_name}: cannot be read as {builder}: {cause}",
-            f"valid {builder}",
-        ) from None
+    table = load_table(request.key, builder, shown_name, **place)
     if builder == "imagefolder" and "label" not in table.column_names:
         raise RequestError(
             f"{request.key}: {shown_name}: no classes found",
             "one folder of images per class, two at least",
         )
     return _with_fields(table, request)
+
+
+def load_table(key: str, builder: str, shown_name: str, **place: Any) -> Any:
+    """The datasets.Dataset that the library's `builder` reads from `place`."""
+    import datasets  # half a second that built-in sources need not pay
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it, once
+    try:
+        return datasets.load_dataset(builder, split="train", **place)
+    except Exception as problem:  # datasets raises whatever its reader raised
+        cause = str(problem.__cause__ or problem).splitlines()[0]
+        raise RequestError(
+            f"{key}: {shown_name}: cannot be read as {builder}: {cause}", f"valid {builder}"
+        ) from None
 
 
 def _from_hub(request: _Request) -> Source:

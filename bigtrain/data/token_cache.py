@@ -223,6 +223,31 @@ def _batches(records: Iterator[_Placed]) -> Iterator[list[_Placed]]:
         yield batch
 
 
+def encode(texts: list[str], tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
+    """The ids of whole texts."""
+    encoded = tokenizer(texts, add_special_tokens=not spec.is_packed, return_attention_mask=False)
+    return encoded["input_ids"]
+
+
+def fit(ids: list[int], tokenizer: Any, spec: TaskSpec, seq_len: int) -> list[int]:
+    """The ids of a text as a model of the task is given them.
+
+    A packed text is whole and ended; any other is cut to `seq_len`, and never empty. Sources
+    and targets that are cut keep the end-of-text token.
+    """
+    eos = tokenizer.eos_token_id
+    if spec.is_packed:
+        return [*ids, eos]
+    must_end = spec.is_language
+    if not ids or (must_end and ids[-1] != eos):
+        ids = [*ids, eos or 0]
+    if len(ids) <= seq_len:
+        return ids
+    if must_end:
+        return [*ids[: seq_len - 1], ids[-1]]
+    return ids[:seq_len]
+
+
 class _CacheWriter:
     """Writes the ids and labels of records, batch by batch, into a cache's folder."""
 
@@ -244,12 +269,9 @@ class _CacheWriter:
 
     def add(self, batch: list[_Placed]) -> None:
         for field in self.fields:
-            encoded = self.tokenizer(
-                [placed.record[field] for placed in batch],
-                add_special_tokens=not self.spec.is_packed,
-                return_attention_mask=False,
-            )
-            for placed, ids in zip(batch, encoded["input_ids"], strict=True):
+            texts = [placed.record[field] for placed in batch]
+            encoded = encode(texts, self.tokenizer, self.spec)
+            for placed, ids in zip(batch, encoded, strict=True):
                 self.writers[placed.part, field].add(self._fit(ids))
                 if self.spec.is_packed and placed.part == "eval":
                     self.statistics.add(placed.record[field])
@@ -258,24 +280,9 @@ class _CacheWriter:
                 self.labels[part].append(str(record["label"]))
 
     def _fit(self, ids: list[int]) -> list[int]:
-        """The ids of a text as they are stored.
-
-        A packed text is whole and ended; any other is cut to `seq_len`, and never empty. Sources
-        and targets that are cut keep the end-of-text token.
-        """
-        eos = self.tokenizer.eos_token_id
-        if self.spec.is_packed:
-            return [*ids, eos]
-        if len(ids) > self.seq_len:
+        if not self.spec.is_packed and len(ids) > self.seq_len:
             self.num_cut += 1
-        must_end = self.spec.is_language
-        if not ids or (must_end and ids[-1] != eos):
-            ids = [*ids, eos or 0]
-        if len(ids) <= self.seq_len:
-            return ids
-        if must_end:
-            return [*ids[: self.seq_len - 1], ids[-1]]
-        return ids[: self.seq_len]
+        return fit(ids, self.tokenizer, self.spec, self.seq_len)
 
     def close(self) -> dict[str, Any]:
         """Finish all files; returns what meta.json says of them."""

@@ -75,7 +75,14 @@ def cores_per_rank() -> int:
 def silence_libraries() -> None:
     """Silence what means nothing to a user; warnings about the user's own code still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("accelerate", "DeepSpeed", "torch.distributed", "torch._higher_order_ops"):
+    for name in (
+        "accelerate",
+        "DeepSpeed",
+        "torch.distributed",
+        "torch._higher_order_ops",
+        "torch.utils._pytree",
+        "torchao",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("deepspeed", "accelerate", "torch", "transformers", "torchmetrics"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")

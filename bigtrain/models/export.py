@@ -48,6 +48,9 @@ def export_model(
         "task": recipe.task,
         "classes": prepared.classes,
         "image": prepared.image,
+        "resize": recipe.data.image_size,
+        "seq_len": prepared.seq_len,
+        "columns": recipe.data.columns,
         **prepared.preprocessing,
     }
     (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
