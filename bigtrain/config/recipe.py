@@ -24,6 +24,7 @@ def _without_booleans(value: Any) -> Any:
 
 
 Checkpointing = Literal["none", "full", "selective"] | PositiveInt
+Columns = dict[str, str | Annotated[list[str], Field(min_length=1)]]  # by field
 
 
 class Section(BaseModel):
@@ -82,8 +83,15 @@ class DataConfig(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.1, description="the part held out when eval is null"
     )
-    columns: dict[str, str] = Field(
-        default={}, description="field: column, e.g. {text: body, label: category}"
+    columns: Columns = Field(
+        default={},
+        description="field: column, e.g. {text: body, label: category}; of a table also features:"
+        " a list of columns, instead of all that can be inputs",
+    )
+    missing: Literal["fill", "refuse"] = Field(
+        default="fill",
+        description="a table's missing values: `fill` (the training median and a flag, or a"
+        " category of their own), or `refuse` the row",
     )
     tokenizer: Literal["auto", "bytes"] | TokenizerConfig | str = Field(
         default="auto",
@@ -342,6 +350,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "Recipe":
         spec = TASK_SPECS[self.task]
+        if spec.data != "table" and self.data.missing != "fill":
+            raise ValueError("data.missing is for tables")
         if spec.data != "image" and self.data.augment != AugmentConfig():
             raise ValueError("data.augment is for image_classification")
         keep_best = self.train.keep_best

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,30 +94,33 @@ def _digits() -> list[Record]:
     return records
 
 
-def _breast_cancer() -> list[Record]:
-    """Measurements of tumours.
+_OF_CELLS = (
+    "radius texture perimeter area smoothness compactness concavity concave_points symmetry"
+    " fractal_dimension"
+)
+
+
+def _breast_cancer() -> Any:
+    """Measurements of tumours, as a table.
 
     The label is the name, so that "malignant" comes second in the alphabet: the class whose recall
     a doctor asks for.
     """
-    names = ("malignant", "benign")
-    records = []
-    for row in _scikit_learn_table("breast_cancer.csv", header_lines=1):
-        features = row[:-1].astype(np.float32)
-        label = names[int(row[-1])]
-        records.append({"features": features, "label": label})
-    return records
+    import pandas
+
+    rows = _scikit_learn_table("breast_cancer.csv", header_lines=1)
+    labels = np.where(rows[:, -1] == 0, "malignant", "benign")
+    names = []
+    for statistic in ("mean", "error", "worst"):
+        names += [f"{statistic}_{quantity}" for quantity in _OF_CELLS.split()]
+    return pandas.DataFrame(rows[:, :-1], columns=names).assign(label=labels)
 
 
-def _diabetes() -> list[Record]:
+def _diabetes() -> Any:
     """Measurements of patients; the target is the disease's progression in a year."""
     from sklearn.datasets import load_diabetes
 
-    table = load_diabetes()
-    records = []
-    for row, target in zip(table.data, table.target, strict=True):
-        records.append({"features": row.astype(np.float32), "target": float(target)})
-    return records
+    return load_diabetes(as_frame=True).frame
 
 
 _ORDINAL_SUFFIXES = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
@@ -156,7 +160,7 @@ def _ways_to_write(date: datetime.date) -> list[str]:
     return ways
 
 
-def _fixed(name: str, read: Callable[[], Iterable[Record]]) -> Callable[[TaskName], Source]:
+def _fixed(name: str, read: Callable[[], Any]) -> Callable[[TaskName], Source]:
     """The way to open a set that is the same on every machine and for every task."""
 
     def open_it(_task: TaskName) -> Source:

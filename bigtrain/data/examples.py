@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigtrain.data.records import Record
+from bigtrain.data.table_columns import FeatureRows
 from bigtrain.data.token_cache import Ragged
 
 Example = dict[str, Any]
@@ -28,7 +29,8 @@ class Examples(Protocol):
 class Part:
     """Some records of a source, by their numbers in it: the training part or the held-out one."""
 
-    records: Sequence[Record]
+    records: Any
+    """A sequence of them, or a table."""
     numbers: Sequence[int]
     origin: str = ""
     """Said of a record in errors, e.g. " of data.eval"; empty for data.train."""
@@ -37,7 +39,8 @@ class Part:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> Record:
-        return self.records[self.numbers[index]]
+        record: Record = self.records[self.numbers[index]]
+        return record
 
     def name(self, index: int) -> str:
         """Which record it is, for errors: its number in its source."""
@@ -59,7 +62,11 @@ class PreparedData:
     classes: list[str] = field(default_factory=list)
     image: Shape | None = None
     features: int | None = None
-    """Numbers in a row of a table."""
+    """Numbers that a row of a table becomes."""
+    cardinalities: list[int] = field(default_factory=list)
+    """How many of them stand for the values of each category: the last ones, block by block."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """`columns.NAME` of a table → what became of the column."""
     eval_bytes: int | None = None
     """UTF-8 bytes of the held-out text, for bits per byte."""
     baselines: dict[str, float] = field(default_factory=dict)
@@ -84,9 +91,9 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class ColumnDataset:
-    """One column per field: token ids, standardised features, class numbers or values."""
+    """One column per field: token ids, features, class numbers or values."""
 
-    fields: Mapping[str, Ragged | NDArray[Any]]
+    fields: Mapping[str, Ragged | FeatureRows | NDArray[Any]]
 
     def __len__(self) -> int:
         return len(next(iter(self.fields.values())))

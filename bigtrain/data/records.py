@@ -1,7 +1,7 @@
 """Records as a source yields them: one dictionary each, with the fields that the task needs."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ Record = dict[str, Any]
 class Source:
     """Where records come from.
 
-    Images and table rows can be indexed; texts are read one after another.
+    Images can be indexed; texts are read one after another. A table is a pandas.DataFrame.
     """
 
     identity: str
     """Changes whenever the records may have changed; a cache is keyed by it."""
-    records: Callable[[], Iterable[Record]]
+    records: Callable[[], Any]
 
 
 def file_stamp(files: list[Path]) -> str:

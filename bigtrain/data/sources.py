@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from bigtrain.config.recipe import Columns
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.records import Record, Source, file_stamp
@@ -32,7 +31,7 @@ class _Request:
     key: str  # data.train or data.eval
     name: str
     task: TaskName
-    columns: dict[str, str]
+    columns: Columns
 
     @property
     def setting(self) -> str:
@@ -44,11 +43,11 @@ class _Request:
         return [name for name, other in BUILT_IN.items() if self.task in other.tasks]
 
     def column(self, field: str) -> str:
-        return self.columns.get(field, field)
+        return str(self.columns.get(field, field))
 
 
 def open_source(
-    key: Literal["data.train", "data.eval"], name: str, task: TaskName, columns: dict[str, str]
+    key: Literal["data.train", "data.eval"], name: str, task: TaskName, columns: Columns
 ) -> Source:
     """The source that `name`, the value of `key`, stands for.
 
@@ -112,10 +111,10 @@ def _from_files(request: _Request, files: list[Path]) -> Source:
     file_format = formats.pop()
     if file_format != "text":
         names = [str(path) for path in files]
-        return Source(
-            f"{file_format} {file_stamp(files)}",
-            partial(_read_table, request, file_format, names[0], data_files=names),
-        )
+        read = partial(_read_table, request, file_format, names[0], data_files=names)
+        if TASK_SPECS[request.task].data == "table":
+            read = partial(load_frame, request.key, file_format, names)
+        return Source(f"{file_format} {file_stamp(files)}", read)
     if not TASK_SPECS[request.task].is_packed:
         raise RequestError(
             f"{request.key}: plain text files have no fields for task {request.task}",
@@ -173,10 +172,35 @@ def load_table(key: str, builder: str, shown_name: str, **place: Any) -> Any:
     try:
         return datasets.load_dataset(builder, split="train", **place)
     except Exception as problem:  # datasets raises whatever its reader raised
-        cause = str(problem.__cause__ or problem).splitlines()[0]
-        raise RequestError(
-            f"{key}: {shown_name}: cannot be read as {builder}: {cause}", f"valid {builder}"
-        ) from None
+        raise _unreadable(key, shown_name, builder, problem) from None
+
+
+def load_frame(key: str, file_format: str, files: list[str], dtype: Any = None) -> Any:
+    """Files as one pandas.DataFrame; `dtype`: of all columns of a csv.
+
+    A column of a csv has the type that all its values have; `datasets` would look at the first ten
+    thousand.
+    """
+    import pandas
+
+    if file_format != "csv":
+        return load_table(key, file_format, files[0], data_files=files).to_pandas()
+    tables: list[Any] = []
+    for file in files:
+        try:
+            tables.append(pandas.read_csv(file, dtype=dtype, low_memory=False))
+        except (OSError, ValueError) as problem:
+            raise _unreadable(key, file, "csv", problem) from None
+        if list(tables[0]) != list(tables[-1]):
+            raise RequestError(f"{key}: {file} has other columns than {files[0]}", "the same")
+    return pandas.concat(tables, ignore_index=True)
+
+
+def _unreadable(key: str, name: str, file_format: str, problem: Exception) -> RequestError:
+    cause = str(problem.__cause__ or problem).splitlines()[0]
+    return RequestError(
+        f"{key}: {name}: cannot be read as {file_format}: {cause}", f"valid {file_format}"
+    )
 
 
 def _from_hub(request: _Request) -> Source:
@@ -208,7 +232,7 @@ def _with_fields(table: Any, request: _Request) -> Any:
     """`table` (datasets.Dataset) with the task's fields; class labels by name."""
     spec = TASK_SPECS[request.task]
     if spec.data == "table":
-        return _numeric_rows(table, spec.fields[1], request)
+        return table.to_pandas()
     columns = {field: request.column(field) for field in spec.fields}
     missing = [column for column in columns.values() if column not in table.column_names]
     if missing:
@@ -229,24 +253,3 @@ def _with_fields(table: Any, request: _Request) -> Any:
     # A view, not rename_columns: two fields may be the same column.
     distinct = list(dict.fromkeys(columns.values()))
     return table.select_columns(distinct).with_transform(rename)
-
-
-def _numeric_rows(table: Any, answer: str, request: _Request) -> list[Record]:
-    """All numeric columns but the answer's as one row of `features` float32."""
-    answer_column = request.column(answer)
-    inputs: list[str] = []
-    for name, feature in table.features.items():
-        dtype = str(getattr(feature, "dtype", ""))
-        if name != answer_column and dtype.startswith(("int", "float")):
-            inputs.append(name)
-    if answer_column not in table.column_names or not inputs:
-        raise RequestError(
-            f"{request.setting} has columns {', '.join(table.column_names)}",
-            f"a column {answer_column!r} and at least one numeric column",
-            f"data.columns.{answer}=NAME_OF_A_COLUMN",
-        )
-    rows = np.stack([np.asarray(table[name], np.float32) for name in inputs], axis=1)
-    records = []
-    for row, value in zip(rows, table[answer_column], strict=True):
-        records.append({"features": row, answer: value})
-    return records

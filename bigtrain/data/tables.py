@@ -1,98 +1,106 @@
-"""Rows of numeric columns as examples."""
+"""Rows of tables as examples."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.examples import ColumnDataset, Part, PreparedData
 from bigtrain.data.held_out import refuse_empty, refuse_unreadable
-from bigtrain.errors import RequestError
-
-
-@dataclass
-class _Rows:
-    """The complete rows of a part."""
-
-    features: list[NDArray[np.float32]] = field(default_factory=list)
-    answers: list[Any] = field(default_factory=list)  # labels or targets
-
-    def __len__(self) -> int:
-        return len(self.answers)
+from bigtrain.data.table_columns import (
+    Column,
+    describe_columns,
+    feature_rows,
+    numbers_of,
+    texts,
+    unusable_rows,
+)
 
 
 def prepare_table(
     recipe: Recipe, train: Part, held_out: Part, exported: dict[str, Any] | None
 ) -> PreparedData:
-    """Both sets, features standardised by the training set.
+    """Both sets, columns encoded as the training set has them.
 
-    Raises RequestError for rows that cannot be used.
+    Raises RequestError for columns and rows that cannot be used.
     """
-    spec = TASK_SPECS[recipe.task]
-    answer = spec.fields[1]
+    field = TASK_SPECS[recipe.task].fields[1]
+    columns = _columns(train, recipe, exported or {})
+    answer = columns[-1].name
     unreadable: list[str] = []
-    train_rows = _complete_rows(train, answer, unreadable)
-    eval_rows = _complete_rows(held_out, answer, unreadable)
+    train_rows = _usable_rows(train, columns, unreadable)
+    eval_rows = _usable_rows(held_out, columns, unreadable)
     refuse_unreadable(unreadable, recipe)
     refuse_empty({"train": len(train_rows), "eval": len(eval_rows)}, recipe, unreadable)
     classes: list[str] = []
-    if spec.has_labels:
-        classes = sorted({str(label) for label in train_rows.answers + eval_rows.answers})
-    train_features = np.stack(train_rows.features)
+    if field == "label":
+        classes = sorted({*texts(train_rows[answer]), *texts(eval_rows[answer])})
     if exported is None:
-        mean = train_features.mean(0)
-        std = train_features.std(0)
+        numbers = numbers_of(train_rows, columns, "number")
+        mean = numbers.mean(0)
+        std = numbers.std(0)
         std[std == 0] = 1  # a constant column
     else:
         mean = np.asarray(exported["feature_mean"], np.float32)
         std = np.asarray(exported["feature_std"], np.float32)
+    categories = [column for column in columns if column.kind == "category"]
+    notes = []
 
-    def dataset(rows: _Rows) -> ColumnDataset:
-        features = (np.stack(rows.features) - mean) / std
-        if spec.has_labels:
-            labels = _class_numbers(rows.answers, classes)
-            return ColumnDataset({"features": features, answer: labels})
-        return ColumnDataset({"features": features, answer: _targets(rows.answers)})
+    def dataset(rows: Any) -> ColumnDataset:
+        if classes:
+            answers = np.asarray([classes.index(label) for label in texts(rows[answer])])
+        else:
+            answers = numbers_of(rows, columns, "target").flatten()
+        features = feature_rows(rows, columns, mean, std)
+        for column, count in zip(categories, (features.places < 0).sum(0), strict=True):
+            if count:
+                notes.append(f"{count:,} held-out values of {column.name} are new, not in training")
+        return ColumnDataset({"features": features, field: answers})
 
-    num_features = train_features.shape[1]
+    train_set = dataset(train_rows)
+    num_features = len(train_set[0]["features"])
     return PreparedData(
-        dataset(train_rows),
+        train_set,
         dataset(eval_rows),
         tokens_per_sample=num_features // 64 + 1,
         classes=classes,
         features=num_features,
-        preprocessing={"feature_mean": mean.tolist(), "feature_std": std.tolist()},
+        cardinalities=[len(column.categories) for column in categories],
+        columns={f"columns.{column.name}": column.fate for column in columns},
+        preprocessing={
+            "feature_mean": mean.tolist(),
+            "feature_std": std.tolist(),
+            "table": [asdict(column) for column in columns],
+        },
+        notes=notes,
         unreadable=unreadable,
     )
 
 
-def _complete_rows(part: Part, answer: str, unreadable: list[str]) -> _Rows:
-    """The rows of finite numbers with an answer; the others are named in `unreadable`."""
-    rows = _Rows()
-    for index in range(len(part)):
-        record = part[index]
-        value = record[answer]
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-        if value is None or not is_finite or not np.isfinite(record["features"]).all():
-            unreadable.append(
-                f"row {part.name(index)}: nothing, or not a finite number, in one of its columns"
-            )
-            continue
-        rows.features.append(record["features"])
-        rows.answers.append(value)
-    return rows
+def _columns(train: Part, recipe: Recipe, exported: dict[str, Any]) -> list[Column]:
+    """The columns of the training part, or those of an export; the last is the answer."""
+    if "table" in exported:
+        return [Column(**column) for column in exported["table"]]
+    kind: Any = TASK_SPECS[recipe.task].fields[1]
+    name, chosen = (recipe.data.columns.get(field, []) for field in (kind, "features"))
+    answer = Column(str(name or kind), kind, kind)
+    table = train.records.iloc[train.numbers]
+    if exported:
+        # Earlier versions wrote no names: all columns of numbers were inputs.
+        numeric = [x for x in table if x != answer.name and table[x].dtype.kind in "if"]
+        return [*(Column(name, "number", "number") for name in numeric), answer]
+    names = [chosen] if isinstance(chosen, str) else chosen
+    return describe_columns(table, answer, names, recipe.data.missing == "refuse")
 
 
-def _class_numbers(labels: list[Any], classes: list[str]) -> NDArray[np.int64]:
-    return np.asarray([classes.index(str(label)) for label in labels], np.int64)
-
-
-def _targets(values: list[Any]) -> NDArray[np.float32]:
-    try:
-        return np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        raise RequestError("regression target is not a number", "numbers in every row") from None
+def _usable_rows(part: Part, columns: list[Column], unreadable: list[str]) -> Any:
+    """The rows of a part that can be used; `unreadable` names the others."""
+    table = part.records.iloc[part.numbers]
+    wrong = unusable_rows(table, columns, f"data.{'eval' if part.origin else 'train'}")
+    for row in sorted(wrong):
+        unreadable.append(
+            f"row {part.name(row)}: nothing, or not a finite number, in column {wrong[row]}"
+        )
+    return table.drop(table.index[list(wrong)])

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigtrain.config.recipe import Columns
 from bigtrain.config.task_specs import TASK_SPECS, TaskSpec
 from bigtrain.data.examples import Example
 from bigtrain.data.images import DECODING_ERRORS, pixels_of
-from bigtrain.data.sources import FORMATS, load_table
+from bigtrain.data.sources import FORMATS, load_frame, load_table
+from bigtrain.data.table_columns import Column, feature_rows, find_column, unusable_rows
 from bigtrain.data.token_cache import encode, fit
 from bigtrain.errors import RequestError
 
@@ -40,6 +42,7 @@ class Usable:
     example: Example
     length: int = 0  # tokens
     is_cut: bool = False
+    unknown: tuple[str, ...] = ()  # columns whose value the training part did not have
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,21 @@ def _inputs_of(part: _Part, start: int, stop: int) -> list[Input]:
     return inputs
 
 
-def find_inputs(paths: list[Path], spec: TaskSpec, columns: dict[str, str]) -> Inputs:
+def find_inputs(
+    paths: list[Path], spec: TaskSpec, columns: Columns, table: Sequence[Column] = ()
+) -> Inputs:
     """The inputs in `paths`: files, or for images folders too.
 
-    `columns`: field → the column that holds it. Raises RequestError for what is not there, and for
-    files of the wrong kind.
+    `columns`: field → the column that holds it; `table`: what a table must have. Raises
+    RequestError for what is not there, and for files of the wrong kind.
     """
     for path in paths:
         if not path.exists():
             raise RequestError(f"there is no {path}", "files that exist")
-    inputs = _find_images(paths) if spec.data == "image" else _find_rows(paths, spec, columns)
+    if spec.data == "image":
+        inputs = _find_images(paths)
+    else:
+        inputs = _find_rows(paths, spec, columns, table)
     if not len(inputs):
         raise RequestError(
             f"nothing to predict in {', '.join(map(str, paths))}", "at least one input"
@@ -134,13 +142,17 @@ def _find_images(paths: list[Path]) -> Inputs:
     return Inputs(files, [_Part(names, None, lambda start, stop: names[start:stop])], left_out)
 
 
-def _find_rows(paths: list[Path], spec: TaskSpec, columns: dict[str, str]) -> Inputs:
+def _find_rows(
+    paths: list[Path], spec: TaskSpec, columns: Columns, table: Sequence[Column]
+) -> Inputs:
     parts: list[_Part] = []
     for path in paths:
         if path.is_dir():
             raise RequestError(f"{path} is a folder", "files", f"{path / '*.jsonl'}")
         table_format = FORMATS.get(path.suffix.lower())
-        if table_format is not None:
+        if table_format is not None and spec.data == "table":
+            parts.append(_rows(path, table_format, table))
+        elif table_format is not None:
             parts.append(_table(path, table_format, spec, columns))
         elif spec.data == "text":
             parts.append(_lines(path))
@@ -163,15 +175,22 @@ def _lines(path: Path) -> _Part:
     return _Part([str(path)], rows, lambda start, stop: rows[start:stop])
 
 
-def _table(path: Path, table_format: str, spec: TaskSpec, columns: dict[str, str]) -> _Part:
-    """A table. For texts the task's one column of it, for table tasks rows as they are."""
+def _rows(path: Path, table_format: str, columns: Sequence[Column]) -> _Part:
+    """The rows of a table that has the columns; what a csv has in them is text."""
+    frame = load_frame("predict", table_format, [str(path)], dtype=str)
+    for column in columns:
+        find_column(frame, column.name, str(path))
+    frame = frame[[column.name for column in columns]]
+    return _Part([str(path)], frame, lambda start, stop: frame.iloc[start:stop].to_dict("records"))
+
+
+def _table(path: Path, table_format: str, spec: TaskSpec, columns: Columns) -> _Part:
+    """The column of a table that the task reads."""
     if path.stat().st_size == 0:
         return _Part([str(path)], [], lambda _start, _stop: [])
     table = load_table("predict", table_format, str(path), data_files=[str(path)])
-    if spec.data == "table":
-        return _Part([str(path)], table, partial(_whole_rows, table))
     field = spec.fields[0]
-    column = columns.get(field, field)
+    column = str(columns.get(field, field))
     if column not in table.column_names:
         raise RequestError(
             f"{path} has no column {column}; it has: {', '.join(table.column_names)}",
@@ -180,12 +199,6 @@ def _table(path: Path, table_format: str, spec: TaskSpec, columns: dict[str, str
         )
     table = table.select_columns([column])
     return _Part([str(path)], table, lambda start, stop: table[start:stop][column])
-
-
-def _whole_rows(table: Any, start: int, stop: int) -> list[dict[str, Any]]:
-    columns = table[start:stop]
-    names = list(columns)
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 Encoder = Callable[[list[Input]], list[Usable | Unusable]]
@@ -198,19 +211,55 @@ def make_encoder(about: About, tokenizer: Any) -> Encoder:
         return partial(_encode_texts, spec, tokenizer, about["seq_len"])
     if spec.data == "image":
         return partial(_encode_images, about)
-    return examples_from_rows(about)
+    return partial(_encode_rows, about)
 
 
-def examples_from_rows(about: About) -> Encoder:
-    """Examples of a table's rows (each a dictionary of columns).
+def table_columns(about: About) -> list[Column]:
+    """The columns that a model of tables reads; none for other models.
 
-    Raises RequestError for a model that does not know its columns.
+    Raises RequestError for an export that does not name them.
     """
-    raise RequestError(
-        f"predict does not read rows for task {about['task']} yet",
-        "a model of texts or images",
-        "bigtrain evaluate RUN data.eval=FILE",
-    )
+    if TASK_SPECS[about["task"]].data != "table":
+        return []
+    if "table" not in about:
+        raise RequestError(
+            "this model was exported by an earlier version, which did not write down its columns",
+            "an export by this version",
+            "bigtrain evaluate RUN data.eval=FILE",
+        )
+    columns = [Column(**column) for column in about["table"]]
+    return [column for column in columns if column.kind in ("number", "category")]
+
+
+def _encode_rows(about: About, inputs: list[Input]) -> list[Usable | Unusable]:
+    """Rows of a table, each a dictionary of columns."""
+    import pandas
+
+    columns = table_columns(about)
+    table = pandas.DataFrame([item.value for item in inputs], dtype=object)
+    for column in columns:
+        if column.categories and not set(column.categories) - {"", "True", "False"}:
+            # As pandas reads a csv of nothing else; here it is text, or a value from elsewhere.
+            table[column.name] = table[column.name].map(
+                lambda value: str(value).capitalize(), na_action="ignore"
+            )
+    wrong = unusable_rows(table, columns, "predict")
+    mean = np.asarray(about["feature_mean"], np.float32)
+    std = np.asarray(about["feature_std"], np.float32)
+    rows = feature_rows(table.drop(index=list(wrong)), columns, mean, std)
+    names = [column.name for column in columns if column.kind == "category"]
+    answer = TASK_SPECS[about["task"]].fields[1]
+    encoded: list[Usable | Unusable] = []
+    number = 0
+    for index in range(len(inputs)):
+        if index in wrong:
+            encoded.append(Unusable(f"nothing, or not a finite number, in column {wrong[index]}"))
+            continue
+        pairs = zip(names, rows.places[number], strict=True)
+        unknown = tuple(name for name, place in pairs if place < 0)
+        encoded.append(Usable({"features": rows[number], answer: 0}, unknown=unknown))
+        number += 1
+    return encoded
 
 
 def _encode_texts(

@@ -123,6 +123,8 @@ class Predictor:
                 result |= predictions[number]
                 if item.is_cut:
                     result["cut"] = True
+                if item.unknown:
+                    result["unknown"] = ", ".join(item.unknown)
             results.append(result)
         return results
 

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from bigtrain.data.records import file_stamp
 from bigtrain.errors import RequestError
-from bigtrain.inference.inputs import Inputs, find_inputs
+from bigtrain.inference.inputs import Inputs, find_inputs, table_columns
 from bigtrain.inference.predict import Predictor, Result, model_hash
 from bigtrain.inference.prediction_file import PredictionFile, name_of, row_writer
 
@@ -60,7 +60,8 @@ def predict_files(folder: Path, request: Request) -> Outcome:
         )
     predictor = Predictor(folder)
     columns = predictor.about["columns"] | request.columns
-    inputs = find_inputs(request.files, predictor.spec, columns)
+    table = table_columns(predictor.about)
+    inputs = find_inputs(request.files, predictor.spec, columns, table)
     if inputs.left_out:
         print(f"{inputs.left_out:,} files are no images by their names: left out", file=sys.stderr)
     if request.out is None:

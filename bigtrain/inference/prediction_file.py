@@ -29,7 +29,7 @@ def row_writer(suffix: str, classes: list[str]) -> tuple[str, Callable[[Row], st
     """
     if suffix != ".csv":
         return "", lambda row: json.dumps(row, ensure_ascii=False) + "\n"
-    columns = ["file", "row", "prediction", "cut", "error"]
+    columns = ["file", "row", "prediction", "cut", "unknown", "error"]
     probabilities = [f"p({name})" for name in classes]
 
     def to_csv(row: Row) -> str:

@@ -34,6 +34,7 @@ def shape_arguments(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
         "vocab_size": prepared.vocab_size,
         "per_position": spec.is_packed,
         "in_features": prepared.features,
+        "cardinalities": prepared.cardinalities or None,
     }
     if prepared.image is not None:
         channels, height, width = prepared.image

@@ -133,6 +133,7 @@ def run_recipe(
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
         settings |= loss_setting(without_logits=use_output_loss(engine, task))
+        settings |= with_origin("data", dict(prepared.columns))
 
         run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)

@@ -1,0 +1,196 @@
+"""The columns of a table: what each holds, which are inputs, and how they become features.
+
+A table is a pandas.DataFrame, one row per sample, with the column of what is to be learnt.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.errors import RequestError
+
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+Gaps = Literal["refused", "filled", "flagged"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds in the training part, and what becomes of it."""
+
+    name: str
+    kind: Literal["number", "category", "label", "target", "left out"]
+    fate: str
+    """For the user: the kind in words, or why it is left out."""
+    gaps: Gaps = "refused"
+    """What becomes of a missing value.
+
+    filled: the median, or no category. flagged, where the training part misses some: the median
+    and a feature that says so, or a category of their own.
+    """
+    median: float = 0.0
+    categories: Sequence[str] = ()
+    """In alphabetical order; the empty one stands for missing values."""
+
+
+def describe_columns(
+    table: Any, answer: Column, chosen: Collection[str], refuse_gaps: bool
+) -> list[Column]:
+    """The columns of the training part, `answer` among them.
+
+    `chosen`: the inputs; empty: whatever can be one. Raises RequestError if nothing can, or for a
+    chosen one that cannot.
+    """
+    find_column(table, answer.name, f"data.columns.{answer.kind}")
+    inputs = table.drop(columns=answer.name)
+    for name in chosen:
+        find_column(inputs, name, "data.columns.features")
+    columns = []
+    for name in inputs:
+        if chosen and name not in chosen:
+            columns.append(Column(name, "left out", "left out: not chosen"))
+        else:
+            columns.append(_describe(inputs[name], name in chosen, refuse_gaps))
+    useless = [column for column in columns if column.kind == "left out"]
+    refused = [column for column in useless if column.name in chosen]
+    if refused or len(useless) == len(columns):
+        reasons = "; ".join(f"{column.name} ({column.fate})" for column in refused or useless)
+        raise RequestError(
+            f"no input can be made of {reasons or 'a table of one column'}",
+            f"numbers, text, or true and false in columns besides {answer.name}",
+            "data.columns.features=[NAME, …] takes any text",
+        )
+    return [*columns, answer]
+
+
+def _describe(values: Any, is_chosen: bool, refuse_gaps: bool) -> Column:
+    name = str(values.name)
+    present = values.dropna()
+    gaps: Gaps = "refused" if refuse_gaps else "filled"
+    if not refuse_gaps and len(present) < len(values):
+        gaps = "flagged"
+    if present.empty:
+        return Column(name, "left out", "left out: no values")
+    if present.dtype.kind in "iuf":
+        median = float(present.median())
+        fate = f"number; missing: the median {median:g}, and a flag"
+        return Column(name, "number", fate if gaps == "flagged" else "number", gaps, median)
+    others = [value for value in present if not isinstance(value, str | bool)]
+    if others:
+        kind = "dates" if hasattr(others[0], "year") else f"{type(others[0]).__name__} values"
+        return Column(name, "left out", f"left out: {kind}")
+    categories = sorted(set(texts(present)))
+    why = ""
+    if len(categories) == 1 and gaps != "flagged":
+        why = "the same in every row"
+    elif all(_DATE.match(text) for text in categories):
+        why = "dates"
+    elif 2 * len(categories) > len(present):
+        why = f"text, {len(categories):,} different in {len(present):,} rows"
+    if why and not is_chosen:
+        return Column(name, "left out", f"left out: {why}")
+    fate = f"category of {len(categories)} values"
+    if gaps == "flagged":
+        fate += ", and one for missing"
+        categories.insert(0, "")
+    return Column(name, "category", fate, gaps, categories=categories)
+
+
+def find_column(table: Any, name: str, place: str) -> Any:
+    """A column of the table. Raises RequestError, beginning with `place`, if there is none."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table.columns, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise RequestError(f"{place}: no column {name!r}{hint}", f"one of: {', '.join(table.columns)}")
+
+
+def texts(values: Any) -> list[str]:
+    """A column as text: empty where a value is missing."""
+    filled = values.astype(object).where(values.notna(), "")
+    return [str(value) for value in filled]
+
+
+def unusable_rows(table: Any, columns: Sequence[Column], place: str) -> dict[int, str]:
+    """The rows that cannot be used, each with a column that is why.
+
+    Raises RequestError, beginning with `place`, for a table without one of the columns.
+    """
+    import pandas
+
+    found: dict[int, str] = {}
+    for column in columns:
+        if column.kind == "left out":
+            continue
+        values = find_column(table, column.name, place)
+        is_wrong = values.isna() & (column.gaps == "refused")
+        if column.kind in ("number", "target"):
+            numbers = pandas.to_numeric(values, errors="coerce")
+            is_wrong |= np.isinf(numbers) | (numbers.isna() & values.notna())
+        for row in np.flatnonzero(is_wrong).tolist():
+            found.setdefault(row, column.name)
+    return found
+
+
+def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> NDArray[np.float32]:
+    """[rows, columns of the kind], missing ones filled."""
+    import pandas
+
+    filled = [np.zeros((len(table), 0), np.float32)]
+    for column in columns:
+        if column.kind == kind:
+            values = pandas.to_numeric(table[column.name]).fillna(column.median)
+            filled.append(np.asarray(values, np.float32)[:, None])
+    return np.concatenate(filled, axis=1)
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Rows of features; the zeros and ones of categories are made when a row is asked for.
+
+    A row is: the numbers, standardised; for each one that the training part misses somewhere,
+    whether it is missing here; and for each category a block of zeros with a 1 at the place of the
+    row's value, or without for a value that the training part does not have.
+    """
+
+    numbers: NDArray[np.float32]
+    """[rows, numbers and flags]"""
+    places: NDArray[np.int64]
+    """[rows, categories]: where each has its 1 in all blocks together; -1: nowhere."""
+    width: int
+    """Of all blocks together."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        one_hot = np.zeros(self.width + 1, np.float32)
+        one_hot[self.places[index]] = 1  # -1 is the last place, which is cut off
+        return np.concatenate([self.numbers[index], one_hot[:-1]])
+
+
+def feature_rows(
+    table: Any, columns: Sequence[Column], mean: NDArray[np.float32], std: NDArray[np.float32]
+) -> FeatureRows:
+    """The features of rows that can be used.
+
+    `mean` and `std` [numbers] are of the training part.
+    """
+    import pandas
+
+    numbers = [(numbers_of(table, columns, "number") - mean) / std]
+    places = [np.zeros((len(table), 0), np.int64)]
+    width = 0
+    for column in columns:
+        values = table.get(column.name)
+        if column.kind == "number" and column.gaps == "flagged":
+            numbers.append(values.isna().to_numpy(np.float32)[:, None])
+        elif column.kind == "category":
+            place = pandas.Index(column.categories).get_indexer(texts(values))
+            places.append(np.where(place < 0, -1, place + width)[:, None])
+            width += len(column.categories)
+    return FeatureRows(np.concatenate(numbers, axis=1), np.concatenate(places, axis=1), width)
