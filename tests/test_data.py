@@ -183,11 +183,11 @@ def test_what_is_read_without_scikit_learn_is_what_it_would_return() -> None:
     assert (images == (digits.images * (255 / 16)).round()).all()
     assert [int(record["label"]) for record in records] == digits.target.tolist()
     tumours = load_breast_cancer()
-    records = list(BUILT_IN["breast-cancer"].open("tabular_classification").records())
-    features = np.stack([record["features"] for record in records])
-    assert (features == tumours.data.astype(np.float32)).all()
-    labels = tumours.target_names[tumours.target]
-    assert [record["label"] for record in records] == labels.tolist()
+    table = BUILT_IN["breast-cancer"].open("tabular_classification").records()
+    labels = table.pop("label")
+    assert (table.to_numpy() == tumours.data).all()
+    assert list(table) == [name.replace(" ", "_") for name in tumours.feature_names]
+    assert labels.tolist() == tumours.target_names[tumours.target].tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

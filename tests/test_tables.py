@@ -155,6 +155,7 @@ def test_rows_from_elsewhere(trained: Path) -> None:
     assert "less.csv: no column 'island'; did you mean islands?" in done.stderr
     done = bigtrain("predict", "penguins", "new.csv", "--out", "o.csv", cwd=trained)
     assert done.returncode == 2, "one of them cannot be used"
+    assert "that the training data did not have: 1 (" in done.stderr
     with (trained / "o.csv").open() as file:
         assert [row["unknown"] for row in csv.DictReader(file)] == ["", "", "island", ""]
 

@@ -110,9 +110,9 @@ def _breast_cancer() -> Any:
 
     rows = _scikit_learn_table("breast_cancer.csv", header_lines=1)
     labels = np.where(rows[:, -1] == 0, "malignant", "benign")
-    names = []
-    for statistic in ("mean", "error", "worst"):
-        names += [f"{statistic}_{quantity}" for quantity in _OF_CELLS.split()]
+    names: list[str] = []
+    for statistic in ("mean_{}", "{}_error", "worst_{}"):
+        names += map(statistic.format, _OF_CELLS.split())
     return pandas.DataFrame(rows[:, :-1], columns=names).assign(label=labels)
 
 

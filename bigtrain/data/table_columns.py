@@ -70,9 +70,9 @@ def describe_columns(
 def _describe(values: Any, is_chosen: bool, refuse_gaps: bool) -> Column:
     name = str(values.name)
     present = values.dropna()
-    gaps: Gaps = "refused" if refuse_gaps else "filled"
-    if not refuse_gaps and len(present) < len(values):
-        gaps = "flagged"
+    gaps: Gaps = "refused"
+    if not refuse_gaps:
+        gaps = "flagged" if values.hasnans else "filled"
     if present.empty:
         return Column(name, "left out", "left out: no values")
     if present.dtype.kind in "iuf":
@@ -111,8 +111,7 @@ def find_column(table: Any, name: str, place: str) -> Any:
 
 def texts(values: Any) -> list[str]:
     """A column as text: empty where a value is missing."""
-    filled = values.astype(object).where(values.notna(), "")
-    return [str(value) for value in filled]
+    return list(values.astype(object).where(values.notna(), "").map(str))
 
 
 def unusable_rows(table: Any, columns: Sequence[Column], place: str) -> dict[int, str]:
@@ -140,12 +139,9 @@ def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> NDArray[np.f
     """[rows, columns of the kind], missing ones filled."""
     import pandas
 
-    filled = [np.zeros((len(table), 0), np.float32)]
-    for column in columns:
-        if column.kind == kind:
-            values = pandas.to_numeric(table[column.name]).fillna(column.median)
-            filled.append(np.asarray(values, np.float32)[:, None])
-    return np.concatenate(filled, axis=1)
+    picked = [column for column in columns if column.kind == kind]
+    filled = [pandas.to_numeric(table[column.name]).fillna(column.median) for column in picked]
+    return np.asarray(filled, np.float32).reshape(len(picked), len(table)).T.copy()
 
 
 @dataclass(frozen=True)
@@ -182,15 +178,15 @@ def feature_rows(
     """
     import pandas
 
-    numbers = [(numbers_of(table, columns, "number") - mean) / std]
+    flagged = [column for column in columns if (column.kind, column.gaps) == ("number", "flagged")]
+    flags = [table[column.name].isna() for column in flagged]
+    numbers = (numbers_of(table, columns, "number") - mean) / std
     places = [np.zeros((len(table), 0), np.int64)]
     width = 0
     for column in columns:
-        values = table.get(column.name)
-        if column.kind == "number" and column.gaps == "flagged":
-            numbers.append(values.isna().to_numpy(np.float32)[:, None])
-        elif column.kind == "category":
-            place = pandas.Index(column.categories).get_indexer(texts(values))
-            places.append(np.where(place < 0, -1, place + width)[:, None])
+        if column.kind == "category":
+            place = pandas.Index(column.categories).get_indexer(texts(table[column.name]))
+            places.append(np.where(place < 0, -1, place + width))
             width += len(column.categories)
-    return FeatureRows(np.concatenate(numbers, axis=1), np.concatenate(places, axis=1), width)
+    numbers = np.column_stack([numbers, *flags]).astype(np.float32)
+    return FeatureRows(numbers, np.column_stack(places), width)

@@ -37,6 +37,7 @@ class Outcome:
     unusable: int = 0
     unusable_first: tuple[str, ...] = ()
     was_complete: bool = False
+    unknown: int = 0  # rows of a table with a category that the training part did not have
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -44,6 +45,7 @@ class Outcome:
             "inputs": self.inputs,
             "predicted": self.inputs - self.unusable,
             "unusable": self.unusable,
+            "unknown": self.unknown,
         }
 
 
@@ -68,6 +70,12 @@ def predict_files(folder: Path, request: Request) -> Outcome:
         outcome = _print_all(predictor, inputs, request)
     else:
         outcome = _write_all(predictor, inputs, request, folder, columns)
+    if outcome.unknown:
+        print(
+            f"rows with categories that the training data did not have: {outcome.unknown:,}"
+            " (`unknown` names the columns)",
+            file=sys.stderr,
+        )
     _refuse_unusable(outcome, request)
     return outcome
 
@@ -81,6 +89,7 @@ def _print_all(predictor: Predictor, inputs: Inputs, request: Request) -> Outcom
         sys.stdout.flush()
         bad = [f"{name_of(row)}: {row['error']}" for row in rows if "error" in row]
         outcome.unusable += len(bad)
+        outcome.unknown += sum("unknown" in row for row in rows)
         first += bad
     outcome.unusable_first = tuple(first)
     return outcome
@@ -106,7 +115,9 @@ def _write_all(
             text = "".join(map(to_text, rows))
             file.append(text if file.rows else header + text, rows)
         file.complete()
-    return Outcome(len(inputs), file.num_unusable, tuple(file.unusable), was_complete)
+    return Outcome(
+        len(inputs), file.num_unusable, tuple(file.unusable), was_complete, file.num_unknown
+    )
 
 
 def _blocks(

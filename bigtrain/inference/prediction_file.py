@@ -59,6 +59,7 @@ class PredictionFile:
         self.rows = 0  # that are written
         self.unusable: list[str] = []  # the first of them, by name
         self.num_unusable = 0
+        self.num_unknown = 0  # rows of a table with values that are new to the model
         self._size = 0  # bytes that are written
         self._hash = blake3()
         self._file: BinaryIO | None = None
@@ -117,6 +118,7 @@ class PredictionFile:
         self._size += len(content)
         self.rows += len(rows)
         for row in rows:
+            self.num_unknown += "unknown" in row
             if "error" in row:
                 self.num_unusable += 1
                 if len(self.unusable) < _NAMED:
@@ -141,6 +143,7 @@ class PredictionFile:
             "rows": self.rows,
             "unusable": self.num_unusable,
             "unusable_first": self.unusable,
+            "unknown": self.num_unknown,
             "bytes": self._size,
             "blake3": self._hash.hexdigest(),
         }
@@ -162,6 +165,7 @@ class PredictionFile:
         self.rows = known["rows"]
         self.unusable = known["unusable_first"]
         self.num_unusable = known["unusable"]
+        self.num_unknown = known["unknown"]
 
 
 def name_of(row: Row) -> str:
