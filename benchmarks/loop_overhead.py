@@ -90,7 +90,7 @@ def raw_step(ctx: TrainContext, micro_batches: list[MicroBatch]) -> None:
     divisor = torch.tensor(float(targets), dtype=torch.float64)
     for micro_batch in micro_batches:
         with engine.autocast():
-            loss = task.loss_sum(engine.model, micro_batch.batch)
+            loss = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
         engine.backward(loss, divisor)
     engine.step(ctx.recipe.optim.lr)
 
