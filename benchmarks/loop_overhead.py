@@ -34,6 +34,7 @@ from bigtrain.training.context import TrainContext
 from bigtrain.training.loop import train_step
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.run import build_trackers, build_training
+from bigtrain.training.settings import with_origin
 
 SAME_STEPS = 20  # after which weights are compared
 NEVER = 10**9
@@ -53,6 +54,7 @@ def build(recipe_file: str, folder: Path, *overrides: str) -> TrainContext:
         samples=len(prepared.train),
         tokens_per_sample=prepared.tokens_per_sample,
         bf16_is_fast=device.bf16_is_fast,
+        train=recipe.train,
     )
     engine = start_engine(plan, device, {}, recipe.optim.clip_norm)
     make = partial(make_optimizer, optim=recipe.optim, whole_shape=engine.whole_shape)
@@ -61,13 +63,14 @@ def build(recipe_file: str, folder: Path, *overrides: str) -> TrainContext:
     run.checkpoints.mkdir(parents=True)
     state = TrainState()
     task = TASKS[recipe.task](recipe.task, prepared)
+    steps = with_origin("plan", {"train.steps": plan.steps})
     return build_training(
         recipe=recipe,
         engine=engine,
         task=task,
         run=run,
         state=state,
-        tracker=build_trackers(recipe, run, task, {}, console(), state),
+        tracker=build_trackers(recipe, run, task, steps, console(), state),
         stop=StopFlag(run),
         watchdog=Watchdog(engine, recipe.train.hang_timeout),
     )
@@ -87,7 +90,7 @@ def raw_step(ctx: TrainContext, micro_batches: list[MicroBatch]) -> None:
     divisor = torch.tensor(float(targets), dtype=torch.float64)
     for micro_batch in micro_batches:
         with engine.autocast():
-            loss = task.loss_sum(engine.model, micro_batch.batch)
+            loss = task.loss_sum(engine.model, engine.to_device(micro_batch.batch))
         engine.backward(loss, divisor)
     engine.step(ctx.recipe.optim.lr)
 

@@ -56,6 +56,7 @@ from bigtrain.training.evaluation import evaluate, evaluate_in_training
 from bigtrain.training.loop import _finish_previous_step, train_step
 from bigtrain.training.loss_spikes import handle_loss_spike
 from bigtrain.training.optimizers import make_optimizer
+from bigtrain.training.parameter_groups import groups_in_force
 from bigtrain.training.preflight import try_forward
 from bigtrain.training.run import _load_best, build_training
 
@@ -331,6 +332,7 @@ def build(case: dict[str, Any], folder: Path = Path("unused")) -> tuple[TrainCon
         samples=SAMPLES,
         tokens_per_sample=16,
         bf16_is_fast=False,
+        train=recipe.train,
     )
     config = {} if plan.kind == "ddp" else render_deepspeed_config(plan, recipe.optim.clip_norm)
     if "kept_whole" in case:  # ZeRO-3 keeps parameters of up to so many elements whole
@@ -695,6 +697,31 @@ def run_rates(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def run_groups(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Groups as the recipe asks for them: as the engine has them, and what they do in three steps.
+
+    Of each parameter's part on this rank: the rate and the decay of the group that updates it.
+    """
+    training, collect = build(case)
+    engine = training.engine
+    in_force = groups_in_force(engine, training.recipe.optim)
+    before = {name: tensor.clone() for name, tensor in engine.whole_weights().items()}
+    for _ in range(3):
+        train_step(training)
+    _finish_previous_step(training)
+    after = engine.whole_weights()
+    updated_by = {}
+    for fragment in engine.fragments():
+        group = engine.group_of(fragment)
+        updated_by[fragment.name] = [group["lr"], group["weight_decay"]]
+    return {
+        "lines": collect.lines,
+        "in_force": in_force,
+        "updated_by": engine.gather(updated_by),
+        "moved": [name for name in before if not torch.equal(before[name], after[name])],
+    }
+
+
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The starting weights, by a checksum per tensor."""
     training, _ = build(case)
@@ -823,6 +850,7 @@ RUN = {
     "spike": run_spike,
     "stop_evaluation": run_stop_evaluation,
     "rates": run_rates,
+    "groups": run_groups,
     "weights": run_weights,
 }
 

@@ -20,7 +20,7 @@ from bigtrain.data import loader as data_loader
 from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.datasets import prepare
 from bigtrain.data.loader import eval_batches, shifted, train_batches
-from bigtrain.data.order import key, permute, samples_at
+from bigtrain.data.order import key, mix, permute, samples_at
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import BadSampleError, RequestError, TrainingFailed
 from bigtrain.tasks.registry import TASKS
@@ -52,6 +52,14 @@ def test_an_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
 def test_the_order_is_fixed_for_all_time() -> None:
     """A change here would make every old checkpoint continue with other samples."""
     assert samples_at(range(6, 16), 10, 7) == [7, 0, 9, 8, 6, 3, 2, 0, 9, 8]
+
+
+@given(st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=3))
+def test_a_key_is_made_as_the_numbers_of_many_positions_are(parts: list[int]) -> None:
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        state = mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+    assert key(*parts) == state[0]
 
 
 def test_the_order_looks_random() -> None:

@@ -60,6 +60,22 @@ def _curves(world: int) -> dict[str, dict[str, Any]]:
     return cases
 
 
+# The parameters of distributed_cases.Twice
+GROUPS = {
+    "embedding.*": {"lr_scale": 0.5},
+    "block.1.*": {"frozen": True},
+    "block.3.*": {"lr_scale": 0.1, "weight_decay": 0.01},
+}
+RAMP = {
+    "run": "exact",
+    "model": "transformer",
+    "precision": "fp32",
+    "micro_batch": 3,
+    "global_batch": {"0": 5, "2": 9, "5": 14},
+    "optim": {"schedule": "cosine", "warmup_steps": 2},
+}
+
+
 def _deeds() -> dict[str, dict[str, Any]]:
     """What two ranks do besides: resume, skip, rewind, stop, start, and other optimizers."""
     cases = {}
@@ -114,6 +130,11 @@ def _deeds() -> dict[str, dict[str, Any]]:
     for engine in ("ddp", "zero1", "zero2", "zero3"):
         case = {"run": "rates", "model": "twice", "precision": "fp32", "micro_batch": 4}
         cases[f"rates/{engine}"] = case | ENGINES[engine]
+        case = {"run": "groups", "model": "twice", "precision": "fp32", "micro_batch": 4}
+        cases[f"groups/{engine}"] = case | ENGINES[engine] | {"optim": {"groups": GROUPS}}
+    for engine in ("ddp", "zero2", "zero3"):
+        cases[f"ramp/2/{engine}"] = RAMP | ENGINES[engine]
+        cases[f"resume/{engine}/ramp"] = RAMP | ENGINES[engine] | {"run": "resume"}
     case = {"run": "exact", "model": "transformer", "precision": "fp32", "micro_batch": 3}
     cases["reduce in bf16"] = case | {"kind": "ddp", "reduce_dtype": "bf16"}
     sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
@@ -199,6 +220,7 @@ CASES = {
     1: _curves(1)
     | _in_use(1)
     | _waits()
+    | {"ramp/1/ddp": RAMP | {"kind": "ddp"}}
     | {name: case for name, case in DROPOUTS.items() if "/1/" in name},
     2: _curves(2)
     | _in_use(2)
@@ -518,6 +540,45 @@ def test_a_group_of_parameters_has_a_rate_of_its_own(name: str, results: Results
     assert found["rates"] == [2.5e-3, 0.0]
     # head.weight is the embedding's, tied
     assert found["moved"] == [*matrices, "head.weight"]
+
+
+GROUPED = [f"groups/{engine}" for engine in ("ddp", "zero1", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_in_force_in_the_engine(name: str, results: Results) -> None:
+    found = results[name]
+    rate = 5e-3
+    wanted = {
+        "embedding.weight": [rate * 0.5, 0.1],
+        "block.0.weight": [rate, 0.0],
+        "block.0.bias": [rate, 0.0],
+        "block.3.weight": [rate * 0.1, 0.01],
+        "block.3.bias": [rate * 0.1, 0.01],
+    }
+    updated_by: dict[str, list[float]] = {}
+    for of_rank in found["updated_by"]:
+        updated_by |= of_rank
+    assert updated_by == wanted
+    assert found["moved"] == [*wanted, "head.weight"], "tied; and what is frozen stays as it was"
+    counted = {tuple(row.items()) for row in found["in_force"]}
+    assert counted == {tuple(row.items()) for row in results["groups/ddp"]["in_force"]}
+    assert {"frozen": True, "parameters": 2, "elements": 32 * 128 + 128} in found["in_force"]
+    losses = [line["loss"] for line in results["groups/ddp"]["lines"]]
+    assert [line["loss"] for line in found["lines"]] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "names", [["ramp/1/ddp", "ramp/2/ddp", "ramp/2/zero2", "ramp/2/zero3"]], ids=["ramp"]
+)
+def test_a_growing_batch_has_one_curve(names: list[str], results: Results) -> None:
+    first = results[names[0]]["lines"]
+    for name in names[1:]:
+        lines = results[name]["lines"]
+        for key in ("samples_digest", "lr", "weight"):
+            assert [line[key] for line in lines] == [line[key] for line in first]
+        losses = [line["loss"] for line in first]
+        assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("names", [list(DROPOUTS)], ids=["dropout"])

@@ -1,10 +1,12 @@
 """The learning rate, step by step, against numbers worked out by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bigtrain.config.recipe import OptimConfig
+from bigtrain.engine.plan import BatchRamp, Plan
 from bigtrain.training import schedules
 from bigtrain.training.schedules import learning_rate
 
@@ -64,6 +66,32 @@ def test_rates_after_warm_up(schedule: str, expected: list[float]) -> None:
 
 def test_warm_up_longer_than_the_run() -> None:
     assert rates(3, schedule="cosine", warmup_steps=8) == [1, 2, 3]
+
+
+def test_plateau_follows_the_evaluations() -> None:
+    optim = OptimConfig(lr=8.0, schedule="plateau", warmup_steps=2, decay_factor=0.5)
+    assert [learning_rate(applied, 9, optim, rate_decays=1) for applied in range(4)] == [4, 8, 4, 4]
+    assert learning_rate(5, 9, optim, rate_decays=3) == 1
+
+
+def test_on_a_ramp_schedules_go_by_samples() -> None:
+    """Four steps of 2 samples and four of 6: half of the 32 samples are seen after 6 steps."""
+    plan = Plan("ddp", "none", "fp32", 1, 6, 6, "none", False, steps=8)
+    plan = replace(plan, ramp=BatchRamp.of_sizes({0: 2, 4: 6}))
+    assert [plan.progress(step) for step in (0, 4, 5, 8)] == [0, 4, 7, 16]
+    linear = OptimConfig(lr=8.0, schedule="linear")
+    rates = [learning_rate(applied, 8, linear, plan.progress) for applied in range(8)]
+    assert rates == [8, 7.5, 7, 6.5, 6, 4.5, 3, 1.5]
+    wsd = OptimConfig(lr=8.0, schedule="wsd", decay_steps=2)
+    assert learning_rate(7, 8, wsd, plan.progress) == 4, "its decay has as many steps as asked for"
+
+
+def test_the_steps_of_a_ramp() -> None:
+    ramp = BatchRamp.of_sizes({0: 2, 4: 6, 6: 1})
+    assert [ramp.size_at(position) for position in (0, 7, 8, 19, 20, 21)] == [2, 2, 6, 6, 1, 1]
+    for steps in range(1, 9):
+        assert ramp.steps_for(ramp.samples_before(steps)) == steps
+    assert ramp.steps_for(9) == 5
 
 
 def test_schedules_by_themselves() -> None:

@@ -21,7 +21,12 @@ class TrainState:
     recent: list[float] = field(default_factory=list)  # losses that a spike is measured against
     evaluated: int = 0  # the step of the last evaluation
     results: dict[str, float] = field(default_factory=dict)  # the last evaluation's metrics
-    best: float | None = None  # the best value of train.keep_best, negated where higher is better
+    best: float | None = (
+        None  # the best value of train.keep_best (or loss), negated where higher is better
+    )
     best_step: int = 0
     best_metric: str | None = None
+    evaluations_since_best: int = 0
+    evaluations_since_decay: int = 0  # of the rate, or since the best if that is later
+    rate_decays: int = 0  # of the plateau schedule
     wandb_id: str = ""

@@ -23,8 +23,14 @@ def _without_booleans(value: Any) -> Any:
     return value
 
 
+def _number_of(value: Any) -> Any:
+    """The keys of a mapping in a run's recipe.yaml are texts."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 Checkpointing = Literal["none", "full", "selective"] | PositiveInt
 Columns = dict[str, str | Annotated[list[str], Field(min_length=1)]]  # by field
+StepNumber = Annotated[Count, BeforeValidator(_number_of)]
 
 
 class Section(BaseModel):
@@ -112,6 +118,18 @@ class DataConfig(Section):
     workers: Count = Field(default=0, description="data loading processes per rank")
 
 
+class GroupConfig(Section):
+    """Settings of the parameters that a pattern names."""
+
+    frozen: bool = Field(default=False, description="keep them as they are at the start")
+    lr_scale: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="their rate is the schedule's times this"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None, description="of all of them; null: optim's, by the usual rule"
+    )
+
+
 class OptimConfig(Section):
     """How the weights move."""
 
@@ -139,8 +157,17 @@ class OptimConfig(Section):
     alpha: Fraction = Field(
         default=0.99, description="rmsprop: decay of the average of squared gradients"
     )
-    schedule: Literal["constant", "linear", "cosine", "step", "exponential", "wsd"] = Field(
-        default="constant", description="learning rate after warm-up; wsd: warm-up, stable, decay"
+    groups: dict[str, GroupConfig] = Field(
+        default={},
+        description="settings by pattern of parameters' names, the first that fits:"
+        ' {"*.embed*": {lr_scale: 0.1}, "backbone.*": {frozen: true}}',
+    )
+    schedule: Literal["constant", "linear", "cosine", "step", "exponential", "wsd", "plateau"] = (
+        Field(
+            default="constant",
+            description="learning rate after warm-up; wsd: warm-up, stable, decay;"
+            " plateau: lower after evaluations that are no better",
+        )
     )
     warmup_steps: Count = Field(default=0, description="linear warm-up from 0, with any schedule")
     final_lr_ratio: float = Field(
@@ -151,7 +178,12 @@ class OptimConfig(Section):
         description="step, exponential: steps until the rate is multiplied by decay_factor",
     )
     decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.5, description="step, exponential: what the rate is multiplied by"
+        default=0.5, description="step, exponential, plateau: what the rate is multiplied by"
+    )
+    decay_patience: PositiveInt = Field(
+        default=3,
+        description="plateau: evaluations in a row without a better train.keep_best (or loss)"
+        " until the rate is multiplied by decay_factor",
     )
     decay_steps: Count | None = Field(
         default=None, description="wsd: length of the decay; null: a fifth of the run"
@@ -189,9 +221,10 @@ class EngineConfig(Section):
         description="auto: what the launcher asks for, else bf16 where it is fast, else fp32;"
         " tf32: fp32 with shorter products, on GPUs that have them",
     )
-    global_batch: PositiveInt | Literal["all"] = Field(
+    global_batch: PositiveInt | Literal["all"] | dict[StepNumber, PositiveInt] = Field(
         default=64,
-        description="samples per optimizer step on all ranks together; all: the whole training set",
+        description="samples per optimizer step on all ranks together; all: the whole training"
+        " set; {0: 64, 2000: 128}: 128 from step 2000 on, and schedules go by samples",
     )
     micro_batch: PositiveInt | Literal["auto"] = Field(
         default="auto",
@@ -215,6 +248,16 @@ class EngineConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _ramp_begins_at_0(self) -> "EngineConfig":
+        batch = self.global_batch
+        if isinstance(batch, dict) and (0 not in batch or list(batch) != sorted(batch)):
+            raise ValueError(
+                f"global_batch is {batch}: expected the size from step 0 on, then later steps in"
+                " ascending order, e.g. {0: 64, 2000: 128}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":
         if self.offload != "none" and self.kind == "ddp":
             raise ValueError(
@@ -228,7 +271,17 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """How long it trains, and what happens on the way."""
 
-    steps: PositiveInt = Field(default=300, description="optimizer steps")
+    steps: PositiveInt | None = Field(
+        default=None, description="optimizer steps; null: what epochs says, else 300"
+    )
+    epochs: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="passes over the training set, instead of steps"
+    )
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="evaluations in a row without a better keep_best (or loss) after which the run"
+        " ends; null: it trains to its last step",
+    )
     eval_every: PositiveInt = Field(
         default=50, description="steps between evaluations (and one at the end)"
     )
@@ -268,6 +321,15 @@ class TrainConfig(Section):
     label_smoothing: Fraction = Field(
         default=0.0, description="for losses over classes or tokens, in training only"
     )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs:g}: expected one of them;"
+                " train.steps=null leaves it to epochs"
+            )
+        return self
 
 
 class TrackConfig(Section):

@@ -25,7 +25,8 @@ SYNONYMS = {
     "mixed_precision": "engine.precision",
     "gradient_checkpointing": "engine.activation_checkpointing",
     "max_steps": "train.steps",
-    "epochs": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "early_stopping_patience": "train.patience",
     "save_steps": "train.checkpoint_every",
     "eval_steps": "train.eval_every",
     "max_length": "data.seq_len",
@@ -143,7 +144,9 @@ def _hint(key: KeyPath) -> str:
         return f"; it is called {RENAMED_KEYS[dotted]} now"
     section: Any = Recipe
     for part in key[:-1]:
-        section = _section_of(section.model_fields[part])
+        field = section.model_fields.get(part)
+        if field is not None:  # a name that the user has chosen otherwise, as in optim.groups
+            section = _section_of(field)
     in_section = {name: ".".join([*key[:-1], name]) for name in section.model_fields}
     for known in (in_section, _all_names()):
         near = difflib.get_close_matches(key[-1], known, n=1)
@@ -163,7 +166,7 @@ def _all_names() -> dict[str, str]:
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, alone or as one of several kinds; None for a plain value."""
+    """The section that a field holds: alone, as one of several kinds, or by names; else None."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

@@ -24,6 +24,7 @@ SAFE_TO_CHANGE = (
     "engine.offload",
     "train.async_save",
     "train.checkpoint_every",
+    "train.epochs",
     "train.eval_every",
     "train.hang_timeout",
     "train.keep_best",
@@ -31,6 +32,7 @@ SAFE_TO_CHANGE = (
     "train.log_every",
     "train.max_skipped_steps",
     "train.on_spike",
+    "train.patience",
     "train.profile_steps",
     "train.steps",
 )

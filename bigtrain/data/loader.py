@@ -1,7 +1,6 @@
 """Batches for one rank: its slices of every global batch, in the one order there is."""
 
 import contextlib
-import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,9 @@ _AUGMENT_STREAM = 17  # keeps augmentation's random numbers apart from those of 
 
 class BatchLayout(Protocol):
     """How a global batch is cut over ranks and micro-batches (engine.plan.Plan)."""
+
+    def at(self, position: int) -> "BatchLayout":
+        """The layout of the global batch that begins at `position`."""
 
     @property
     def data_parallel_size(self) -> int: ...
@@ -87,10 +89,13 @@ def train_batches(
         worker_init_fn=_leave_signals_to_the_rank,
     )
     micro_batches = iter(loader)
+    position = first
     while True:
+        step_layout = layout.at(position)
+        position += step_layout.global_batch
         # All of a step's, because its first backward pass divides by the targets of all of them.
         # Workers fetch them, and the host collates them, while the device is at the step before.
-        of_step = [next(micro_batches) for _ in range(layout.accumulation)]
+        of_step = [next(micro_batches) for _ in range(step_layout.accumulation)]
         for micro_batch in of_step:
             if not micro_batch.batch:
                 raise TrainingFailed(
@@ -112,12 +117,15 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
 
 def _slices(layout: BatchLayout, data_rank: int, first: int) -> Iterator[_Slice]:
     """This rank's micro-batches of every global batch from position `first` on. Endless."""
-    for start in itertools.count(first, layout.global_batch):
-        for offsets in layout.micro_batches(data_rank):
+    start = first
+    while True:
+        step_layout = layout.at(start)
+        for offsets in step_layout.micro_batches(data_rank):
             # An empty micro-batch takes one sample all the same: there must be something to run.
             stop = max(offsets.stop, offsets.start + 1)
             positions = range(start + offsets.start, start + stop)
             yield _Slice(positions, has_samples=len(offsets) > 0)
+        start += step_layout.global_batch
 
 
 class _MicroBatches(Dataset[MicroBatch]):

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from bigtrain.engine.fragments import BUFFER, WEIGHT, Fragment, Piece, name_of_piece
 from bigtrain.engine.plan import Plan
 from bigtrain.engine.weight_samples import WeightSample, representatives, sample_weights
+from bigtrain.errors import TrainingFailed
 
 Context = AbstractContextManager[Any]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+WholeShape = Callable[[nn.Parameter], tuple[int, ...]]
 
 
 class StepResult(NamedTuple):
@@ -337,7 +339,19 @@ class Engine(ABC):
             time.sleep(0.1)
             torch.distributed.destroy_process_group()
 
-    def _set_rate(self, rate: float) -> None:
+    def group_of(self, fragment: Fragment) -> dict[str, Any]:
+        """The optimizer's group by which this rank's part of a parameter is updated.
+
+        Raises TrainingFailed if there is none.
+        """
+        for group in self._base().param_groups:
+            if any(flat is fragment.flat for flat in group["params"]):
+                return group
+        raise TrainingFailed(
+            f"the engine's optimizer does not train {fragment.name}", "all that is not frozen"
+        )
+
+    def set_rate(self, rate: float) -> None:
         """Give each group of parameters the rate, times the group's own `lr_scale`."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -72,7 +72,7 @@ class DDPEngine(Engine):
         (loss_sum * (self.data_parallel_size / num_targets)).float().backward()
 
     def step(self, learning_rate: float) -> StepResult:
-        self._set_rate(learning_rate)
+        self.set_rate(learning_rate)
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf)
         applied = norm.isfinite()

@@ -116,7 +116,7 @@ class DeepSpeedEngine(Engine):
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
-        self._set_rate(learning_rate)
+        self.set_rate(learning_rate)
         self.model.step()
         applied = self.model.was_step_applied()
         if not applied and self.plan.offload != "none" and self.plan.kind != "zero3":
@@ -174,6 +174,17 @@ class DeepSpeedEngine(Engine):
             master = flat.data[offset : offset + size]
             fragments.append(Fragment(name, flat_range(start, size), master, flat, offset))
         return fragments
+
+    def group_of(self, fragment: Fragment) -> dict[str, Any]:
+        if self.plan.kind != "zero3":
+            return super().group_of(fragment)
+        # Its groups are empty but for the moment of their update.
+        zero = self.model.optimizer
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            if flat is fragment.flat:
+                group: dict[str, Any] = zero.param_groups[zero.sub_group_to_group_id[number]]
+                return group
+        return super().group_of(fragment)
 
     def _zero12_fragments(self) -> list[Fragment]:
         """ZeRO-1 and 2 cut a group's parameters, laid end to end, into one range per rank."""

@@ -4,10 +4,12 @@ The data order alone decides which samples form a step. This file only cuts that
 Each part counts as much as its samples do, so the loss does not depend on the cut.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, cast
 
-from bigtrain.config.recipe import Checkpointing, EngineConfig
+from bigtrain.config.recipe import Checkpointing, EngineConfig, TrainConfig
 from bigtrain.errors import RequestError
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3"]
@@ -19,6 +21,51 @@ T = TypeVar("T")
 _KIND_FOR_OFFLOAD: dict[Offload, Kind] = {"none": "ddp", "optimizer": "zero2", "params": "zero3"}
 _TOKENS_PER_MICRO_BATCH = 16_384
 CORES_PER_GPU = 4  # fewer make a GPU wait for its host
+DEFAULT_STEPS = 300
+
+
+@dataclass(frozen=True)
+class BatchStage:
+    """From `first_step` on, the global batch has `size` samples."""
+
+    first_step: int
+    size: int
+    position: int  # of its first sample in the stream of samples
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """A global batch whose size changes at given steps; the first stage begins at step 0."""
+
+    stages: tuple[BatchStage, ...]
+
+    @classmethod
+    def of_sizes(cls, sizes: dict[int, int]) -> "BatchRamp":
+        """`sizes`: first step → samples, in ascending order."""
+        stages = [BatchStage(0, sizes[0], 0)]
+        for before, first_step in pairwise(sizes):
+            position = stages[-1].position + (first_step - before) * sizes[before]
+            stages.append(BatchStage(first_step, sizes[first_step], position))
+        return cls(tuple(stages))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stage.size for stage in self.stages]
+
+    def size_at(self, position: int) -> int:
+        """Samples of the global batch that begins at `position` of the stream."""
+        reached = [stage for stage in self.stages if stage.position <= position]
+        return reached[-1].size
+
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before `step`."""
+        reached = [stage for stage in self.stages if stage.first_step <= step]
+        return reached[-1].position + (step - reached[-1].first_step) * reached[-1].size
+
+    def steps_for(self, samples: int) -> int:
+        """Steps until at least so many samples have been trained on."""
+        reached = [stage for stage in self.stages if stage.position < samples]
+        return reached[-1].first_step + _divide_up(samples - reached[-1].position, reached[-1].size)
 
 
 @dataclass(frozen=True)
@@ -29,11 +76,13 @@ class Plan:
     offload: Offload
     precision: Precision
     world_size: int  # processes
-    global_batch: int  # samples per optimizer step, over all ranks
+    global_batch: int  # samples per optimizer step, over all ranks; of a ramp the largest
     micro_batch: int  # samples per rank and forward pass, at most
     activation_checkpointing: Checkpointing
     compile: bool
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # of gradients on their way between ddp's ranks
+    steps: int = DEFAULT_STEPS  # of the whole run
+    ramp: BatchRamp | None = None  # None: every step has `global_batch` samples
 
     @property
     def data_parallel_size(self) -> int:
@@ -43,6 +92,21 @@ class Plan:
     def data_rank(self, rank: int) -> int:
         """Which share `rank` works on: 0 … data_parallel_size - 1."""
         return rank
+
+    def at(self, position: int) -> "Plan":
+        """The plan for the step that begins at `position` of the stream of samples."""
+        if self.ramp is None:
+            return self
+        return replace(self, global_batch=self.ramp.size_at(position))
+
+    def progress(self, step: int) -> float:
+        """How far a run is before `step`: in steps, or, on a ramp, in samples ÷ the first size.
+
+        This is what schedules go by, so that a larger batch does not slow a decay down.
+        """
+        if self.ramp is None:
+            return step
+        return self.ramp.samples_before(step) / self.ramp.sizes[0]
 
     @property
     def largest_share(self) -> int:
@@ -97,6 +161,7 @@ def make_plan(
     tokens_per_sample: int,
     bf16_is_fast: bool,
     launcher: Launcher = NO_LAUNCHER,
+    train: TrainConfig | None = None,
 ) -> tuple[Plan, dict[str, str]]:
     """Give every `auto` of the recipe's engine section but `device` its value, with the reason.
 
@@ -119,14 +184,11 @@ def make_plan(
     if launcher.offload and launcher.offload != offload:
         offload = launcher.offload
         origins["engine.offload"] = "launcher"
-    if engine.global_batch == "all":
-        global_batch = samples
-        origins["engine.global_batch"] = "plan (all training samples)"
-    else:
-        global_batch = engine.global_batch
-    if world_size > global_batch:
+    ramp = _batch_ramp(engine, samples, origins)
+    global_batch = max(ramp.sizes)
+    if world_size > min(ramp.sizes):
         raise RequestError(
-            f"{world_size} ranks share a global batch of {global_batch} samples: "
+            f"{world_size} ranks share a global batch of {min(ramp.sizes)} samples: "
             "some would have none",
             "at least one sample per rank",
             f"engine.global_batch={world_size} (or fewer ranks)",
@@ -147,8 +209,34 @@ def make_plan(
         activation_checkpointing=decide("activation_checkpointing", "none", "off by default"),
         compile=decide("compile", False, "off: costs half a minute, saves a tenth of a step"),
         reduce_dtype=engine.reduce_dtype,
+        steps=_steps(train, ramp, samples, origins),
+        ramp=ramp if len(ramp.stages) > 1 else None,
     )
     return plan, origins
+
+
+def _batch_ramp(engine: EngineConfig, samples: int, origins: dict[str, str]) -> BatchRamp:
+    """The global batch by step; `origins` gets who decided its (largest) size."""
+    if engine.global_batch == "all":
+        origins["engine.global_batch"] = "plan (all training samples)"
+        return BatchRamp.of_sizes({0: samples})
+    if isinstance(engine.global_batch, dict):
+        origins["engine.global_batch"] = "plan (the largest of the ramp)"
+        return BatchRamp.of_sizes(engine.global_batch)
+    return BatchRamp.of_sizes({0: engine.global_batch})
+
+
+def _steps(
+    train: TrainConfig | None, ramp: BatchRamp, samples: int, origins: dict[str, str]
+) -> int:
+    """Optimizer steps of the run; `origins` gets the reason where the recipe does not say."""
+    if train is None or (train.steps is None and train.epochs is None):
+        origins["train.steps"] = "default"
+        return DEFAULT_STEPS
+    if train.epochs is not None:
+        origins["train.steps"] = f"plan ({train.epochs:g} epochs of {samples:,} samples)"
+        return ramp.steps_for(math.ceil(train.epochs * samples))
+    return cast(int, train.steps)
 
 
 def _refuse_what_is_not_done(kind: Kind, engine: EngineConfig) -> None:

@@ -142,7 +142,8 @@ def _planned_steps(run: RunDir) -> int:
     if "train.steps" in settings:
         return int(settings["train.steps"])
     try:
-        return load_recipe(str(run.recipe)).recipe.train.steps if run.recipe.is_file() else 0
+        recipe = load_recipe(str(run.recipe)).recipe if run.recipe.is_file() else None
+        return (recipe.train.steps or 0) if recipe else 0
     except BigtrainError:  # written by another version
         return 0
 
@@ -194,9 +195,10 @@ def _state(
         return "requeued" if started else "queued"
     if alive is None and time.time() - _last_change(run.path) < 120:
         return "running"
-    if run.summary.is_file() and status.step >= status.steps > 0:
-        return "finished"
     names = [event["event"] for event in events]
+    reached_its_end = status.step >= status.steps > 0 or "out_of_patience" in names
+    if run.summary.is_file() and reached_its_end:
+        return "finished"
     turns = [name for name in names if name == "started" or name in _ENDS]
     if turns and turns[-1] in _ENDS:
         return _ENDS[turns[-1]]

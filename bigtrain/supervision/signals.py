@@ -3,8 +3,10 @@
 STOP and SAVE concern all ranks, which agree on the step. PROFILE concerns rank 0 alone.
 """
 
+import math
 import os
 import signal
+import time
 from types import FrameType
 
 from bigtrain.errors import RequestError
@@ -14,6 +16,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Signals that came before there was a StopFlag to receive them. A global, because signal handlers
 # are the process's own: `listen` is called long before the run directory is known.
 _early: list[str] = []
+_FILES = ("STOP", "SAVE", "PROFILE")
+_LOOK_EVERY = 0.05  # seconds between two looks for them
 
 
 def listen() -> None:
@@ -58,6 +62,8 @@ class StopFlag:
         self.grace_seconds = grace_seconds()
         self.run = run
         self.main = main
+        self._looked = -math.inf  # when it last looked for files, by the monotonic clock
+        self._found: set[str] = set()
         # The name of the signal, or of the file; None: nobody asked.
         self.received: str | None = _early[0] if _early else None
         for number in _SIGNALS:
@@ -65,17 +71,17 @@ class StopFlag:
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop."""
-        if self.received is None and self.main and (self.run.path / "STOP").exists():
+        if self.received is None and self._finds("STOP"):
             self.received = "the file STOP"
         return self.received is not None
 
     def save_requested(self) -> bool:
         """Whether there is a file SAVE in the run directory: save, and train on."""
-        return self.main and (self.run.path / "SAVE").exists()
+        return self._finds("SAVE")
 
     def profile_requested(self) -> bool:
         """Whether there is a file PROFILE in the run directory."""
-        return self.main and (self.run.path / "PROFILE").exists()
+        return self._finds("PROFILE")
 
     def acknowledge(self) -> None:
         """The run stops: the next start must not stop at once."""
@@ -89,9 +95,18 @@ class StopFlag:
         """The profile is written, or cannot be."""
         self._remove("PROFILE")
 
+    def _finds(self, name: str) -> bool:
+        """Whether this rank has found a file, now or a moment ago: a look costs as a small step."""
+        now = time.monotonic()
+        if self.main and now - self._looked > _LOOK_EVERY:
+            self._looked = now
+            self._found = {each for each in _FILES if (self.run.path / each).exists()}
+        return name in self._found
+
     def _remove(self, name: str) -> None:
         if self.main:
             (self.run.path / name).unlink(missing_ok=True)
+            self._found.discard(name)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:

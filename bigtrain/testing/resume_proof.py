@@ -131,6 +131,8 @@ def prove(
         ref,
         *overrides,
         f"train.steps={steps}",
+        "train.epochs=null",
+        "train.patience=null",
         f"train.eval_every={steps}",
         "train.log_every=1",
         f"train.checkpoint_every={steps // 4}",

@@ -2,18 +2,18 @@
 
 from bigtrain.checkpoint.format import committed_checkpoints
 from bigtrain.checkpoint.writer import SavedCheckpoint
-from bigtrain.training.context import RankRequests, TrainContext, is_due
+from bigtrain.training.context import RankRequests, TrainContext
 
 
 def save_if_due(ctx: TrainContext, requests: RankRequests, stopping: bool) -> None:
     """Begin a checkpoint where one is due, and commit what all ranks have written. A collective."""
     settings, state = ctx.recipe.train, ctx.state
     ctx.enter("checkpoint")
-    last = stopping or state.step == settings.steps
+    last = stopping or ctx.is_last_step
     requested = requests.save > 0
     # While steps are skipped, the checkpoint before them is the one to keep.
-    regular = is_due(state.step, settings, settings.checkpoint_every) and not state.skips
-    is_best = state.best_step == state.step
+    regular = ctx.is_due(settings.checkpoint_every) and not state.skips
+    is_best = settings.keep_best is not None and state.best_step == state.step
     if last or requested or regular or is_best:
         if not ctx.checkpoints.has(state.step):
             state.rewinds = 0  # they are counted since the last checkpoint

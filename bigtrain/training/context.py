@@ -8,7 +8,7 @@ import torch
 
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.checkpoint.writer import CheckpointWriter
-from bigtrain.config.recipe import Recipe, TrainConfig
+from bigtrain.config.recipe import Recipe
 from bigtrain.data.loader import MicroBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.batch_norm import RunningStatistics
@@ -142,7 +142,13 @@ class TrainContext:
         self.watchdog.enter(phase)
         self.clock.enter(_PART_OF_PHASE.get(phase, phase))
 
+    @property
+    def is_last_step(self) -> bool:
+        """Whether no step follows: all are done, or `train.patience` is at its end."""
+        patience = self.recipe.train.patience
+        is_exhausted = patience is not None and self.state.evaluations_since_best >= patience
+        return is_exhausted or self.state.step == self.engine.plan.steps
 
-def is_due(step: int, settings: TrainConfig, every: int) -> bool:
-    """Whether something that happens `every` so many steps, and at the end, happens at `step`."""
-    return step % every == 0 or step == settings.steps
+    def is_due(self, every: int) -> bool:
+        """Whether what happens `every` so many steps, and at the end, happens now."""
+        return self.state.step % every == 0 or self.is_last_step

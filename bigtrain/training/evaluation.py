@@ -9,7 +9,7 @@ from bigtrain.config.task_specs import lower_is_better
 from bigtrain.data.loader import eval_batches
 from bigtrain.engine.base import Engine
 from bigtrain.tasks.base import Evaluator, Task
-from bigtrain.training.context import TrainContext, is_due
+from bigtrain.training.context import TrainContext
 
 _STOP_EVERY = 8  # micro-batches between two looks at whether a rank was asked to stop
 
@@ -55,9 +55,8 @@ def evaluate_if_due(ctx: TrainContext) -> bool:
 
     Step 0 counts as evaluated.
     """
-    state, settings = ctx.state, ctx.recipe.train
-    due = is_due(state.step, settings, settings.eval_every)
-    if not due or state.evaluated == state.step:
+    state = ctx.state
+    if not ctx.is_due(ctx.recipe.train.eval_every) or state.evaluated == state.step:
         return False
     results = evaluate_in_training(ctx)
     if results is None:
@@ -65,8 +64,7 @@ def evaluate_if_due(ctx: TrainContext) -> bool:
     state.evaluated = state.step
     state.results = results
     ctx.tracker.log({"kind": "eval", "step": state.step, **results})
-    if settings.keep_best:
-        _remember_best(ctx, settings.keep_best)
+    _compare_with_best(ctx)
     return False
 
 
@@ -87,9 +85,13 @@ def _update(
             evaluator.task.loss_sum(engine.model, batch)
 
 
-def _remember_best(ctx: TrainContext, metric: str) -> None:
-    """Note the step whose `metric` is the best so far; its checkpoint is kept."""
-    state = ctx.state
+def _compare_with_best(ctx: TrainContext) -> None:
+    """Note the step whose `train.keep_best` (or loss) is the best, and for how long it has been."""
+    state, settings, optim = ctx.state, ctx.recipe.train, ctx.recipe.optim
+    plateau = optim.schedule == "plateau"
+    if not (settings.keep_best or settings.patience or plateau):
+        return
+    metric = settings.keep_best or "loss"
     value = state.results[metric]
     if not lower_is_better(metric):
         value = -value
@@ -98,3 +100,15 @@ def _remember_best(ctx: TrainContext, metric: str) -> None:
         state.best = value
         state.best_step = state.step
         state.best_metric = metric
+        state.evaluations_since_best = 0
+        state.evaluations_since_decay = 0
+        return
+    state.evaluations_since_best += 1
+    state.evaluations_since_decay += 1
+    if plateau and state.evaluations_since_decay >= optim.decay_patience:
+        state.evaluations_since_decay = 0
+        state.rate_decays += 1
+        factor = optim.decay_factor**state.rate_decays
+        ctx.tracker.event(state.step, "rate_decayed", metric=metric, factor=factor)
+    if state.evaluations_since_best == settings.patience:
+        ctx.tracker.event(state.step, "out_of_patience", metric=metric, best_step=state.best_step)

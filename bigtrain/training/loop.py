@@ -23,7 +23,6 @@ from bigtrain.training.context import (
     RankRequests,
     StepNumbers,
     TrainContext,
-    is_due,
 )
 from bigtrain.training.evaluation import evaluate_if_due
 from bigtrain.training.loss_spikes import handle_loss_spike, is_spike
@@ -44,12 +43,11 @@ def train(ctx: TrainContext) -> dict[str, float]:
     Raises StoppedEarly after a signal, once a checkpoint is committed, and TrainingFailed where
     another try would end the same way.
     """
-    steps = ctx.recipe.train.steps
     ctx.engine.reset_peak_memory()
     # A run may have been stopped before its last evaluation.
     stopping = evaluate_if_due(ctx)
     try:
-        while ctx.state.step < steps and not stopping:
+        while not ctx.is_last_step and not stopping:
             begin_profile_if_asked(ctx)
             requests = train_step(ctx)
             end_profile_if_done(ctx, requests)
@@ -60,7 +58,8 @@ def train(ctx: TrainContext) -> dict[str, float]:
     except Exception:
         _settle_alone(ctx)
         raise
-    if stopping and ctx.state.evaluated < steps:
+    finished = ctx.is_last_step and ctx.state.evaluated == ctx.state.step
+    if stopping and not finished:
         _end_early(ctx)
     return ctx.state.results
 
@@ -85,7 +84,7 @@ def _end_early(ctx: TrainContext) -> None:
         )
     ctx.tracker.event(step, "stopped", reason=ctx.stop.received or "requested on another rank")
     raise StoppedEarly(
-        f"stopped at step {step} of {ctx.recipe.train.steps}; the same command resumes from there"
+        f"stopped at step {step} of {ctx.engine.plan.steps}; the same command resumes from there"
     )
 
 
@@ -97,7 +96,7 @@ def train_step(ctx: TrainContext) -> RankRequests:
     step, once that one keeps the device busy: so the host never waits for an idle device.
     """
     began = time.perf_counter()
-    engine, settings = ctx.engine, ctx.recipe.train
+    engine = ctx.engine
     maybe_inject_fault(engine.rank, ctx.state.step + 1)
     ctx.enter("data")
     micro_batches = next(ctx.batches)
@@ -119,11 +118,13 @@ def train_step(ctx: TrainContext) -> RankRequests:
     requests = RankRequests(*step_sums[-len(RankRequests._fields) :])
     ctx.enter("update")
     state = ctx.state
-    rate = learning_rate(state.applied, settings.steps, ctx.recipe.optim)
+    rate = learning_rate(
+        state.applied, engine.plan.steps, ctx.recipe.optim, engine.plan.progress, state.rate_decays
+    )
     result = engine.step(rate)
     state.step += 1
-    state.samples += engine.plan.global_batch
-    logged = gradients.spiked or is_due(state.step, settings, settings.log_every)
+    state.samples += engine.plan.at(state.samples).global_batch
+    logged = gradients.spiked or ctx.is_due(ctx.recipe.train.log_every)
     loss_sum: Tensor | float = math.nan
     peak_memory: Tensor | float = 0.0
     if logged:
@@ -182,10 +183,10 @@ def _is_waited_for(ctx: TrainContext, logged: bool) -> bool:
 
     For its evaluation or checkpoint, or because its loss may change what the next step does.
     """
-    step, settings = ctx.state.step, ctx.recipe.train
+    settings = ctx.recipe.train
     decides_about_spikes = logged and settings.on_spike != "warn"
     every = (settings.eval_every, settings.checkpoint_every)
-    return decides_about_spikes or any(is_due(step, settings, steps) for steps in every)
+    return decides_about_spikes or any(ctx.is_due(steps) for steps in every)
 
 
 def _compute_gradients(

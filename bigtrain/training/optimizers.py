@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.optim.adagrad import adagrad
 
 from bigtrain.config.recipe import OptimConfig
+from bigtrain.engine.base import WholeShape
+from bigtrain.training.parameter_groups import make_groups
 
 Groups = list[dict[str, Any]]
-WholeShape = Callable[[nn.Parameter], tuple[int, ...]]
 
 
 class Adagrad(torch.optim.Optimizer):
@@ -52,7 +53,11 @@ class Adagrad(torch.optim.Optimizer):
 
 def _sgd(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-        groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
+        groups,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        fused=True,
     )
 
 
@@ -66,7 +71,11 @@ def _adamw(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
 
 def _rmsprop(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(
-        groups, lr=optim.lr, alpha=optim.alpha, eps=optim.eps, momentum=optim.momentum
+        groups,
+        lr=optim.lr,
+        alpha=optim.alpha,
+        eps=optim.eps,
+        momentum=optim.momentum,
     )
 
 
@@ -94,36 +103,15 @@ def states_per_parameter(optim: OptimConfig) -> int:
 def make_optimizer(
     model: nn.Module, optim: OptimConfig, whole_shape: WholeShape
 ) -> torch.optim.Optimizer:
-    """The optimizer over two groups: what is decayed (matrices, kernels, embeddings), and the rest.
+    """The recipe's optimizer over the groups of parameter_groups.make_groups, whose errors it has.
 
-    `whole_shape` gives a parameter's shape as it is before any sharding (Engine.whole_shape). Each
-    group names its parameters (`names`); its rate is the schedule's times its `lr_scale`.
+    `whole_shape` gives a parameter's shape as it is before any sharding (Engine.whole_shape).
     """
-    decayed = _group(optim.weight_decay, optim.l1)
-    not_decayed = _group(0.0, 0.0)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_matrix = len(whole_shape(parameter)) > 1
-        group = decayed if is_matrix or optim.decay_norms_and_biases else not_decayed
-        group["params"].append(parameter)
-        group["names"].append(name)
-    groups = [group for group in (decayed, not_decayed) if group["params"]]
+    groups = make_groups(model, optim, whole_shape)
     optimizer = OPTIMIZERS[optim.name](groups, optim)
     if optim.l1:
         optimizer.register_step_pre_hook(_add_l1)
     return optimizer
-
-
-def _group(weight_decay: float, l1: float) -> dict[str, Any]:
-    """An empty group of parameters."""
-    return {
-        "params": [],
-        "names": [],
-        "weight_decay": weight_decay,
-        "l1": l1,
-        "lr_scale": 1.0,
-    }
 
 
 def _add_l1(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from bigtrain.training.context import RankRequests, RunningProfile, TrainContext, is_due
+from bigtrain.training.context import RankRequests, RunningProfile, TrainContext
 
 _STEPS = 3  # fewer where an evaluation or the end comes first
 _DEAREST = 3  # operations that the event names
@@ -36,12 +36,12 @@ def begin_profile_if_asked(ctx: TrainContext) -> None:
 
 def end_profile_if_done(ctx: TrainContext, requests: RankRequests) -> None:
     """After a step: write the profile under way if it has its three steps, or no more follow."""
-    profile, settings = ctx.profile, ctx.recipe.train
+    profile = ctx.profile
     if profile is None:
         return
     ctx.enter("profile")
     profile.steps += 1
-    evaluates = is_due(ctx.state.step, settings, settings.eval_every)
+    evaluates = ctx.is_due(ctx.recipe.train.eval_every)
     if profile.steps < _STEPS and not evaluates and not requests.stop:
         return
     ctx.profile = None

@@ -41,11 +41,11 @@ def recipe_changes(recipe: Recipe, fresh: bool, allow_change: Sequence[str]) -> 
     return diff_recipes(begun, recipe, list(allow_change))
 
 
-def load_resume_point(engine: Engine, run: RunDir, train_samples: int, steps: int) -> ResumePoint:
+def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> ResumePoint:
     """Load the newest checkpoint that verifies, if there is one. A collective.
 
     Raises RequestError, on all ranks, if the run began with another number of training samples, or
-    is beyond `steps` already.
+    is beyond the plan's last step already.
     """
     checkpoint, rejected = newest_checkpoint(engine, run)
     if checkpoint is None:
@@ -59,6 +59,7 @@ def load_resume_point(engine: Engine, run: RunDir, train_samples: int, steps: in
             "the same data, or its order is another",
             "the data as it was, or --fresh",
         )
+    steps = engine.plan.steps
     if steps < state.step:
         raise RequestError(
             f"this run is at step {state.step}, and train.steps={steps} is behind it",

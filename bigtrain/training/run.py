@@ -72,6 +72,7 @@ from bigtrain.training.settings import (
     Settings,
     announce,
     batch_norm_layers,
+    group_settings,
     loss_setting,
     model_facts,
     provenance,
@@ -132,12 +133,13 @@ def run_recipe(
         flops = try_forward(engine, task)
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
+        settings |= group_settings(engine, recipe.optim)
         settings |= loss_setting(without_logits=use_output_loss(engine, task))
         settings |= with_origin("data", dict(prepared.columns))
 
         run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)
-        resume = load_resume_point(engine, run, len(prepared.train), recipe.train.steps)
+        resume = load_resume_point(engine, run, len(prepared.train))
         refuse_fruitless_restarts(engine, run, resume.state.step)
         keep_warnings(run, engine.rank)
         if engine.main:
@@ -222,7 +224,8 @@ def build_trackers(
             name, recipe.track.project, run.name, run.path, state.step
         )
         extra.append(AccelerateTracker(started))
-    group = TrackerGroup(MetricsFile(run), *extra, Terminal(recipe.train.steps, task.unit, screen))
+    steps = settings["train.steps"]["value"]
+    group = TrackerGroup(MetricsFile(run), *extra, Terminal(steps, task.unit, screen))
     if recipe.track.wandb != "off":
         config = {key: setting["value"] for key, setting in settings.items()}
         wandb = WandB(recipe.track, run, recipe.name, config, state.wandb_id, state.step)
@@ -241,6 +244,7 @@ def _plan_engine(
         prepared.cost_on(device.kind),
         device.bf16_is_fast,
         launcher,
+        recipe.train,
     )
     ds_config: dict[str, Any] = {}
     if plan.kind != "ddp":

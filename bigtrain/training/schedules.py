@@ -5,6 +5,7 @@ that are done, from 0 to 1; `floor` is the factor at the end (`optim.final_lr_ra
 """
 
 import math
+from collections.abc import Callable
 
 from bigtrain.config.recipe import OptimConfig
 
@@ -19,17 +20,17 @@ def cosine(progress: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def step(steps: int, every: int, factor: float) -> float:
+def step(steps: float, every: int, factor: float) -> float:
     """`factor` once more after each `every` steps."""
     return float(factor ** (steps // every))
 
 
-def exponential(steps: int, every: int, factor: float) -> float:
+def exponential(steps: float, every: int, factor: float) -> float:
     """As `step`, but smooth: `factor` in every `every` steps."""
     return float(factor ** (steps / every))
 
 
-def wsd(steps_left: int, decay_steps: int, floor: float) -> float:
+def wsd(steps_left: float, decay_steps: float, floor: float) -> float:
     """Warm-up, stable, decay: 1 until the last `decay_steps` steps, then a line to `floor`.
 
     Hu et al. 2024 (MiniCPM, arXiv 2404.06395), with a linear decay.
@@ -39,34 +40,46 @@ def wsd(steps_left: int, decay_steps: int, floor: float) -> float:
     return floor + (1 - floor) * max(steps_left, 0) / max(1, decay_steps)
 
 
-def learning_rate(applied: int, steps: int, optim: OptimConfig) -> float:
+def learning_rate(
+    applied: int,
+    steps: int,
+    optim: OptimConfig,
+    progress: Callable[[int], float] = float,
+    rate_decays: int = 0,
+) -> float:
     """The rate for a step before which `applied` of the run's `steps` steps were applied.
 
-    Warm-up is linear and reaches the peak in the step `applied == warmup_steps - 1`.
+    Warm-up is linear and reaches the peak in the step `applied == warmup_steps - 1`. `progress`
+    says how far a run is before a step (Plan.progress); `rate_decays` is how often the plateau
+    schedule has lowered the rate so far.
     """
     if applied < optim.warmup_steps:
-        return optim.lr * (applied + 1) / optim.warmup_steps
-    return optim.lr * max(_factor(applied, steps, optim), 0.0)
+        return optim.lr * progress(applied + 1) / progress(optim.warmup_steps)
+    if optim.schedule == "plateau":
+        return optim.lr * optim.decay_factor**rate_decays
+    return optim.lr * max(_factor(applied, steps, optim, progress), 0.0)
 
 
-def _factor(applied: int, steps: int, optim: OptimConfig) -> float:
+def _factor(
+    applied: int, steps: int, optim: OptimConfig, progress: Callable[[int], float]
+) -> float:
     """The rate after warm-up, as a factor of the peak rate."""
-    since_warmup = applied - optim.warmup_steps
-    steps_after_warmup = steps - optim.warmup_steps
-    progress = since_warmup / max(1, steps_after_warmup)
+    since_warmup = progress(applied) - progress(optim.warmup_steps)
+    after_warmup = progress(steps) - progress(optim.warmup_steps)
+    share_done = since_warmup / max(1, after_warmup)
     match optim.schedule:
         case "linear":
-            return linear(progress, optim.final_lr_ratio)
+            return linear(share_done, optim.final_lr_ratio)
         case "cosine":
-            return cosine(progress, optim.final_lr_ratio)
+            return cosine(share_done, optim.final_lr_ratio)
         case "step":
             return step(since_warmup, optim.decay_every, optim.decay_factor)
         case "exponential":
             return exponential(since_warmup, optim.decay_every, optim.decay_factor)
         case "wsd":
-            decay_steps = optim.decay_steps
-            if decay_steps is None:
-                decay_steps = steps_after_warmup // 5
-            return wsd(steps - applied, decay_steps, optim.final_lr_ratio)
-        case "constant":
+            decay_steps = after_warmup // 5
+            if optim.decay_steps is not None:
+                decay_steps = progress(steps) - progress(max(steps - optim.decay_steps, 0))
+            return wsd(progress(steps) - progress(applied), decay_steps, optim.final_lr_ratio)
+        case _:
             return 1.0

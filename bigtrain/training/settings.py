@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from bigtrain.config.loader import LoadedRecipe, flatten
+from bigtrain.config.recipe import OptimConfig
 from bigtrain.config.versions import installed_versions
 from bigtrain.engine.base import Engine
 from bigtrain.engine.plan import CORES_PER_GPU, Plan
@@ -19,6 +20,7 @@ from bigtrain.engine.runtime import Device, cores_per_rank
 from bigtrain.models.flops import peak_flops
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Task
+from bigtrain.training.parameter_groups import groups_in_force
 
 
 class Setting(TypedDict):
@@ -51,8 +53,10 @@ def settings_in_force(
     settings: Settings = {}
     for key, value in flatten(loaded.recipe.model_dump(mode="json")).items():
         settings[key] = {"value": value, "origin": loaded.origins.get(key, "default")}
-    for name, value in asdict(plan).items():
-        key = f"engine.{name}"
+    planned = asdict(plan)
+    del planned["ramp"]  # the recipe's engine.global_batch, by step
+    for name, value in planned.items():
+        key = "train.steps" if name == "steps" else f"engine.{name}"
         known = key in settings and settings[key]["value"] == value
         if key in plan_origins or not known:
             default_origin = "launcher" if name == "world_size" else "plan"
@@ -92,6 +96,17 @@ def loss_setting(without_logits: bool) -> Settings:
         return {}
     origin = "model (the same as from logits)"
     return with_origin(origin, {"loss": "in the output layer, without logits"})
+
+
+def group_settings(engine: Engine, optim: OptimConfig) -> Settings:
+    """The groups of parameters, read back from the engine, if the recipe asks for any.
+
+    Raises TrainingFailed where the engine has others.
+    """
+    groups = groups_in_force(engine, optim)
+    if not optim.groups:
+        return {}
+    return with_origin("engine (read back)", {"optim.groups_in_force": groups})
 
 
 def batch_norm_layers(model: torch.nn.Module) -> str:
