@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def recipe_of(path: Path, model: str = "mlp", task: str = "regression", **data: 
 
 
 def prepared_of(
-    tmp_path: Path, table: dict[str, list[Any]] | str | bytes, **settings: Any
+    tmp_path: Path, table: Mapping[str, Any] | str | bytes, **settings: Any
 ) -> PreparedData:
     path = tmp_path / "t.csv"
     if isinstance(table, bytes):
@@ -196,7 +197,7 @@ def prepared_of(
     elif isinstance(table, str):
         path.write_text(table)
     else:
-        pandas.DataFrame(table).to_csv(path, index=False)
+        pandas.DataFrame(dict(table)).to_csv(path, index=False)
     return prepare(recipe_of(path, **settings))
 
 

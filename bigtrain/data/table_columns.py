@@ -49,49 +49,49 @@ def describe_columns(
     inputs = table.drop(columns=answer.name)
     for name in chosen:
         find_column(inputs, name, "data.columns.features")
-    columns = []
-    for name in inputs:
-        if chosen and name not in chosen:
-            columns.append(Column(name, "left out", "left out: not chosen"))
-        else:
-            columns.append(_describe(inputs[name], name in chosen, refuse_gaps))
-    useless = [column for column in columns if column.kind == "left out"]
-    refused = [column for column in useless if column.name in chosen]
-    if refused or len(useless) == len(columns):
-        reasons = "; ".join(f"{column.name} ({column.fate})" for column in refused or useless)
+    columns = [_describe(inputs[name], chosen, refuse_gaps) for name in inputs]
+    useless = []
+    for column in columns:
+        if column.kind == "left out" and (column.name in chosen or not chosen):
+            useless.append(f"{column.name} ({column.fate})")
+    if (useless and chosen) or len(useless) == len(columns):
         raise RequestError(
-            f"no input can be made of {reasons or 'a table of one column'}",
+            f"no input can be made of {'; '.join(useless) or 'a table of one column'}",
             f"numbers, text, or true and false in columns besides {answer.name}",
             "data.columns.features=[NAME, …] takes any text",
         )
     return [*columns, answer]
 
 
-def _describe(values: Any, is_chosen: bool, refuse_gaps: bool) -> Column:
-    name = str(values.name)
+def _describe(values: Any, chosen: Collection[str], refuse_gaps: bool) -> Column:
+    name = values.name
+    if chosen and name not in chosen:
+        return Column(name, "left out", "left out: not chosen")
     present = values.dropna()
     gaps: Gaps = "refused"
     if not refuse_gaps:
         gaps = "flagged" if values.hasnans else "filled"
-    if present.empty:
-        return Column(name, "left out", "left out: no values")
-    if present.dtype.kind in "iuf":
+    if present.dtype.kind in "iuf" and len(present):
         median = float(present.median())
         fate = f"number; missing: the median {median:g}, and a flag"
         return Column(name, "number", fate if gaps == "flagged" else "number", gaps, median)
-    others = [value for value in present if not isinstance(value, str | bool)]
-    if others:
-        kind = "dates" if hasattr(others[0], "year") else f"{type(others[0]).__name__} values"
-        return Column(name, "left out", f"left out: {kind}")
+    others = {type(value) for value in present if not isinstance(value, str | bool)}
     categories = sorted(set(texts(present)))
     why = ""
-    if len(categories) == 1 and gaps != "flagged":
+    if present.empty:
+        why = "no values"
+    elif others:
+        kind = others.pop()
+        why = "dates" if hasattr(kind, "year") else f"{kind.__name__} values"
+    elif chosen:
+        pass  # as it is
+    elif len(categories) == 1 and gaps != "flagged":
         why = "the same in every row"
     elif all(_DATE.match(text) for text in categories):
         why = "dates"
     elif 2 * len(categories) > len(present):
         why = f"text, {len(categories):,} different in {len(present):,} rows"
-    if why and not is_chosen:
+    if why:
         return Column(name, "left out", f"left out: {why}")
     fate = f"category of {len(categories)} values"
     if gaps == "flagged":

@@ -84,15 +84,16 @@ def _columns(train: Part, recipe: Recipe, exported: dict[str, Any]) -> list[Colu
     if "table" in exported:
         return [Column(**column) for column in exported["table"]]
     kind: Any = TASK_SPECS[recipe.task].fields[1]
-    name, chosen = (recipe.data.columns.get(field, []) for field in (kind, "features"))
-    answer = Column(str(name or kind), kind, kind)
+    answer = Column(str(recipe.data.columns.get(kind, kind)), kind, kind)
     table = train.records.iloc[train.numbers]
     if exported:
         # Earlier versions wrote no names: all columns of numbers were inputs.
-        numeric = [x for x in table if x != answer.name and table[x].dtype.kind in "if"]
-        return [*(Column(name, "number", "number") for name in numeric), answer]
-    names = [chosen] if isinstance(chosen, str) else chosen
-    return describe_columns(table, answer, names, recipe.data.missing == "refuse")
+        inputs = table.drop(columns=answer.name).select_dtypes([np.signedinteger, np.floating])
+        return [*(Column(name, "number", "number") for name in inputs), answer]
+    chosen = recipe.data.columns.get("features", ())
+    if isinstance(chosen, str):
+        chosen = [chosen]
+    return describe_columns(table, answer, chosen, recipe.data.missing == "refuse")
 
 
 def _usable_rows(part: Part, columns: list[Column], unreadable: list[str]) -> Any:

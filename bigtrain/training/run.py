@@ -135,7 +135,6 @@ def run_recipe(
         settings |= model_facts(model, flops, engine, device)
         settings |= group_settings(engine, recipe.optim)
         settings |= loss_setting(without_logits=use_output_loss(engine, task))
-        settings |= with_origin("data", dict(prepared.columns))
 
         run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)
@@ -290,6 +289,7 @@ def _start_tracking(
     """
     if not engine.main:
         return TrackerGroup()
+    settings |= with_origin("data", {**task.data.columns})
     write_atomic(run.recipe, to_yaml(recipe))
     run.write_json(run.effective, settings)
     announce(screen, run, settings, task, resume.checkpoint)
