@@ -29,6 +29,7 @@ IMPORTED = (
     "bigtrain.models.hf",
     "bigtrain.inference.evaluate",
     "bigtrain.inference.generate",
+    "bigtrain.inference.predict_files",
     "bigtrain.training.run",
     "bigtrain.doctor.examine",
     # imported late, at a first step, say

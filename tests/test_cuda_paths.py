@@ -45,12 +45,12 @@ from bigtrain.engine.runtime import (
 )
 from bigtrain.engine.stopwatch import StepClock
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
-from bigtrain.inference import generate
+from bigtrain.inference import generate, load
+from bigtrain.inference.decoding import Decoding
 from bigtrain.models import flops
 from bigtrain.models.build import build_model
 from bigtrain.models.cnn import CNN
 from bigtrain.models.mlp import MLP
-from bigtrain.runs.directory import RunDir
 from bigtrain.runs.step_shares import STEP_PARTS, column_of
 from bigtrain.supervision import watchdog as watchdog_module
 from bigtrain.supervision.watchdog import RankPosition, Watchdog
@@ -530,27 +530,26 @@ def test_generate_writes_on_the_device_that_there_is(
 ) -> None:
     seen: list[str] = []
 
-    def write(model: nn.Module, input_ids: torch.Tensor, *_: Any) -> list[int]:
-        seen.extend([next(model.parameters()).device.type, input_ids.device.type])
-        return []
+    def write(model: nn.Module, batch: dict[str, torch.Tensor], *_: Any) -> list[str]:
+        seen.extend([next(model.parameters()).device.type, batch["input_ids"].device.type])
+        return [""]
 
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "bigtrain.json").write_text('{"task": "causal_lm"}')
-    tokenizer = MagicMock(return_value={"input_ids": [5]}, eos_token_id=0)
+    (tmp_path / "bigtrain.json").write_text('{"task": "causal_lm"}')
+    tokenizer = MagicMock(return_value={"input_ids": [5]}, eos_token_id=0, pad_token_id=0)
     monkeypatch.setattr(generate, "find_device", lambda _asked: Device("meta", True))
     monkeypatch.setattr(generate, "load_tokenizer", lambda _folder: tokenizer)
-    monkeypatch.setattr(generate, "load_exported", lambda *_: nn.Linear(2, 2))
-    monkeypatch.setattr(generate, "_generate_own", write)
-    generate.generate_text(RunDir(tmp_path), "import", 3, 0.0, 0)
+    monkeypatch.setattr(load, "load_exported", lambda *_: nn.Linear(2, 2))
+    monkeypatch.setattr(generate, "write_batch", write)
+    generate.Generator(tmp_path).write("import", Decoding(3, 0.0), 0)
     assert seen == ["meta", "meta"]
 
 
 def test_generate_is_in_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "to", lambda module, _device: module)
-    norm = generate._placed(nn.BatchNorm1d(3), Device("cuda", True))
+    norm = load.placed(nn.BatchNorm1d(3), Device("cuda", True))
     assert norm.weight.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32
-    assert generate._placed(nn.Linear(2, 2), Device("cuda", False)).weight.dtype == torch.float32
-    assert generate._placed(nn.Linear(2, 2), Device("cpu", True)).weight.dtype == torch.float32
+    assert load.placed(nn.Linear(2, 2), Device("cuda", False)).weight.dtype == torch.float32
+    assert load.placed(nn.Linear(2, 2), Device("cpu", True)).weight.dtype == torch.float32
 
 
 class Batch:

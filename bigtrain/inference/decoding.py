@@ -167,6 +167,7 @@ def _write_by_transformers(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=decoding.tokens,
+        num_beams=1,  # whatever a pretrained model's own configuration says
         pad_token_id=tokenizer.eos_token_id if padding is None else padding,
         stopping_criteria=StoppingCriteriaList([Written()]),
         **options,

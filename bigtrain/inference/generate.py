@@ -152,12 +152,14 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises RequestError for a file without any, and for a line that has none.
     """
-    prompts: list[str] = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n")[: -1 if text.endswith("\n") else None]):
-        prompts.append(_prompt_of(line, f"{path} line {number + 1}", path.suffix == ".jsonl"))
-    if not text:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if not lines[-1]:  # after the last end of line
+        lines.pop()
+    if not lines:
         raise RequestError(f"{path} is empty", "one prompt in each line")
+    prompts: list[str] = []
+    for number, line in enumerate(lines, 1):
+        prompts.append(_prompt_of(line, f"{path} line {number}", path.suffix == ".jsonl"))
     return prompts
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,7 +14,7 @@ from bigtrain.data.records import file_stamp
 from bigtrain.errors import RequestError
 from bigtrain.inference.inputs import Inputs, find_inputs, table_columns
 from bigtrain.inference.predict import Predictor, Result, model_hash
-from bigtrain.inference.prediction_file import PredictionFile, name_of, row_writer
+from bigtrain.inference.prediction_file import PredictionFile, State, note_results, row_writer
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,13 @@ class Request:
     max_unreadable: int = 0
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """What came of it."""
 
     inputs: int
-    unusable: int = 0
-    unusable_first: tuple[str, ...] = ()
-    was_complete: bool = False
-    unknown: int = 0  # rows of a table with a category that the training part did not have
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "inputs": self.inputs,
-            "predicted": self.inputs - self.unusable,
-            "unusable": self.unusable,
-            "unknown": self.unknown,
-        }
+    unusable: int
+    unknown: int  # rows of a table with categories that the training part did not have
+    was_complete: bool  # before
 
 
 def predict_files(folder: Path, request: Request) -> Outcome:
@@ -67,37 +56,33 @@ def predict_files(folder: Path, request: Request) -> Outcome:
     if inputs.left_out:
         print(f"{inputs.left_out:,} files are no images by their names: left out", file=sys.stderr)
     if request.out is None:
-        outcome = _print_all(predictor, inputs, request)
+        was_complete, state = False, _print_all(predictor, inputs, request)
     else:
-        outcome = _write_all(predictor, inputs, request, folder, columns)
-    if outcome.unknown:
+        was_complete, state = _write_all(predictor, inputs, request, folder, columns)
+    if state.unknown:
         print(
-            f"rows with categories that the training data did not have: {outcome.unknown:,}"
+            f"rows with categories that the training data did not have: {state.unknown:,}"
             " (`unknown` names the columns)",
             file=sys.stderr,
         )
-    _refuse_unusable(outcome, request)
-    return outcome
+    _refuse_unusable(state, len(inputs), request)
+    return Outcome(len(inputs), state.unusable, state.unknown, was_complete)
 
 
-def _print_all(predictor: Predictor, inputs: Inputs, request: Request) -> Outcome:
-    outcome = Outcome(len(inputs))
+def _print_all(predictor: Predictor, inputs: Inputs, request: Request) -> State:
     _, to_text = row_writer(".jsonl", predictor.classes)
-    first: list[str] = []
+    state = State({})
     for rows in _blocks(predictor, inputs, request, 0):
         sys.stdout.write("".join(map(to_text, rows)))
         sys.stdout.flush()
-        bad = [f"{name_of(row)}: {row['error']}" for row in rows if "error" in row]
-        outcome.unusable += len(bad)
-        outcome.unknown += sum("unknown" in row for row in rows)
-        first += bad
-    outcome.unusable_first = tuple(first)
-    return outcome
+        note_results(state, rows)
+    return state
 
 
 def _write_all(
     predictor: Predictor, inputs: Inputs, request: Request, folder: Path, columns: dict[str, str]
-) -> Outcome:
+) -> tuple[bool, State]:
+    """Whether all of it was there before, and what is there now."""
     assert request.out is not None
     made_from = {
         "model": model_hash(folder),
@@ -105,19 +90,17 @@ def _write_all(
         "columns": columns,
         "top": request.top,
         "batch": request.batch,
-        "device": f"{predictor.device.kind}, {predictor.dtype}",
+        "device": f"{predictor.device.kind} {predictor.dtype}",
         "torch": torch.__version__,
     }
     header, to_text = row_writer(request.out.suffix.lower(), predictor.classes)
-    with PredictionFile(request.out, made_from, len(inputs)) as file:
-        was_complete = file.is_complete
-        for rows in _blocks(predictor, inputs, request, file.rows):
+    with PredictionFile(request.out, made_from) as file:
+        was_complete = file.state.rows == len(inputs)
+        for rows in _blocks(predictor, inputs, request, file.state.rows):
             text = "".join(map(to_text, rows))
-            file.append(text if file.rows else header + text, rows)
+            file.append(text if file.state.rows else header + text, rows)
         file.complete()
-    return Outcome(
-        len(inputs), file.num_unusable, tuple(file.unusable), was_complete, file.num_unknown
-    )
+    return was_complete, file.state
 
 
 def _blocks(
@@ -146,18 +129,14 @@ def _likeliest(probabilities: dict[str, float], top: int) -> dict[str, float]:
     return {name: probabilities[name] for name in ordered[:top]}
 
 
-def _refuse_unusable(outcome: Outcome, request: Request) -> None:
-    if outcome.unusable <= request.max_unreadable:
+def _refuse_unusable(state: State, num_inputs: int, request: Request) -> None:
+    if state.unusable <= request.max_unreadable:
         return
-    others = outcome.inputs - outcome.unusable
-    named = "\n  ".join(outcome.unusable_first[:5])
-    more = outcome.unusable - len(outcome.unusable_first[:5])
-    where = f"{request.out} has" if request.out else "above are"
+    named = "\n  ".join(state.unusable_first)
+    where = request.out or "standard output"
     raise RequestError(
-        f"{outcome.unusable:,} of {outcome.inputs:,} inputs cannot be used:\n  {named}"
-        + (f"\n  and {more:,} more" if more else "")
-        + f"\n{where} the predictions of the other {others:,}, and a row with `error` for each of"
-        " these",
-        f"at most {request.max_unreadable}",
-        f"--max-unreadable {outcome.unusable}, or repair them",
+        f"{state.unusable:,} of {num_inputs:,} inputs cannot be used, the first of them:\n  {named}"
+        f"\n{where} has the predictions of all others, and a row with an error for each of these",
+        f"at most {request.max_unreadable} (--max-unreadable)",
+        f"--max-unreadable {state.unusable}, or repair them",
     )

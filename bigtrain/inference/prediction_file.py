@@ -10,8 +10,9 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from blake3 import blake3
 
@@ -19,6 +20,7 @@ from bigtrain.errors import RequestError
 from bigtrain.runs.directory import write_atomic
 
 Row = dict[str, Any]
+_CHUNK = 1 << 24  # bytes that are hashed at once
 _NAMED = 5  # unusable inputs, in messages
 
 
@@ -46,28 +48,30 @@ def _csv_line(values: Sequence[Any]) -> str:
     return text.getvalue()
 
 
+@dataclass
+class State:
+    """What FILE.part.json says."""
+
+    made_from: dict[str, Any]  # what decides the content
+    rows: int = 0  # that are written and on disk
+    unusable: int = 0
+    unusable_first: list[str] = field(default_factory=list)
+    unknown: int = 0  # rows of a table with categories that are new to the model
+    size: int = 0  # bytes
+    blake3: str = ""  # of these bytes
+
+
 class PredictionFile:
     """FILE and what is known of it. As a context it holds FILE against other processes."""
 
-    def __init__(self, path: Path, made_from: dict[str, Any], num_inputs: int) -> None:
+    def __init__(self, path: Path, made_from: dict[str, Any]) -> None:
         """`made_from`: what decides the content, as JSON has it."""
         self.path = path
-        self.made_from = made_from
-        self.num_inputs = num_inputs
+        self.state = State(made_from)
         self.part = path.with_name(path.name + ".part.json")
         self.about = path.with_name(path.name + ".about.json")
-        self.rows = 0  # that are written
-        self.unusable: list[str] = []  # the first of them, by name
-        self.num_unusable = 0
-        self.num_unknown = 0  # rows of a table with values that are new to the model
-        self._size = 0  # bytes that are written
         self._hash = blake3()
-        self._file: BinaryIO | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every input has its row."""
-        return self.rows == self.num_inputs
+        self._file: BinaryIO
 
     def __enter__(self) -> "PredictionFile":
         """Open FILE where it was left.
@@ -76,53 +80,45 @@ class PredictionFile:
         process writes.
         """
         known = self._read_state()
-        if known is None and self.path.exists():
-            raise RequestError(
-                f"{self.path} exists already, and is not an unfinished file of predictions",
-                "a file that does not exist yet",
-                "another --out",
-            )
-        if known is not None and known["made_from"] != self.made_from:
-            raise RequestError(
-                f"{self.path} was made by another command: {_difference(known, self.made_from)}",
-                "the same model, files and options",
-                f"another --out, or remove {self.path}",
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if known is None:
+            if self.path.exists():
+                raise RequestError(
+                    f"{self.path} exists already, and is not an unfinished file of predictions",
+                    "a file that does not exist yet",
+                    "another --out",
+                )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._save_state(self.part)
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+            self.path.touch()
+        elif known.made_from != self.state.made_from:
+            names = [
+                name
+                for name, value in self.state.made_from.items()
+                if known.made_from.get(name) != value
+            ]
+            self._refuse(f"was made from something else: not the same {', '.join(names)}")
+        self._file = self.path.open("r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._continue()
         except BlockingIOError:
-            raise RequestError(
-                f"another process is writing {self.path}", "one process for each file"
-            ) from None
-        if known is not None:
-            # Anew: the other process may have gone on until it let go.
-            self._continue(self._read_state() or known)
+            self._file.close()
+            self._refuse("is being written by another process")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def append(self, text: str, rows: Sequence[Row]) -> None:
         """Add a block's text, and note that it is there once it is on disk."""
-        assert self._file is not None
         content = text.encode()
         self._file.write(content)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._hash.update(content)
-        self._size += len(content)
-        self.rows += len(rows)
-        for row in rows:
-            self.num_unknown += "unknown" in row
-            if "error" in row:
-                self.num_unusable += 1
-                if len(self.unusable) < _NAMED:
-                    self.unusable.append(f"{name_of(row)}: {row['error']}")
+        self.state.size += len(content)
+        self.state.rows += len(rows)
+        note_results(self.state, rows)
         self._save_state(self.part)
 
     def complete(self) -> None:
@@ -130,49 +126,43 @@ class PredictionFile:
         self._save_state(self.about)
         self.part.unlink(missing_ok=True)
 
-    def _read_state(self) -> dict[str, Any] | None:
+    def _read_state(self) -> State | None:
         for path in (self.part, self.about):
             if path.is_file() and self.path.is_file():
-                state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                return state
+                return State(**json.loads(path.read_text(encoding="utf-8")))
         return None
 
     def _save_state(self, path: Path) -> None:
-        state = {
-            "made_from": self.made_from,
-            "rows": self.rows,
-            "unusable": self.num_unusable,
-            "unusable_first": self.unusable,
-            "unknown": self.num_unknown,
-            "bytes": self._size,
-            "blake3": self._hash.hexdigest(),
-        }
-        write_atomic(path, json.dumps(state, indent=2) + "\n")
+        self.state.blake3 = self._hash.hexdigest()
+        write_atomic(path, json.dumps(asdict(self.state), indent=2) + "\n")
 
-    def _continue(self, known: dict[str, Any]) -> None:
-        """Go to the end of what is known to be good, and cut off what is beyond."""
-        assert self._file is not None
-        content = self._file.read(known["bytes"])
-        if blake3(content).hexdigest() != known["blake3"]:
-            raise RequestError(
-                f"{self.path} has been changed since it was written",
-                "the file as it was",
-                f"another --out, or remove {self.path}",
-            )
-        self._file.truncate(known["bytes"])
-        self._hash.update(content)
-        self._size = known["bytes"]
-        self.rows = known["rows"]
-        self.unusable = known["unusable_first"]
-        self.num_unusable = known["unusable"]
-        self.num_unknown = known["unknown"]
+    def _continue(self) -> None:
+        """Go to the end of what is known to be good, and cut off what an interrupted write left."""
+        self.state = self._read_state() or self.state
+        for start in range(0, self.state.size, _CHUNK):
+            self._hash.update(self._file.read(min(_CHUNK, self.state.size - start)))
+        beyond = self.path.stat().st_size > self.state.size
+        is_finished = not self.part.exists()
+        if self._hash.hexdigest() != self.state.blake3 or (beyond and is_finished):
+            self._file.close()
+            self._refuse("has been changed since it was written")
+        self._file.truncate(self.state.size)
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise RequestError(
+            f"{self.path} {problem}",
+            "the file that the same command has left",
+            f"another --out, or remove {self.path}",
+        )
 
 
-def name_of(row: Row) -> str:
-    """An input, in messages."""
-    return row["file"] if row["row"] is None else f"{row['file']} row {row['row']}"
-
-
-def _difference(known: dict[str, Any], made_from: dict[str, Any]) -> str:
-    names = [name for name in made_from if known["made_from"].get(name) != made_from[name]]
-    return f"{', '.join(names)} differ" if len(names) > 1 else f"{', '.join(names)} differs"
+def note_results(state: State, rows: Sequence[Row]) -> None:
+    """Count the rows that have an `error`, and name the first; and those with new categories."""
+    for row in rows:
+        state.unknown += "unknown" in row
+        if "error" not in row:
+            continue
+        state.unusable += 1
+        if len(state.unusable_first) < _NAMED:
+            place = "" if row["row"] is None else f" row {row['row']}"
+            state.unusable_first.append(f"{row['file']}{place}: {row['error']}")
