@@ -67,7 +67,12 @@ def predict(
 
     outcome = predict_files(folder, Request(files, out, columns, top, batch, max_unreadable))
     if as_json:
-        print(json.dumps({"out": str(out), "inputs": outcome.inputs, "unusable": outcome.unusable}))
+        counts = {
+            "inputs": outcome.inputs,
+            "unusable": outcome.unusable,
+            "unknown": outcome.unknown,
+        }
+        print(json.dumps({"out": str(out), **counts}))
     elif out is not None:
         state = "was complete already" if outcome.was_complete else "is complete"
         note = f", {outcome.unusable:,} of them unusable" if outcome.unusable else ""
