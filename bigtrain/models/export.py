@@ -22,6 +22,7 @@ from bigtrain.models.model_inputs import describe_inputs
 from bigtrain.models.own import MODELS, load_own, model_class
 from bigtrain.models.weight_files import Tensors, write_weight_files
 from bigtrain.runs.directory import RunDir
+from bigtrain.runs.hashes import text_hash
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +60,9 @@ class Stored(NamedTuple):
     """Of parameters; buffers (BatchNorm's statistics) keep theirs. None: as they are trained."""
     max_bytes: int = 5_000_000_000
     """Of a file; 10⁹ are transformers' GB."""
+
+
+AS_TRAINED = Stored()
 
 
 def export_model(
@@ -101,7 +105,7 @@ def write_export(
     prepared: PreparedData,
     folder: Path,
     origin: ExportOrigin,
-    stored: Stored = Stored(),
+    stored: Stored = AS_TRAINED,
 ) -> None:
     """Write the model of the recipe with the weights of `source` to `folder`, which is empty.
 
@@ -118,10 +122,16 @@ def write_export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(folder)
-    about = describe_inputs(recipe, prepared)
+    about = describe_inputs(recipe, prepared) | {"export": _identity(recipe, origin, hashes)}
     (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
     card = redact(model_card(recipe, origin, hashes))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _identity(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> str:
+    """Which export it is: for people, and a hash of all its weights."""
+    weights = text_hash(json.dumps(hashes, sort_keys=True))[:16]
+    return f"{recipe.name}, {origin.weights}, weights {weights}"
 
 
 def _write_weights(
@@ -131,7 +141,8 @@ def _write_weights(
     stored_names = names_in_source(model, source.names())
     state = model.state_dict(keep_vars=True)
     layers = []
-    for names in _layers(model, list(stored_names)):
+    converts = _has_conversions(model)
+    for names in _layers(list(stored_names)) if converts else [[name] for name in stored_names]:
         layers.append({name: state[name].detach() for name in names})
 
     def cast(name: str, tensor: Tensor) -> Tensor:
@@ -143,7 +154,7 @@ def _write_weights(
         for name, planned in layer.items():
             tensor = source.read(stored_names[name]) if read else planned
             tensors[name] = cast(name, tensor)
-        return _as_transformers_saves(model, tensors)
+        return _as_transformers_saves(model, tensors) if converts else tensors
 
     planned = [in_file(layer, read=False) for layer in layers]
 
@@ -181,13 +192,8 @@ def names_in_source(model: nn.Module, available: Collection[str]) -> dict[str, s
     return names
 
 
-def _layers(model: nn.Module, names: list[str]) -> list[list[str]]:
-    """Which tensors are read together: one each, or a layer where transformers stores it otherwise.
-
-    (As it does with experts: one tensor here, one for each expert in the file.)
-    """
-    if not _has_conversions(model):
-        return [[name] for name in names]
+def _layers(names: list[str]) -> list[list[str]]:
+    """Which tensors are read together: those of a layer."""
     layers: dict[str, list[str]] = {}
     for name in names:
         numbered = re.match(r".*?\.\d+\.", name)
@@ -196,6 +202,7 @@ def _layers(model: nn.Module, names: list[str]) -> list[list[str]]:
 
 
 def _has_conversions(model: nn.Module) -> bool:
+    """Whether transformers stores it otherwise (experts: one tensor here, one each in the file)."""
     if not hasattr(model, "save_pretrained"):
         return False
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -205,8 +212,6 @@ def _has_conversions(model: nn.Module) -> bool:
 
 def _as_transformers_saves(model: nn.Module, tensors: Tensors) -> Tensors:
     """The tensors as `save_pretrained` would write them."""
-    if not _has_conversions(model):
-        return tensors
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, tensors))  # type: ignore[arg-type]

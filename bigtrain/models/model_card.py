@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any, NamedTuple
 
-from bigtrain.config.loader import to_yaml
+from bigtrain.config.loader import dump, to_yaml
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.config.versions import installed_versions
@@ -24,6 +24,7 @@ _INCIDENTS = (
     "step_skipped",
     "checkpoint_rejected",
     "samples_unreadable",
+    "best_exported",
 )
 
 
@@ -52,9 +53,8 @@ def model_card(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> 
     for name, value in results.items():
         if isinstance(value, float):
             rows.append(f"| {name} | {value:.6g} |")
-    yaml = to_yaml(recipe)
     hash_rows = [f"| `{name}` | `{digest}` |" for name, digest in hashes.items()]
-    hash_rows.append(f"| the recipe | `{text_hash(yaml)}` |")
+    hash_rows.append(f"| the recipe | `{text_hash(to_yaml(recipe))}` |")
     sections = [
         f"---\nlibrary_name: {library}\ntags: [bigtrain, {recipe.task}]\n---",
         f"# {recipe.name}",
@@ -69,9 +69,14 @@ def model_card(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> 
         "## Versions",
         ", ".join(f"{package} {version}" for package, version in installed_versions().items()),
         "## Recipe",
-        f"It trains the model again (`bigtrain train recipe.yaml`).\n\n```yaml\n{yaml}```",
+        f"`bigtrain train recipe.yaml` trains the model again.\n\n```yaml\n{_shown(recipe)}```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _shown(recipe: Recipe) -> str:
+    """Without what concerns nobody but the one who trained it: trackers, notes, accounts."""
+    return dump(recipe.model_dump(mode="json", exclude={"track", "slurm"}, exclude_none=True))
 
 
 def _data_in_words(recipe: Recipe) -> str:
@@ -92,8 +97,8 @@ def _course(run: RunDir | None) -> str:
     for event in read_metrics(run.metrics, "event"):
         name = event["event"]
         if name == "resumed":
-            moved = event.get("moved", "")
-            restarts.append(f"- restarted from step {event['step']:,}" + (f" ({moved})" if moved else ""))
+            moved = f" ({event['moved']})" if event.get("moved") else ""
+            restarts.append(f"- restarted from step {event['step']:,}{moved}")
         elif name in _INCIDENTS:
             counts[EVENT_TEXTS[name]] += 1
     lines = [*restarts, *(f"- {text}: {count} times" for text, count in counts.items())]

@@ -5,7 +5,6 @@ A run writes it when it starts, so that its checkpoints can be exported where th
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 from bigtrain.config.recipe import Recipe
@@ -49,7 +48,7 @@ def write_model_inputs(recipe: Recipe, prepared: PreparedData, run: RunDir) -> N
 
 
 def read_model_inputs(run: RunDir) -> PreparedData | None:
-    """What `write_model_inputs` wrote, without any example; None for a run of an earlier version."""
+    """What `write_model_inputs` wrote, without examples; None for a run of an earlier version."""
     folder = run.model_inputs
     try:
         inputs = json.loads((folder / _FILE).read_text())
