@@ -26,7 +26,7 @@ def load_private_key(path: Path) -> Any:
 
 
 def load_public_key(path: Path) -> Any:
-    """An Ed25519 public key. Raises RequestError, with the command that makes it of a private one."""
+    """An Ed25519 public key. Raises RequestError, with the command that makes one."""
     return _load_key(path, "public", MAKE_PUBLIC_KEY.format(key="KEY.pem", public=path))
 
 
