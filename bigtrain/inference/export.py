@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
 from bigtrain.checkpoint.state import TrainState
@@ -24,6 +25,7 @@ from bigtrain.models.export import AS_TRAINED, Stored, write_export
 from bigtrain.models.model_card import ExportOrigin
 from bigtrain.models.model_inputs import read_model_inputs
 from bigtrain.runs.directory import RunDir
+from bigtrain.training.parameter_groups import make_groups
 
 
 class Model(NamedTuple):
@@ -76,6 +78,7 @@ def checkpoint_weights(path: Path, model: Model) -> CheckpointWeights:
     weights = CheckpointWeights(path)
     with torch.device("meta"):
         built = build_model(*model)
+    make_groups(built, model.recipe.optim, _whole_shape)  # freezes what the recipe says
     untrained = []
     for name, parameter in built.named_parameters():
         if not parameter.requires_grad and name not in weights.shapes:
@@ -84,6 +87,10 @@ def checkpoint_weights(path: Path, model: Model) -> CheckpointWeights:
         start = build_model(*model).state_dict()
         weights.frozen = {name: start[name] for name in untrained}
     return weights
+
+
+def _whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(parameter.shape)
 
 
 def choose_checkpoint(run: RunDir, step: str) -> Path:

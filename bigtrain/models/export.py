@@ -106,11 +106,12 @@ def write_export(
     folder: Path,
     origin: ExportOrigin,
     stored: Stored = AS_TRAINED,
-) -> None:
+) -> dict[str, str]:
     """Write the model of the recipe with the weights of `source` to `folder`, which is empty.
 
-    Holds no more than a layer in memory besides `source`. Raises TrainingFailed unless the model
-    has a place for each weight, and each of its own is there.
+    Returns the weight files' hashes by name. Holds no more than a layer in memory besides `source`.
+    Raises TrainingFailed unless the model has a place for each weight, and each of its own is
+    there.
     """
     with torch.device("meta"):
         model = build_model(recipe, prepared)
@@ -124,6 +125,12 @@ def write_export(
         prepared.tokenizer.save_pretrained(folder)
     about = describe_inputs(recipe, prepared) | {"export": _identity(recipe, origin, hashes)}
     (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_card(folder, recipe, origin, hashes)
+    return hashes
+
+
+def write_card(folder: Path, recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> None:
+    """README.md, with a secret that the recipe may name redacted."""
     card = redact(model_card(recipe, origin, hashes))
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -54,7 +54,7 @@ def model_card(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> 
         if isinstance(value, float):
             rows.append(f"| {name} | {value:.6g} |")
     hash_rows = [f"| `{name}` | `{digest}` |" for name, digest in hashes.items()]
-    hash_rows.append(f"| the recipe | `{text_hash(to_yaml(recipe))}` |")
+    hash_rows.append(f"| the recipe | `{_recipe_hash(recipe, origin.run)}` |")
     sections = [
         f"---\nlibrary_name: {library}\ntags: [bigtrain, {recipe.task}]\n---",
         f"# {recipe.name}",
@@ -72,6 +72,11 @@ def model_card(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> 
         f"`bigtrain train recipe.yaml` trains the model again.\n\n```yaml\n{_shown(recipe)}```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _recipe_hash(recipe: Recipe, run: RunDir | None) -> str:
+    """Of the run's own file: a later version of bigtrain would write it with more keys."""
+    return text_hash(to_yaml(recipe) if run is None else run.recipe.read_text())
 
 
 def _shown(recipe: Recipe) -> str:
