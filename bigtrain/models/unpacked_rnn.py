@@ -18,47 +18,59 @@ class UnpackedRNN(nn.Module):
 
     def __init__(self, rnn: nn.LSTM | nn.GRU) -> None:
         super().__init__()
-        self.directions = 2 if rnn.bidirectional else 1
-        cells: list[nn.Module] = []
+        suffixes = ["", "_reverse"] if rnn.bidirectional else [""]
+        self.directions = len(suffixes)
+        self.cells = nn.ModuleList()
         for layer in range(rnn.num_layers):
-            for suffix in ("", "_reverse")[: self.directions]:
-                cells.append(_one_direction(rnn, layer, suffix))
-        self.cells = nn.ModuleList(cells)
+            for suffix in suffixes:
+                cell = _one_direction(rnn, layer, suffix)
+                self.cells.append(cell)
 
     def forward(self, sequence: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """What RNN._run returns, for [batch, length, width] and a mask [batch, length]."""
-        batch, length, _ = sequence.shape
         if mask is None:
-            mask = torch.ones(batch, length, dtype=torch.int64, device=sequence.device)
+            mask = torch.ones_like(sequence[..., 0], dtype=torch.int64)
         lengths = mask.sum(1, keepdim=True)
-        places = torch.arange(length, device=sequence.device).unsqueeze(0)
+        places = torch.arange(mask.shape[1], device=mask.device)
         turned = (lengths - 1 - places).clamp(min=0)
-        states, last = sequence, sequence[:, 0]
+        states = sequence
+        final = sequence[:, 0]
         for first in range(0, len(self.cells), self.directions):
-            outputs = []
-            for direction in range(self.directions):
-                inputs = _take(states, turned) if direction else states
-                output, _ = self.cells[first + direction](inputs)
-                outputs.append(output)
-            last = torch.cat([_take(output, lengths - 1)[:, 0] for output in outputs], dim=-1)
+            output, _ = self.cells[first](states)
+            last = _take(output, lengths - 1)
             if self.directions == 2:
-                outputs[1] = _take(outputs[1], turned)
-            states = torch.cat(outputs, dim=-1)
-        return states, last
+                backwards, _ = self.cells[first + 1](_take(states, turned))
+                last_backwards = _take(backwards, lengths - 1)
+                last = torch.cat([last, last_backwards], dim=-1)
+                output = torch.cat([output, _take(backwards, turned)], dim=-1)
+            states = output
+            final = last[:, 0]
+        return states, final
 
 
 def _one_direction(rnn: nn.LSTM | nn.GRU, layer: int, suffix: str) -> nn.Module:
-    directions = 2 if rnn.bidirectional else 1
-    width = rnn.input_size if layer == 0 else directions * rnn.hidden_size
-    cell = type(rnn)(width, rnn.hidden_size, batch_first=True)
+    """One layer in one direction, with the same weights."""
+    width = rnn.input_size
+    if layer > 0:
+        width = rnn.hidden_size
+        if rnn.bidirectional:
+            width *= 2
+    cell = type(rnn)(
+        width,
+        rnn.hidden_size,
+        batch_first=True,
+    )
     for name in _TENSORS:
-        setattr(cell, f"{name}_l0", getattr(rnn, f"{name}_l{layer}{suffix}"))
+        tensor = getattr(rnn, f"{name}_l{layer}{suffix}")
+        setattr(cell, f"{name}_l0", tensor)
     return cell
 
 
 def _take(states: Tensor, places: Tensor) -> Tensor:
     """[batch, length, width] at `places` [batch, any length]."""
-    return states.gather(1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    width = states.shape[-1]
+    everywhere = places.unsqueeze(-1).expand(-1, -1, width)
+    return states.gather(1, everywhere)
 
 
 def without_packing(model: nn.Module) -> None:
