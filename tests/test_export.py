@@ -220,7 +220,9 @@ def test_the_command_line_says_what_it_wrote_and_refuses_what_it_cannot(trained:
     )
     assert json.loads(done.stdout)["weights"] == "checkpoint step-00000002", done.stderr
     stored = load_file(trained / "half" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    for name, tensor in stored.items():
+        is_buffer = "running_" in name or "num_batches" in name
+        assert is_buffer or tensor.dtype == torch.bfloat16, name
     assert package.load_model(trained / "half")
     card = (trained / "half" / "README.md").read_text()
     for fact in ("checkpoint step-00000002", "no restart", "torch 2.", "`model.safetensors`"):
