@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from bigtrain.cli_export import average, export, verify
 from bigtrain.cli_use import Json, generate, predict
 from bigtrain.errors import RequestError, TrainingFailed
 
@@ -113,35 +114,9 @@ app.command()(predict)
 app.command()(generate)
 
 
-@app.command()
-def export(
-    run: RunArgument, out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]
-) -> None:
-    """Copy a finished run's model (Hugging Face format) to OUT."""
-    from bigtrain.api import find_finished_run
-    from bigtrain.inference.export import copy_export
-
-    copy_export(find_finished_run(run), out)
-    print(f"the model is in {out}")
-
-
-@app.command()
-def verify(run: RunArgument, as_json: Json = False) -> None:
-    """Check every file of every checkpoint against its hash; exit 1 if any is broken."""
-    from bigtrain.checkpoint.format import committed_checkpoints, verify_checkpoint
-    from bigtrain.runs.directory import find_run
-
-    checkpoints = committed_checkpoints(find_run(run))
-    problems = {path.name: verify_checkpoint(path) for path in checkpoints}
-    if as_json:
-        _print_json(problems)
-    elif not problems:
-        print("no checkpoints")
-    else:
-        for name, found in problems.items():
-            print(name, "; ".join(found) or "ok")
-    if any(problems.values()):
-        raise typer.Exit(1)
+app.command()(export)
+app.command()(average)
+app.command()(verify)
 
 
 @app.command()

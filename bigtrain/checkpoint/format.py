@@ -6,26 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
 from torch import Tensor
 
+from bigtrain.models.weight_files import safetensors_header, tensor_bytes
 from bigtrain.runs.directory import RunDir
+from bigtrain.runs.hashes import file_hash
 
 MANIFEST = "manifest.json"
-# torch's name of a type → safetensors' one.
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -33,21 +21,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
     And without save_file's copy of every tensor.
     """
-    # Wide types first, so that each tensor is aligned.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header = {}
-    end = 0
-    for name, tensor in ordered:
-        start = end
-        end = start + tensor.numel() * tensor.element_size()
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    beginning, places = safetensors_header(tensors)
     with path.open("r+b" if path.exists() else "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.write(beginning)
+        for name in places:
+            file.write(tensor_bytes(tensors[name]))
         file.truncate()
 
 
@@ -105,6 +83,6 @@ def verify_checkpoint(path: Path) -> list[str]:
             problems.append(f"{name}: missing")
         elif file.stat().st_size != entry["size"]:
             problems.append(f"{name}: {file.stat().st_size:,} bytes instead of {entry['size']:,}")
-        elif blake3().update_mmap(file).hexdigest() != entry["blake3"]:
+        elif file_hash(file) != entry["blake3"]:
             problems.append(f"{name}: content does not match its hash")
     return problems

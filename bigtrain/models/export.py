@@ -1,75 +1,249 @@
 """The trained model as others load it: Hugging Face's format, or safetensors and a config."""
 
 import json
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bigtrain.config.recipe import Recipe
-from bigtrain.config.task_specs import TASK_SPECS, TaskName
+from bigtrain.config.secrets import redact
+from bigtrain.config.task_specs import TaskName
 from bigtrain.data.examples import PreparedData
 from bigtrain.errors import TrainingFailed
 from bigtrain.models.build import build_model
-from bigtrain.models.own import load_own, model_class
+from bigtrain.models.model_card import ExportOrigin, model_card
+from bigtrain.models.model_inputs import describe_inputs
+from bigtrain.models.own import MODELS, load_own, model_class
+from bigtrain.models.weight_files import Tensors, write_weight_files
+from bigtrain.runs.directory import RunDir
+from bigtrain.runs.hashes import text_hash
+
+DtypeName = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# In front of our models' names in config.json, where transformers' have their type.
+OWN_TYPE = "bigtrain_"
+
+
+class WeightSource(Protocol):
+    """Whole parameters and buffers, one at a time."""
+
+    def names(self) -> Collection[str]:
+        """Under any one of its names where a tensor has several."""
+
+    def read(self, name: str) -> Tensor:
+        """On the CPU."""
+
+
+class WeightsInMemory:
+    """All of them at once."""
+
+    def __init__(self, weights: Tensors) -> None:
+        self.weights = weights
+
+    def names(self) -> Collection[str]:
+        return self.weights.keys()
+
+    def read(self, name: str) -> Tensor:
+        return self.weights[name]
+
+
+class Stored(NamedTuple):
+    """How weights are written."""
+
+    dtype: DtypeName | None = None
+    """Of parameters; buffers (BatchNorm's statistics) keep theirs. None: as they are trained."""
+    max_bytes: int = 5_000_000_000
+    """Of a file; 10⁹ are transformers' GB."""
+
+
+AS_TRAINED = Stored()
 
 
 def export_model(
-    weights: dict[str, Tensor],
+    weights: Tensors,
     recipe: Recipe,
     prepared: PreparedData,
     folder: Path,
     summary: dict[str, Any],
+    run: RunDir | None = None,
 ) -> None:
     """Write the whole `weights` (by parameter name, on the CPU) as a model that others can load.
 
-    Raises TrainingFailed for weights that a transformers model of this recipe has no place for.
+    `folder` is replaced, once all is written. Raises TrainingFailed for weights that the recipe's
+    model has no place for, or that are not all there.
     """
-    folder.mkdir(exist_ok=True)
+    with whole_folder(folder, replace=True) as partial_folder:
+        source = WeightsInMemory(weights)
+        write_export(source, recipe, prepared, partial_folder, ExportOrigin(summary, run))
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder` if nothing fails, and goes if anything does."""
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    try:
+        yield partial_folder
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
+
+
+def write_export(
+    source: WeightSource,
+    recipe: Recipe,
+    prepared: PreparedData,
+    folder: Path,
+    origin: ExportOrigin,
+    stored: Stored = AS_TRAINED,
+) -> dict[str, str]:
+    """Write the model of the recipe with the weights of `source` to `folder`, which is empty.
+
+    Returns the weight files' hashes by name. Holds no more than a layer in memory besides `source`.
+    Raises TrainingFailed unless the model has a place for each weight, and each of its own is
+    there.
+    """
     with torch.device("meta"):
         model = build_model(recipe, prepared)
+    hashes = _write_weights(model, source, folder, stored)
     if hasattr(model, "save_pretrained"):
-        # Not strict: a tied weight may be there under one of its names only.
-        unexpected = model.load_state_dict(weights, assign=True, strict=False).unexpected_keys
-        if unexpected:
-            raise TrainingFailed(
-                f"the exported model has no place for {', '.join(unexpected)}",
-                "the weights of the model that the recipe builds",
-            )
-        model.tie_weights()  # type: ignore[operator]
-        model.save_pretrained(folder)  # type: ignore[operator]
+        _write_transformers_config(model, folder, stored)
     else:
-        _save_own(model, weights, recipe.model.name, folder)
+        config = _own_config(model, recipe, prepared)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(folder)
-    about = {
-        "task": recipe.task,
-        "classes": prepared.classes,
-        "image": prepared.image,
-        "resize": recipe.data.image_size,
-        "seq_len": prepared.seq_len,
-        "columns": recipe.data.columns,
-        **prepared.preprocessing,
-    }
+    about = describe_inputs(recipe, prepared) | {"export": _identity(recipe, origin, hashes)}
     (folder / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
-    (folder / "README.md").write_text(_model_card(recipe, summary))
+    write_card(folder, recipe, origin, hashes)
+    return hashes
 
 
-def _save_own(model: nn.Module, weights: dict[str, Tensor], name: str, folder: Path) -> None:
-    """Weights, and what it takes to build the model again."""
-    distinct: dict[str, Tensor] = {}
-    stored: set[int] = set()  # addresses, so that tied tensors are written once
-    for key, tensor in weights.items():
-        address = tensor.data_ptr()
-        if tensor.numel() and address in stored:
-            continue
-        stored.add(address)
-        distinct[key] = tensor.contiguous()
-    save_file(distinct, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architecture": name, "args": model.bigtrain_args}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def write_card(folder: Path, recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> None:
+    """README.md, with a secret that the recipe may name redacted."""
+    card = redact(model_card(recipe, origin, hashes))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _identity(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> str:
+    """Which export it is: for people, and a hash of all its weights."""
+    weights = text_hash(json.dumps(hashes, sort_keys=True))[:16]
+    return f"{recipe.name}, {origin.weights}, weights {weights}"
+
+
+def _write_weights(
+    model: nn.Module, source: WeightSource, folder: Path, stored: Stored
+) -> dict[str, str]:
+    """The files' hashes by name."""
+    stored_names = names_in_source(model, source.names())
+    state = model.state_dict(keep_vars=True)
+    layers = []
+    converts = _has_conversions(model)
+    for names in _layers(list(stored_names)) if converts else [[name] for name in stored_names]:
+        layers.append({name: state[name].detach() for name in names})
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        is_number = tensor.is_floating_point() and isinstance(state[name], nn.Parameter)
+        return tensor.to(DTYPES[stored.dtype]) if stored.dtype and is_number else tensor
+
+    def in_file(layer: Tensors, read: bool) -> Tensors:
+        tensors = {}
+        for name, planned in layer.items():
+            tensor = source.read(stored_names[name]) if read else planned
+            tensors[name] = cast(name, tensor)
+        return _as_transformers_saves(model, tensors) if converts else tensors
+
+    planned = [in_file(layer, read=False) for layer in layers]
+
+    def read_layer(number: int) -> Tensors:
+        return in_file(layers[number], read=True)
+
+    return write_weight_files(folder, planned, read_layer, stored.max_bytes)
+
+
+def names_in_source(model: nn.Module, available: Collection[str]) -> dict[str, str]:
+    """Each tensor's name in an export → its name in the source; tied ones once.
+
+    Raises TrainingFailed for a name that is missing, and for one that is left over.
+    """
+    tied: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(name)
+    # transformers loads a tied tensor under the name that is no key here.
+    copies = getattr(model, "all_tied_weights_keys", None) or {}
+    names: dict[str, str] = {}
+    for group in tied.values():
+        kept = next((name for name in group if name not in copies), group[0])
+        found = next((name for name in group if name in available), None)
+        if found is None:
+            raise TrainingFailed(
+                f"there is no {kept} among the weights", "all weights of the recipe's model"
+            )
+        names[kept] = found
+    left_over = set(available).difference(*tied.values())
+    if left_over:
+        raise TrainingFailed(
+            f"the exported model has no place for {', '.join(sorted(left_over))}",
+            "the weights of the model that the recipe builds",
+        )
+    return names
+
+
+def _layers(names: list[str]) -> list[list[str]]:
+    """Which tensors are read together: those of a layer."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        numbered = re.match(r".*?\.\d+\.", name)
+        layers.setdefault(numbered.group() if numbered else name, []).append(name)
+    return list(layers.values())
+
+
+def _has_conversions(model: nn.Module) -> bool:
+    """Whether transformers stores it otherwise (experts: one tensor here, one each in the file)."""
+    if not hasattr(model, "save_pretrained"):
+        return False
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))  # type: ignore[arg-type]
+
+
+def _as_transformers_saves(model: nn.Module, tensors: Tensors) -> Tensors:
+    """The tensors as `save_pretrained` would write them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, tensors))  # type: ignore[arg-type]
+
+
+def _write_transformers_config(model: Any, folder: Path, stored: Stored) -> None:
+    """As its `save_pretrained` does."""
+    dtype = DTYPES[stored.dtype] if stored.dtype else model.dtype
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _own_config(model: nn.Module, recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
+    """What it takes to build the model again, here or by transformers (models/auto.py)."""
+    name = recipe.model.name
+    config: dict[str, Any] = {"architecture": name, "args": model.bigtrain_args}
+    if name in MODELS:
+        config |= {"model_type": OWN_TYPE + name, "task": recipe.task}
+        if prepared.classes:
+            config["id2label"] = dict(enumerate(prepared.classes))
+            config["label2id"] = {label: number for number, label in enumerate(prepared.classes)}
+    return config
 
 
 def load_exported(folder: Path, task: TaskName) -> nn.Module:
@@ -84,31 +258,3 @@ def load_exported(folder: Path, task: TaskName) -> nn.Module:
     auto = auto_class(task, config["model_type"])
     transformer: nn.Module = auto.from_pretrained(folder, dtype=torch.float32)
     return transformer
-
-
-def _model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """What was trained on what, and what was measured (README.md of the export)."""
-    rows = []
-    for name, value in summary.items():
-        if isinstance(value, float):
-            rows.append(f"| {name} | {value:.6g} |")
-    measured = "\n".join(rows)
-    origin = "random weights"
-    if recipe.model.pretrained:
-        origin = f"pretrained {recipe.model.pretrained}"
-    library = "transformers" if TASK_SPECS[recipe.task].is_language else "bigtrain"
-    return f"""---
-library_name: {library}
-tags: [bigtrain, {recipe.task}]
----
-# {recipe.name}
-
-A {recipe.model.name} model for {recipe.task}, trained with bigtrain from {origin} on \
-`{recipe.data.train}`:
-{summary["step"]:,} steps, {summary["samples"]:,} samples, seed {recipe.seed}. \
-`recipe.yaml` in the run directory trains it again.
-
-| held-out metric | value |
-|---|---|
-{measured}
-"""

@@ -25,6 +25,7 @@ from bigtrain.models.arguments import (
 from bigtrain.models.cnn import CNN
 from bigtrain.models.mlp import MLP, Linear
 from bigtrain.models.rnn import RNN
+from bigtrain.models.weight_files import WEIGHTS, weight_files
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,12 @@ def load_own(model: nn.Module, folder: Path) -> None:
 
     Raises RequestError unless the file has every weight of the model, and no other.
     """
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
+    weights: dict[str, Tensor] = {}
     try:
-        weights = load_file(path)
-    except (OSError, ValueError, SafetensorError) as problem:
+        for file in weight_files(folder) or [path]:
+            weights |= load_file(file)
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise RequestError(
             f"model.pretrained: {path} cannot be read ({problem})",
             "a folder with model.safetensors",

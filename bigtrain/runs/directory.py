@@ -57,6 +57,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
+        self.model_inputs = path / "model_inputs"
         self.export = path / "export"
         self.logs = path / "logs"
 

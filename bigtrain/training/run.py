@@ -36,6 +36,7 @@ from bigtrain.engine.stopwatch import StepClock
 from bigtrain.errors import RequestError, StoppedEarly, TrainingFailed
 from bigtrain.models.build import build_model
 from bigtrain.models.export import export_model
+from bigtrain.models.model_inputs import write_model_inputs
 from bigtrain.runs.directory import RunDir, run_directory, write_atomic
 from bigtrain.runs.events import Event
 from bigtrain.runs.lock import release_ownership, take_ownership
@@ -292,6 +293,7 @@ def _start_tracking(
     settings |= with_origin("data", {**task.data.columns})
     write_atomic(run.recipe, to_yaml(recipe))
     run.write_json(run.effective, settings)
+    write_model_inputs(recipe, task.data, run)
     announce(screen, run, settings, task, resume.checkpoint)
     tracker = build_trackers(recipe, run, task, settings, screen, resume.state)
     write_verdict("started")
@@ -348,7 +350,7 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
         ctx.engine.sync_buffers()
         weights = ctx.engine.whole_weights()
         if ctx.engine.main:
-            export_model(weights, ctx.recipe, ctx.task.data, run.export, finished)
+            export_model(weights, ctx.recipe, ctx.task.data, run.export, finished, run)
             run.write_json(run.summary, finished)
         ctx.tracker.event(ctx.state.step, "finished")
         summary = finished
