@@ -31,7 +31,7 @@ def find_rendezvous() -> Rendezvous:
 
 
 def become_rank_of_slurm_step() -> None:
-    """Set the variables that torchrun would set, if srun has started this process as one of many."""
+    """Set what torchrun would set, if srun has started this process as one of many."""
     meeting = find_rendezvous()
     if "RANK" in os.environ or meeting.world_size == 1:
         return

@@ -1,0 +1,78 @@
+"""Small pictures as SVG text, coloured by the page that they are put into."""
+
+from collections.abc import Iterable
+from html import escape
+
+_WIDTH, _HEIGHT = 360, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # around the axes
+_TICKS = 4  # spaces between the lines of the grid
+
+Range = tuple[float, float]
+
+
+class Axes:
+    """A plot with two linear axes; the calls put marks on it, `svg` is the picture."""
+
+    def __init__(self, x_range: Range, y_range: Range) -> None:
+        self.x_range = _widened(x_range)
+        self.y_range = _widened(y_range)
+        self.marks: list[str] = []
+
+    def curve(self, points: Iterable[tuple[float, float]], kind: str = "curve") -> None:
+        """A line through `points`; `kind`: its class in the page's style."""
+        places = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in points)
+        self.marks.append(f'<polyline class="{kind}" points="{places}"/>')
+
+    def dots(self, points: Iterable[tuple[float, float]], radius: float, kind: str) -> None:
+        """A dot at each of `points`."""
+        for x, y in points:
+            place = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
+            self.marks.append(f'<circle class="{kind}" {place} r="{radius}"/>')
+
+    def bar(self, low: float, high: float, value: float, note: str = "") -> None:
+        """A bar over `low` … `high` of the x axis; `note` appears under the mouse."""
+        left, right, top = self._x(low), self._x(high), self._y(value)
+        width, height = right - left - 1, self._y(self.y_range[0]) - top
+        place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
+        self.marks.append(f'<rect class="bar" {place}><title>{escape(note)}</title></rect>')
+
+    def svg(self, x_label: str, y_label: str) -> str:
+        """The picture, with a grid and its numbers."""
+        parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
+        parts += self._grid()
+        middle_x = (_LEFT + _WIDTH - _RIGHT) / 2
+        middle_y = (_TOP + _HEIGHT - _BOTTOM) / 2
+        label = f'x="{middle_x}" y="{_HEIGHT - 6}" text-anchor="middle"'
+        parts.append(f"<text {label}>{escape(x_label)}</text>")
+        label = f'transform="translate(12 {middle_y}) rotate(-90)" text-anchor="middle"'
+        parts.append(f"<text {label}>{escape(y_label)}</text>")
+        return "".join([*parts, *self.marks, "</svg>"])
+
+    def _grid(self) -> list[str]:
+        lines = []
+        for number in range(_TICKS + 1):
+            share = number / _TICKS
+            x = self.x_range[0] + share * (self.x_range[1] - self.x_range[0])
+            y = self.y_range[0] + share * (self.y_range[1] - self.y_range[0])
+            at_x, at_y = f"{self._x(x):.1f}", f"{self._y(y):.1f}"
+            ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at_y}" y2="{at_y}"'
+            lines.append(f'<line class="grid" {ends}/>')
+            place = f'x="{_LEFT - 6}" y="{self._y(y) + 4:.1f}" text-anchor="end"'
+            lines.append(f"<text {place}>{y:.3g}</text>")
+            place = f'x="{at_x}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle"'
+            lines.append(f"<text {place}>{x:.3g}</text>")
+        return lines
+
+    def _x(self, value: float) -> float:
+        low, high = self.x_range
+        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def _y(self, value: float) -> float:
+        low, high = self.y_range
+        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _widened(ends: Range) -> Range:
+    """`ends`, apart from each other."""
+    low, high = ends
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
