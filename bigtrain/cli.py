@@ -124,6 +124,8 @@ def evaluate(
         else:
             show_harness(scores)
         return
+    if html is not None and not html.parent.is_dir():
+        raise RequestError(f"there is no folder {html.parent}", "a page in a folder that exists")
     from bigtrain.inference.evaluate import evaluate_run
     from bigtrain.inference.evaluation_views import report_evaluation, show_report
 

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import sys
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def report_evaluation(evaluation: Evaluation, page: Path | None) -> Report:
     predictions, task = evaluation.predictions, evaluation.task
     report = make_report(evaluation.metrics, predictions, task.data)
     worst = worst_examples(predictions, task, evaluation.evaluator, WORST_SHOWN)
+    report = replace(report, worst=worst)
     if page is not None:
         title = f"{evaluation.run.name}, evaluated"
-        page.write_text(html_page(title, report, predictions, worst), encoding="utf-8")
+        page.write_text(html_page(title, report, predictions), encoding="utf-8")
         print(f"{page} written", file=sys.stderr)
     return report
 
@@ -85,14 +87,12 @@ def _interval(report: Report, metric: str) -> str:
     return f"{ends['low']:.4g} – {ends['high']:.4g}" if ends else ""
 
 
-def html_page(
-    title: str, report: Report, predictions: Predictions, worst: list[WorstExample]
-) -> str:
+def html_page(title: str, report: Report, predictions: Predictions) -> str:
     """One HTML page with everything in it: no network, no other file."""
     parts = [_metrics_table(report), *_plots(report, predictions)]
     if report.classes:
         parts += [_class_table(report), _confusions(report)]
-    parts.append(_worst_examples(worst))
+    parts.append(_worst_examples(report.worst))
     template = asset("templates", "evaluation.html").read_text(encoding="utf-8")
     page = template.replace("<!--TITLE-->", escape(title))
     return page.replace("<!--BODY-->", "\n".join(parts))
@@ -105,18 +105,20 @@ def _section(title: str, body: str, note: str = "", whole: bool = False) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]], kind: str = "") -> str:
-    """`rows`: cells as text; a cell that begins with `<td` is one already."""
-    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
-    for row in rows:
-        cells = [cell if cell.startswith("<td") else f"<td>{escape(cell)}</td>" for cell in row]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+    """`heads` are texts; `rows` are cells as `_cells` makes them."""
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    lines = [f"<tr>{head}</tr>", *[f"<tr>{''.join(row)}</tr>" for row in rows]]
     return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
+
+
+def _cells(*texts: str) -> list[str]:
+    return [f"<td>{escape(text)}</td>" for text in texts]
 
 
 def _metrics_table(report: Report) -> str:
     rows = []
     for name, value in report.metrics.items():
-        rows.append([name.replace("_", " "), _number(value), _interval(report, name)])
+        rows.append(_cells(name.replace("_", " "), _number(value), _interval(report, name)))
     note = (
         f"{report.examples:,} held-out examples; intervals by {RESAMPLES:,} resamples of them"
         " (bootstrap, percentiles)."
@@ -128,7 +130,7 @@ def _class_table(report: Report) -> str:
     rows = []
     for row in report.per_class:
         shares = [f"{value:.4f}" for value in (row.precision, row.recall, row.f1)]
-        rows.append([row.name, *shares, f"{row.support:,}"])
+        rows.append(_cells(row.name, *shares, f"{row.support:,}"))
     return _section("Classes", _table(["", "precision", "recall", "F1", "examples"], rows))
 
 
@@ -141,23 +143,24 @@ def _confusions(report: Report) -> str:
         rows = []
         for place in np.argsort(-counts, axis=None, kind="stable")[:_CONFUSIONS].tolist():
             true, predicted = divmod(place, len(classes))
-            if counts[true, predicted]:
-                rows.append([classes[true], classes[predicted], f"{counts[true, predicted]:,}"])
+            count = counts[true, predicted]
+            if count:
+                rows.append(_cells(classes[true], classes[predicted], f"{count:,}"))
         return _section("Most frequent confusions", _table(["true", "predicted", "examples"], rows))
     rows = []
     for name, counts_of_class in zip(classes, report.confusion, strict=True):
         total = max(1, sum(counts_of_class))
         cells = [_heat_cell(count, count / total) for count in counts_of_class]
-        rows.append([name, *cells])
+        rows.append([*_cells(name), *cells])
     note = "Rows: true classes; columns: predicted ones. The colour is the share of the row."
     body = _table(["", *classes], rows, "matrix")
     return _section("Confusion matrix", body, note)
 
 
 def _heat_cell(count: int, share: float) -> str:
-    kind = ' class="strong"' if share > 0.5 else ""
+    kind = "strong" if share > 0.5 else "some" if count else "none"
     style = f"background: rgba(47, 111, 222, {share:.3f})"
-    return f'<td{kind} style="{style}" title="{share:.1%}">{count:,}</td>'
+    return f'<td class="{kind}" style="{style}" title="{share:.1%}">{count:,}</td>'
 
 
 def _plots(report: Report, predictions: Predictions) -> list[str]:
@@ -186,7 +189,7 @@ def _calibration_plot(report: Report) -> str:
     points = []
     for each in report.calibration:
         share = each.count / report.examples
-        axes.bar(each.low, each.high, share, f"{each.count:,} examples")
+        axes.bar(each.low, each.high, share, f"{each.count:,} examples", "back")
         points.append((each.probability, each.share))
     axes.curve(points)
     axes.dots(points, 3.5, "dot")

@@ -1,11 +1,12 @@
 """Small pictures as SVG text, coloured by the page that they are put into."""
 
+import math
 from collections.abc import Iterable
 from html import escape
 
 _WIDTH, _HEIGHT = 360, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # around the axes
-_TICKS = 4  # spaces between the lines of the grid
+_TICKS = 6  # lines of a grid, at most
 
 Range = tuple[float, float]
 
@@ -29,12 +30,12 @@ class Axes:
             place = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
             self.marks.append(f'<circle class="{kind}" {place} r="{radius}"/>')
 
-    def bar(self, low: float, high: float, value: float, note: str = "") -> None:
+    def bar(self, low: float, high: float, value: float, note: str, kind: str = "bar") -> None:
         """A bar over `low` … `high` of the x axis; `note` appears under the mouse."""
         left, right, top = self._x(low), self._x(high), self._y(value)
         width, height = right - left - 1, self._y(self.y_range[0]) - top
         place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
-        self.marks.append(f'<rect class="bar" {place}><title>{escape(note)}</title></rect>')
+        self.marks.append(f'<rect class="{kind}" {place}><title>{escape(note)}</title></rect>')
 
     def svg(self, x_label: str, y_label: str) -> str:
         """The picture, with a grid and its numbers."""
@@ -50,17 +51,15 @@ class Axes:
 
     def _grid(self) -> list[str]:
         lines = []
-        for number in range(_TICKS + 1):
-            share = number / _TICKS
-            x = self.x_range[0] + share * (self.x_range[1] - self.x_range[0])
-            y = self.y_range[0] + share * (self.y_range[1] - self.y_range[0])
-            at_x, at_y = f"{self._x(x):.1f}", f"{self._y(y):.1f}"
-            ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at_y}" y2="{at_y}"'
+        for y in _ticks(self.y_range):
+            at = f"{self._y(y):.1f}"
+            ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"'
             lines.append(f'<line class="grid" {ends}/>')
             place = f'x="{_LEFT - 6}" y="{self._y(y) + 4:.1f}" text-anchor="end"'
-            lines.append(f"<text {place}>{y:.3g}</text>")
-            place = f'x="{at_x}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle"'
-            lines.append(f"<text {place}>{x:.3g}</text>")
+            lines.append(f"<text {place}>{y:.4g}</text>")
+        for x in _ticks(self.x_range):
+            place = f'x="{self._x(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle"'
+            lines.append(f"<text {place}>{x:.4g}</text>")
         return lines
 
     def _x(self, value: float) -> float:
@@ -76,3 +75,15 @@ def _widened(ends: Range) -> Range:
     """`ends`, apart from each other."""
     low, high = ends
     return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _ticks(ends: Range) -> list[float]:
+    """Round numbers between `ends`."""
+    low, high = ends
+    unit = 10.0 ** math.floor(math.log10((high - low) / _TICKS))
+    for factor in (1, 2, 2.5, 5, 10):
+        step = unit * factor
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < _TICKS:
+            break
+    return [number * step for number in range(first, last + 1)]

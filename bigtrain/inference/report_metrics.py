@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.examples import PreparedData
 from bigtrain.inference.predictions import Predictions
+from bigtrain.inference.worst_examples import WorstExample
 
 Floats = NDArray[np.float64]
 
@@ -70,10 +71,13 @@ class Report:
     roc: Roc | None = None
     calibration: list[Bin] = field(default_factory=list)
     """Of the second of two classes, or of the predicted one of more."""
+    worst: list[WorstExample] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the metrics at the top, as they always were."""
+        """For JSON: the metrics at the top, as they always were; no example's input."""
         rest = asdict(self)
+        for example in rest["worst"]:
+            del example["shown"]
         return rest.pop("metrics") | rest
 
 
