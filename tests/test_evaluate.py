@@ -1,8 +1,10 @@
 """`bigtrain evaluate`: ranks, intervals, tables and curves, its page, and lm-eval's tasks."""
 
+import html
 import json
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,3 +272,39 @@ metadata: {{version: 3}}
     assert len(task["hash"]) == 64
     assert set(task["metrics"]) == set(task["base_metrics"]) == {"acc,none", "acc_stderr,none"}
     assert f"{task['metrics']['acc,none']:.4f} ±" in shown.stdout
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (make browser installs it)")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_draws_in_a_real_browser(trained: Path, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "page.html"
+    evaluated(trained, "breast-cancer", "--html", str(page))
+    probe = """<script>
+const plots = [...document.querySelectorAll("svg")].map(plot => plot.getBoundingClientRect().width);
+document.getElementById("theme").click();
+const dark = getComputedStyle(document.body).backgroundColor;
+parent.document.title = JSON.stringify({plots, dark, page: page.scrollWidth, window: innerWidth});
+</script></body>"""
+    framed = html.escape(page.read_text().replace("</body>", probe))
+    # In a frame, because Chromium's own window is never that narrow.
+    style = f"width:{width}px;height:900px"
+    page.write_text(f'<title>-</title><iframe style="{style}" srcdoc="{framed}"></iframe>')
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [str(CHROMIUM), "--window-size=1400,1000", *flags, page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    seen = json.loads(html.unescape(done.stdout.split("<title>")[1].split("</title>")[0]))
+    assert len(seen["plots"]) == 2
+    assert min(seen["plots"]) > 250
+    assert seen["dark"] == "rgb(20, 22, 26)"
+    assert seen["page"] <= seen["window"], "nothing wider than the window"

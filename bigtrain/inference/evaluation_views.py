@@ -54,7 +54,9 @@ def show_report(report: Report) -> None:
     heads = [_right(escape_markup(name)) for name in report.classes]
     table = Table(Column("true / predicted", overflow="fold"), *heads, box=None)
     for name, counts in zip(report.classes, report.confusion, strict=True):
-        cells = [f"{count:,}" if count else "[dim]·[/]" for count in counts]
+        cells = []
+        for count in counts:
+            cells.append(f"{count:,}" if count else "[dim]·[/]")
         table.add_row(escape_markup(name), *cells)
     screen.print("", table)
 
@@ -107,7 +109,10 @@ def _section(title: str, body: str, note: str = "", whole: bool = False) -> str:
 def _table(heads: list[str], rows: list[list[str]], kind: str = "") -> str:
     """`heads` are texts; `rows` are cells as `_cells` makes them."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    lines = [f"<tr>{head}</tr>", *[f"<tr>{''.join(row)}</tr>" for row in rows]]
+    lines = [f"<tr>{head}</tr>"]
+    for row in rows:
+        cells = "".join(row)
+        lines.append(f"<tr>{cells}</tr>")
     return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
 
 
@@ -118,7 +123,8 @@ def _cells(*texts: str) -> list[str]:
 def _metrics_table(report: Report) -> str:
     rows = []
     for name, value in report.metrics.items():
-        rows.append(_cells(name.replace("_", " "), _number(value), _interval(report, name)))
+        words = name.replace("_", " ")
+        rows.append(_cells(words, _number(value), _interval(report, name)))
     note = (
         f"{report.examples:,} held-out examples; intervals by {RESAMPLES:,} resamples of them"
         " (bootstrap, percentiles)."
@@ -173,8 +179,8 @@ def _plots(report: Report, predictions: Predictions) -> list[str]:
     if report.roc is not None:
         axes = Axes((0, 1), (0, 1))
         axes.curve([(0, 0), (1, 1)], "even")
-        points = zip(report.roc.false_positive_rate, report.roc.true_positive_rate, strict=True)
-        axes.curve(points)
+        x, y = report.roc.false_positive_rate, report.roc.true_positive_rate
+        axes.curve(zip(x, y, strict=True))
         picture = axes.svg("false positive rate", "true positive rate")
         note = f"Area under the curve: {report.metrics['auc']:.4f}."
         plots.append(_section(f"ROC of “{report.classes[1]}”", picture, note))
@@ -223,8 +229,8 @@ def _values_plot(predictions: Predictions) -> list[str]:
     true, predicted = predictions.label, predictions.predicted
     if not np.isfinite(predicted).all():
         return []
-    low = float(min(true.min(), predicted.min()))
-    high = float(max(true.max(), predicted.max()))
+    both = np.concatenate([true, predicted])
+    low, high = float(both.min()), float(both.max())
     axes = Axes((low, high), (low, high))
     axes.curve([(low, low), (high, high)], "even")
     every = math.ceil(len(true) / _DOTS)
@@ -251,7 +257,8 @@ def _worst_examples(worst: list[WorstExample]) -> str:
 def _caption(each: WorstExample) -> str:
     parts = [f"#{each.example}, loss {each.loss:.4g}"]
     if each.label is not None:
-        label, predicted = escape(_shortly(each.label)), escape(_shortly(each.predicted))
+        label = escape(_shortly(each.label))
+        predicted = escape(_shortly(each.predicted))
         parts.append(f"true <b>{label}</b>, predicted <b>{predicted}</b>")
     if each.probability is not None:
         parts[-1] += f" ({each.probability:.1%})"

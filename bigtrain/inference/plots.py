@@ -27,13 +27,16 @@ class Axes:
     def dots(self, points: Iterable[tuple[float, float]], radius: float, kind: str) -> None:
         """A dot at each of `points`."""
         for x, y in points:
-            place = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
+            at_x, at_y = f"{self._x(x):.1f}", f"{self._y(y):.1f}"
+            place = f'cx="{at_x}" cy="{at_y}"'
             self.marks.append(f'<circle class="{kind}" {place} r="{radius}"/>')
 
     def bar(self, low: float, high: float, value: float, note: str, kind: str = "bar") -> None:
         """A bar over `low` … `high` of the x axis; `note` appears under the mouse."""
-        left, right, top = self._x(low), self._x(high), self._y(value)
-        width, height = right - left - 1, self._y(self.y_range[0]) - top
+        left = self._x(low)
+        top = self._y(value)
+        width = self._x(high) - left - 1
+        height = self._y(self.y_range[0]) - top
         place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
         self.marks.append(f'<rect class="{kind}" {place}><title>{escape(note)}</title></rect>')
 
@@ -64,11 +67,13 @@ class Axes:
 
     def _x(self, value: float) -> float:
         low, high = self.x_range
-        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+        share = (value - low) / (high - low)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def _y(self, value: float) -> float:
         low, high = self.y_range
-        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        share = (value - low) / (high - low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _widened(ends: Range) -> Range:
@@ -83,7 +88,8 @@ def _ticks(ends: Range) -> list[float]:
     unit = 10.0 ** math.floor(math.log10((high - low) / _TICKS))
     for factor in (1, 2, 2.5, 5, 10):
         step = unit * factor
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        first = math.ceil(low / step - 1e-9)
+        last = math.floor(high / step + 1e-9)
         if last - first < _TICKS:
             break
     return [number * step for number in range(first, last + 1)]
