@@ -272,6 +272,11 @@ metadata: {{version: 3}}
     assert len(task["hash"]) == 64
     assert set(task["metrics"]) == set(task["base_metrics"]) == {"acc,none", "acc_stderr,none"}
     assert f"{task['metrics']['acc,none']:.4f} ±" in shown.stdout
+    shown = bigtrain("evaluate", "dates-seq2seq", *options[:4], "--json", cwd=trained)
+    assert shown.returncode == 0, shown.stderr
+    alone = json.loads(shown.stdout)["tasks"]["letters"]
+    assert "base_metrics" not in alone
+    assert alone["hash"] != task["hash"], "other prompts"
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
