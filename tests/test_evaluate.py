@@ -83,6 +83,8 @@ def test_two_ranks_find_what_one_finds(trained: Path, name: str) -> None:
 
 def test_only_the_first_rank_speaks_under_srun_too(trained: Path) -> None:
     step = {"SLURM_STEP_NODELIST": "here", "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1"}
+    shell = bigtrain("evaluate", "diabetes", cwd=trained, **step, SLURM_STEP_NUM_TASKS="1")
+    assert shell.returncode == 0, "a shell of salloc is alone"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         step["MASTER_PORT"] = str(probe.getsockname()[1])

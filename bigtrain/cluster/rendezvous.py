@@ -23,11 +23,12 @@ def find_rendezvous() -> Rendezvous:
     if "RANK" in env and "WORLD_SIZE" in env:
         address = env.get("MASTER_ADDR", "127.0.0.1")
         return Rendezvous(int(env["RANK"]), int(env["WORLD_SIZE"]), address, port)
-    # A batch script itself is not a step.
-    if "SLURM_STEP_NODELIST" not in env or env.get("SLURM_NTASKS", "1") == "1":
+    # A batch script itself is not a step; a shell that salloc gave is one, of a single task.
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_NODELIST" not in env or tasks == 1:
         return Rendezvous(0, 1, "127.0.0.1", port)
     address = env.get("MASTER_ADDR") or _first_address(env["SLURM_STEP_NODELIST"])
-    return Rendezvous(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), address, port)
+    return Rendezvous(int(env["SLURM_PROCID"]), tasks, address, port)
 
 
 def become_rank_of_slurm_step() -> None:
