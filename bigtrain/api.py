@@ -123,14 +123,15 @@ def train(
 def evaluate(run: str | Path | Run, overrides: list[str] | None = None) -> dict[str, float]:
     """The metrics of a finished run's model on its held-out data, or on data named by an override.
 
-    For example `evaluate("mine", ["data.eval=other.jsonl"])`; in one process. Raises RequestError
-    if the run has not finished or the data does not fit the model.
+    For example `evaluate("mine", ["data.eval=other.jsonl"])`. On several ranks every rank calls
+    this, and gets the same. Raises RequestError if the run has not finished or the data does not
+    fit the model.
     """
     directory = find_finished_run(run.path if isinstance(run, Run) else run)
     from bigtrain.inference.evaluate import evaluate_run
 
     with _process_state_restored():
-        return evaluate_run(directory, overrides or [])
+        return evaluate_run(directory, overrides or []).metrics
 
 
 def load_model(run_or_folder: str | Path | Run) -> "nn.Module":

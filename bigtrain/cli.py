@@ -96,18 +96,47 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 @app.command()
-def evaluate(run: RunArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+def evaluate(
+    run: RunArgument,
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page there")] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="run these tasks of lm-eval instead, with commas"),
+    ] = None,
+    harness_path: Annotated[
+        Path | None, typer.Option(help="a folder with tasks of your own for lm-eval")
+    ] = None,
+    harness_shots: Annotated[
+        int | None, typer.Option(min=0, help="examples in each prompt; default: the task's own")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Evaluate a finished run's model again, on its held-out data or on other data."""
     from bigtrain.api import find_finished_run
 
     directory = find_finished_run(run)
-    from bigtrain.inference.evaluate import evaluate_run
+    if harness is not None:
+        from bigtrain.inference.harness import run_harness, show_harness
 
-    results = evaluate_run(directory, overrides or [])
-    if as_json:
-        _print_json(results)
-    else:
-        _print_table(results)
+        scores = run_harness(directory, harness.split(","), harness_path, harness_shots)
+        if as_json:
+            _print_json(scores)
+        else:
+            show_harness(scores)
+        return
+    if html is not None and not html.parent.is_dir():
+        raise RequestError(f"there is no folder {html.parent}", "a page in a folder that exists")
+    from bigtrain.inference.evaluate import evaluate_run
+    from bigtrain.inference.evaluation_views import report_evaluation, show_report
+
+    evaluation = evaluate_run(directory, overrides or [])
+    if evaluation.is_main:
+        report = report_evaluation(evaluation, html)
+        if as_json:
+            _print_json(report.as_dict())
+        else:
+            show_report(report)
 
 
 app.command()(predict)

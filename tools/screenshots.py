@@ -1,7 +1,7 @@
 """Make the pictures of README and docs from real runs: `python tools/screenshots.py`.
 
-Trains in a temporary folder (two minutes on two cores); writes docs/images/compare.png, which
-needs Chromium, and docs/images/live.svg.
+Trains in a temporary folder (two minutes on two cores); writes docs/images/compare.png and
+evaluation.png, which need Chromium, and live.svg.
 """
 
 import io
@@ -26,10 +26,11 @@ LARGEST_PICTURE = 200_000  # bytes
 
 
 def main() -> None:
-    """Both pictures."""
+    """All pictures."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         picture_of_compare_page(Path(folder))
+        picture_of_evaluation_page(Path(folder))
         picture_of_live_panel(Path(folder))
 
 
@@ -40,18 +41,31 @@ def bigtrain(folder: Path, *arguments: str) -> None:
 
 
 def picture_of_compare_page(folder: Path) -> None:
-    """Three learning rates compared; the page as Chromium shows it, in few colours."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        sys.exit("no chromium here; try: apt-get install chromium")
+    """Three learning rates compared."""
     settings = ["optim.lr=3e-4,1e-3,3e-3", "engine.global_batch=128"]
     settings += ["train.steps=400", "train.eval_every=40", "track.wandb=off"]
     bigtrain(folder, "sweep", "digits-mlp", *settings)
     page = folder / "runs.html"
     bigtrain(folder, "compare", "digits-mlp-lr*", "--html", str(page))
-    picture = IMAGES / "compare.png"
+    photograph(page, "compare.png", (1100, 982))
+
+
+def picture_of_evaluation_page(folder: Path) -> None:
+    """Two classes, so that the page has all its plots."""
+    bigtrain(folder, "train", "breast-cancer", "track.wandb=off")
+    page = folder / "evaluation.html"
+    bigtrain(folder, "evaluate", "breast-cancer", "--html", str(page))
+    photograph(page, "evaluation.png", (1200, 900))
+
+
+def photograph(page: Path, name: str, size: tuple[int, int]) -> None:
+    """The top of a page as Chromium shows it, in few colours."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        sys.exit("no chromium here; try: apt-get install chromium")
+    picture = IMAGES / name
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += ["--window-size=1100,982", f"--screenshot={picture}"]
+    options += [f"--window-size={size[0]},{size[1]}", f"--screenshot={picture}"]
     subprocess.run([chromium, *options, page.as_uri()], check=True, capture_output=True)
     Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)
     if picture.stat().st_size > LARGEST_PICTURE:

@@ -8,12 +8,11 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import torch
 from torch import distributed
 from torch.distributed.elastic.utils.store import barrier
 
+from bigtrain.cluster.rendezvous import Rendezvous, find_rendezvous
 from bigtrain.config.versions import installed_versions
 from bigtrain.doctor.checks import RankReport, Row, check_ranks
 from bigtrain.engine.runtime import cores_per_rank
@@ -36,22 +36,12 @@ _PORTS = 8  # that are tried, one after the other
 _WRITE_SIZE = 64 << 20  # bytes of the file that measures how fast runs/ is written
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """Which rank this is, of how many, and where they meet."""
-
-    rank: int
-    world_size: int
-    address: str
-    port: int
-
-
 def examine() -> list[dict[str, Any]]:
     """Make all checks on all ranks: check, found, ok, advice of each, on rank 0.
 
     Elsewhere an empty list, unless something kept this rank from reporting.
     """
-    meeting = _rendezvous()
+    meeting = find_rendezvous()
     try:
         return [asdict(row) for row in _examine_all_ranks(meeting)]
     finally:
@@ -75,42 +65,6 @@ def _examine_all_ranks(meeting: Rendezvous) -> list[Row]:
         advice = "a firewall, a wrong MASTER_ADDR, or ranks that never started"
         return [Row("rendezvous", found, False, advice), *check_ranks([own])]
     return check_ranks(reports) if meeting.rank == 0 else []
-
-
-def _rendezvous() -> Rendezvous:
-    """From torchrun's variables, else from Slurm's; else this process is alone."""
-    env = os.environ
-    port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-    if "RANK" in env and "WORLD_SIZE" in env:
-        address = env.get("MASTER_ADDR", "127.0.0.1")
-        return Rendezvous(int(env["RANK"]), int(env["WORLD_SIZE"]), address, port)
-    # A batch script itself is not a step.
-    if "SLURM_STEP_NODELIST" not in env or env.get("SLURM_NTASKS", "1") == "1":
-        return Rendezvous(0, 1, "127.0.0.1", port)
-    address = env.get("MASTER_ADDR") or _first_address(env["SLURM_STEP_NODELIST"])
-    return Rendezvous(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), address, port)
-
-
-def _first_address(nodes: str) -> str:
-    """The address of the first of Slurm's nodes, whose name need not be a host's.
-
-    Where there is no scontrol: the address of the machine that srun was called on.
-    """
-    if not shutil.which("scontrol"):
-        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    names = _scontrol("hostnames", nodes).split()
-    name = names[0] if names else nodes
-    for word in _scontrol("node", name).split():
-        key, _, value = word.partition("=")
-        if key == "NodeAddr":
-            return value
-    return name
-
-
-def _scontrol(*arguments: str) -> str:
-    """What `scontrol show` prints of something; nothing if it fails."""
-    command = ["scontrol", "show", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _examine_this_rank(meeting: Rendezvous) -> RankReport:

@@ -136,7 +136,8 @@ def _config(recipe: Recipe, prepared: PreparedData) -> PreTrainedConfig:
     refuse_unknown(recipe, known, f"arguments of {type(defaults).__name__}")
     from_data = {}
     for key, value in _data_arguments(recipe, prepared).items():
-        if key in known or key == "id2label":
+        # transformers has these two for every model, whether they are set or not.
+        if key in known or key in ("id2label", "decoder_start_token_id"):
             from_data[key] = value
     vocab_size = recipe.model.args.get("vocab_size")
     if vocab_size is None and pretrained:

@@ -32,6 +32,7 @@ class _Request(NamedTuple):
     labels: Tensor  # [rows]
     smoothing: float
     likeliest: Tensor | None  # [rows], filled with the likeliest token of each; None: not wanted
+    losses: Tensor | None  # [rows], filled with the loss of each, 0 where ignored; likewise
     with_gradients: bool
 
 
@@ -45,6 +46,9 @@ class OutputLoss:
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
         self._request: _Request | None = None
+        # Of each token [batch, length], from the last call that asked for the likeliest tokens.
+        self.token_losses: Tensor | None = None
+        self.likeliest: Tensor | None = None
         layer.forward = self._forward  # type: ignore[assignment, method-assign]
 
     def loss_sum(
@@ -57,12 +61,19 @@ class OutputLoss:
         """The loss summed over `labels` [batch, length]: a scalar, fp32.
 
         `run_model` runs the model's forward pass, and returns what the model makes of its output
-        layer's result. `likeliest` [batch, length] is filled with the likeliest tokens.
+        layer's result. `likeliest` [batch, length] is filled with the likeliest tokens; then
+        `token_losses` and `likeliest` of this object say what became of each token.
         """
+        losses = None
+        if likeliest is not None:
+            self.token_losses = torch.zeros(labels.shape, device=labels.device)
+            self.likeliest = likeliest
+            losses = self.token_losses.view(-1)
         self._request = _Request(
             labels=labels.flatten(),
             smoothing=smoothing,
             likeliest=None if likeliest is None else likeliest.view(-1),
+            losses=losses,
             with_gradients=torch.is_grad_enabled(),
         )
         try:
@@ -98,6 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(kind)
         parts = _Parts(hidden.to(dtype), weight.to(dtype), bias, request, ctx.needs_input_grad)
         losses = parts.run()
+        if request.losses is not None:
+            request.losses.copy_(losses)
         ctx.save_for_backward(parts.hidden_grad, parts.weight_grad, parts.bias_grad)
         ctx.dtypes = hidden.dtype, weight.dtype
         return losses.sum()

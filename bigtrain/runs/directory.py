@@ -31,6 +31,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
     def clean(item: Any) -> Any:
         if isinstance(item, dict):
             return {key: clean(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [clean(inner) for inner in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     return json.dumps(clean(value), indent=indent)

@@ -52,13 +52,14 @@ class ClassificationEvaluator(Evaluator):
         wrong = (predictions != labels).nonzero().flatten()
         for index in wrong[:room].tolist():
             row = {
-                "input": self._shown_input(batch, index),
+                "input": self.shown_input(batch, index),
                 "label": classes[int(labels[index])],
                 "predicted": classes[int(predictions[index])],
             }
             self.wrong.append(row)
 
-    def _shown_input(self, batch: Batch, index: int) -> Any:
+    def shown_input(self, batch: Batch, index: int) -> Any:
+        """An input for people: a text, or an image as uint8 [height, width(, channels)]."""
         if "pixel_values" in batch:
             return self._shown_image(batch["pixel_values"][index])
         if "input_ids" in batch:
