@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bigtrain.data.examples import Batch, Example
+from bigtrain.models.greedy import write_targets
 from bigtrain.models.output_loss import IGNORED, OutputLoss
 from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task, model_inputs, outputs
 
@@ -59,6 +60,7 @@ class LanguageEvaluator(Evaluator):
     """loss (nats per target token), perplexity, and bits per byte or the share of exact targets."""
 
     task: "TokenTask"
+    bleu: Any = None  # once something was written
 
     def __init__(self, task: Task, device: torch.device) -> None:
         from torchmetrics.aggregation import MeanMetric
@@ -79,6 +81,24 @@ class LanguageEvaluator(Evaluator):
         is_right = likeliest == labels
         is_right |= labels == IGNORED
         self.exact.update(is_right.all(-1).float())
+
+    def write(self, model: Any, batch: Batch, has_samples: bool, ranks_together: bool) -> None:
+        """Let the model write a target for each source, for BLEU as sacrebleu has it (13a).
+
+        True targets are as the tokenizer gives them back, and of at most `seq_len` tokens.
+        """
+        if self.task.spec.is_packed:
+            return
+        if self.bleu is None:
+            from torchmetrics.text import SacreBLEUScore
+
+            self.bleu = SacreBLEUScore().set_dtype(torch.float64).to(batch["labels"].device)
+        data = self.task.data
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        written = write_targets(model, inputs, data.tokenizer, data.seq_len or 1, ranks_together)
+        if has_samples:
+            targets = [[text] for text in self._decode_until_end(batch["labels"])]
+            self.bleu.update(self._decode_until_end(written), targets)
 
     def samples(self, model: Any, batch: Batch) -> Rows:
         """What the model writes by itself: after the first half of some texts, or for some sources.
@@ -136,6 +156,8 @@ class LanguageEvaluator(Evaluator):
         num_bytes = self.task.data.eval_bytes
         if num_bytes is None:
             metrics["exact_match"] = float(self.exact.compute())
+            if self.bleu is not None:
+                metrics["bleu"] = 100 * float(self.bleu.compute())
         else:
             nats = float(self.total.compute())
             metrics["bits_per_byte"] = nats / math.log(2) / num_bytes
