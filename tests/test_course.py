@@ -13,9 +13,13 @@ import pytest
 import torch
 from conftest import bigtrain
 from safetensors.numpy import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from bigtrain.config.loader import load_recipe, shipped_recipes
 from bigtrain.data.datasets import prepare
+from bigtrain.data.examples import PreparedData
+from bigtrain.errors import RequestError
+from bigtrain.models.build import build_model
 from bigtrain.models.rnn import RNN
 
 ROOT = Path(__file__).parent.parent
@@ -125,3 +129,23 @@ def test_attention_sees_no_padding_and_weighs_all_states() -> None:
     torch.testing.assert_close(model.head(mean), alone)
     with pytest.raises(ValueError, match="attention is for classes"):
         RNN(20, vocab_size=20, per_position=True, attention=True)
+
+
+def test_a_pretrained_network_gets_a_new_head_for_other_classes_and_says_so(tmp_path: Path) -> None:
+    """As the course has it. The body must fit: what does not is refused."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    stored = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=10))
+    stored.save_pretrained(tmp_path)
+    overrides = [f"model.pretrained={tmp_path}", f"model.args={json.dumps(sizes)}"]
+    recipe = load_recipe("cifar10-resnet", overrides).recipe
+    prepared = PreparedData([], [], 1, classes=["a", "b", "c"], image=(3, 32, 32))
+    weights = build_model(recipe, prepared).state_dict()
+    assert weights["classifier.1.weight"].shape == (3, 16)
+    for name, tensor in stored.state_dict().items():
+        assert name.startswith("classifier") or (weights[name] == tensor).all(), name
+    assert prepared.notes == [
+        "classifier.1.bias, classifier.1.weight: drawn anew, for 3 other classes"
+    ]
+    wider = load_recipe("cifar10-resnet", [*overrides, "model.args.embedding_size=16"]).recipe
+    with pytest.raises(RequestError, match="has another shape"):
+        build_model(wider, prepared)

@@ -21,7 +21,7 @@ class Attention(nn.Module):
         self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`states` [batch, length, width] → [batch, width]; `mask` [batch, length]: 0 is padding."""
+        """`states` [batch, length, width] → [batch, width]; where `mask` is 0 there is padding."""
         scores = self.score(torch.tanh(self.hidden(states)))
         if mask is not None:
             scores = scores.masked_fill(mask[..., None] == 0, -torch.inf)
