@@ -26,7 +26,8 @@ WORK = ROOT / "build" / "course"  # where the runs are; kept for the sections th
 MARK, END = "<!-- figure: course.py -->", "<!-- end of figure -->"
 BLOCK = re.compile(rf"```bash\n(.*?)```\n(\n{MARK}\n(?:.*?{END}\n)?)?", flags=re.S)
 TABLE = re.compile(r"(<!-- table: course.py -->\n).*?(<!-- end of table -->)", flags=re.S)
-METRICS = ("bits_per_byte", "accuracy", "f1", "mse", "r2", "exact_match", "bleu")
+LONGEST = 14  # lines that are shown as they are
+METRICS = ("bits_per_byte", "accuracy", "mse", "r2", "exact_match", "bleu")
 
 
 class Block(NamedTuple):
@@ -44,7 +45,7 @@ class Outcome(NamedTuple):
 
     section: str
     command: str
-    figure: str
+    figure: str  # of one run, in words; else what it printed
     rows: list[dict[str, Any]]  # of a sweep
     seconds: float
 
@@ -111,8 +112,9 @@ def run(section: str, command: str) -> Outcome:
     seconds = time.monotonic() - began
     new = sorted(set((WORK / "runs").glob("*")) - before, key=lambda path: path.stat().st_mtime)
     rows = [measured(path) for path in new if (path / "summary.json").is_file()]
-    last = [line for line in done.stdout.splitlines() if line.strip()]
-    figure = last[-1].strip() if last else ""
+    figure = done.stdout.rstrip()
+    if figure.count("\n") >= LONGEST:
+        figure = ""
     if done.returncode:
         figure = f"failed with {done.returncode}"
     if len(rows) == 1:
@@ -176,11 +178,20 @@ def write_figure(number: int, outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.rows:
             lines += ["", *table_of(outcome.rows)]
-        label = f"`{outcome.command}`: " if len(outcomes) > 1 else ""
-        figure = "" if outcome.rows else f"**{outcome.figure}**, "
+        if "\n" in outcome.figure and not outcome.rows:
+            lines += ["", "```", outcome.figure, "```"]
+        label = f"`{short(outcome.command)}`: " if len(outcomes) > 1 else ""
+        figure = "" if outcome.rows or "\n" in outcome.figure else f"{outcome.figure}, "
         lines += ["", f"{label}{figure}{outcome.seconds:.0f} s"]
     lines += [END, ""]
     PAGE.write_text(page[: block.start] + "\n".join(lines) + page[block.end :], encoding="utf-8")
+
+
+def short(command: str) -> str:
+    """A command's first words, up to its settings."""
+    first = re.split(r" (?:--|\S*=|')", command)[0]
+    name = re.search(r" name=(\S+)", command)
+    return f"{first} … name={name[1]}" if name else first
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -203,7 +214,14 @@ def whole_table(entries: list[dict[str, Any]]) -> str:
         figure = entry["figure"]
         if entry["rows"]:
             figure = "; ".join(f"{short_name(row)} {words(row)}" for row in entry["rows"])
-        cells = [entry["section"], f"`{entry['command']}`", figure, f"{entry['seconds']:.0f}"]
+        elif "\n" in figure:
+            figure = "above"
+        cells = [
+            entry["section"],
+            f"`{short(entry['command'])}`",
+            figure,
+            f"{entry['seconds']:.0f}",
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -214,7 +232,7 @@ def short_name(row: dict[str, Any]) -> str:
 
 
 COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#cf222e", "#9a6700")
-WIDTH, HEIGHT, LEFT, BOTTOM = 760, 360, 60, 40  # of the picture, in pixels
+WIDTH, HEIGHT, LEFT, BOTTOM = 800, 360, 60, 40  # of the picture, in pixels
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } path { fill: none; stroke-width: 2 }
 .axis { stroke: #8c959f; stroke-width: 1 }
@@ -229,10 +247,11 @@ def picture(runs: Path) -> str:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         losses = [line["loss"] for line in lines if line["kind"] == "train"]
         means = [statistics.mean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
-        curves[folder.name.partition("name-")[2]] = means
+        words_of_name = folder.name.partition("name-")[2].replace("-True", "").split("-")
+        curves[" ".join(word for word in words_of_name if word != "lr")] = means
     values = [log10(value) for curve in curves.values() for value in curve]
     low, high = floor(min(values)), ceil(max(values))
-    inner = WIDTH - LEFT - 210
+    inner = WIDTH - LEFT - 270
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}">'
     parts = [head, f"<style>{STYLE}</style>"]
     for power in range(low, high + 1):
@@ -250,8 +269,8 @@ def picture(runs: Path) -> str:
         colour = COLOURS[number % len(COLOURS)]
         parts.append(f'<path stroke="{colour}" d="M{" L".join(points)}"/>')
         top = 30 + 24 * number
-        parts.append(f'<path stroke="{colour}" d="M{WIDTH - 200} {top} h20"/>')
-        parts.append(f'<text x="{WIDTH - 174}" y="{top + 4}">{name}</text>')
+        parts.append(f'<path stroke="{colour}" d="M{WIDTH - 255} {top} h20"/>')
+        parts.append(f'<text x="{WIDTH - 228}" y="{top + 4}">{name}</text>')
     steps = 10 * max(len(curve) for curve in curves.values())
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 14}">training loss over {steps} steps</text>')
     return "\n".join([*parts, "</svg>", ""])
