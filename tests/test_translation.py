@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import ParallelText
 from bigtrain.data.datasets import prepare
+from bigtrain.data.examples import PreparedData
 from bigtrain.data.parallel_text import open_parallel_text
 from bigtrain.errors import RecipeError, RequestError
 from bigtrain.models.greedy import write_targets
@@ -148,22 +150,17 @@ class OnlyForward(nn.Module):
         return self.inner(**inputs).logits
 
 
-class Ids:
-    """What writing asks of a tokenizer."""
-
-    pad_token_id = 0
-    eos_token_id = 1
-
-
 @torch.no_grad()
 def test_a_class_of_ones_own_writes_what_transformers_would() -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config).eval()
     ids = torch.randint(2, 20, (3, 7))
-    inputs = {"input_ids": ids, "attention_mask": (ids > 3).long()}
-    cached = write_targets(model, inputs, Ids, 6, ranks_together=False)
-    plain = write_targets(OnlyForward(model), inputs, Ids, 6, ranks_together=False)
+    batch = {"input_ids": ids, "attention_mask": (ids > 3).long()}
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    data = PreparedData([], [], 1, seq_len=6, tokenizer=tokenizer)
+    cached = write_targets(model, batch, data, ranks_together=False)
+    plain = write_targets(OnlyForward(model), batch, data, ranks_together=False)
     for one, other in zip(cached, plain, strict=True):
         end = (other == 1).nonzero()
         stop = int(end[0]) if len(end) else cached.shape[1]

@@ -21,14 +21,12 @@ def open_parallel_text(key: str, corpus: ParallelText) -> Source:
     targets = _files(f"{key}.target", corpus.target)
     alone = sources.keys() ^ targets.keys()
     if alone and len(sources) + len(targets) > 2:
-        file = (sources | targets)[min(alone)]
         raise RequestError(
-            f"{key}: no file belongs to {file}",
+            f"{key}: no file belongs to {(sources | targets)[min(alone)]}",
             "the same names on both sides, as a.en and a.de are for *.en and *.de",
         )
-    pairs = list(zip(sources.values(), targets.values(), strict=True))
-    stamp = file_stamp([*sources.values(), *targets.values()])
-    return Source(f"parallel {stamp}", partial(_read, key, pairs))
+    files = [*sources.values(), *targets.values()]
+    return Source(f"parallel {file_stamp(files)}", partial(_read, key, files))
 
 
 def _files(key: str, pattern: str) -> dict[str, Path]:
@@ -44,21 +42,25 @@ def _files(key: str, pattern: str) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _read(key: str, pairs: list[tuple[Path, Path]]) -> Iterable[Record]:
-    """One record per line. Raises RequestError for a line without a text that belongs to it."""
-    for pair in pairs:
+def _read(key: str, files: list[Path]) -> Iterable[Record]:
+    """One record per line. Raises RequestError for a line without a text that belongs to it.
+
+    `files`: those of the sources, then as many of the targets.
+    """
+    half = len(files) // 2
+    for pair in zip(files[:half], files[half:], strict=True):
         # Lines end with a line feed alone: other separators may be part of a text.
-        first, second = (path.open(encoding="utf-8", newline="\n") for path in pair)
+        source, target = (path.open(encoding="utf-8", newline="\n") for path in pair)
         try:
-            with first, second:
-                for number, lines in enumerate(zip_longest(first, second, fillvalue=""), 1):
+            with source, target:
+                for number, lines in enumerate(zip_longest(source, target, fillvalue=""), 1):
                     texts = [line.rstrip("\r\n") for line in lines]
-                    empty = [f for f, text in zip(pair, texts, strict=True) if not text.strip()]
-                    if empty:
-                        raise RequestError(
-                            f"{key}: no text on line {number} of {empty[0]}",
-                            f"{pair[0]} and {pair[1]} with as many lines, none of them empty",
-                        )
+                    for file, text in zip(pair, texts, strict=True):
+                        if not text.strip():
+                            raise RequestError(
+                                f"{key}: no text on line {number} of {file}",
+                                f"{pair[0]} and {pair[1]} with as many lines, none of them empty",
+                            )
                     yield {"source": texts[0], "target": texts[1]}
         except UnicodeDecodeError:
             raise RequestError(f"{key}: {pair[0]} or {pair[1]} is not UTF-8", "UTF-8") from None

@@ -13,8 +13,8 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.engine.runtime import Device, find_device
 from bigtrain.errors import RequestError
 from bigtrain.models.export import load_exported
+from bigtrain.models.greedy import generate_tokens
 from bigtrain.runs.directory import RunDir
-from bigtrain.tasks.language import generate_tokens
 
 _TOP_K = 50  # the likeliest tokens that are drawn from
 
