@@ -181,7 +181,8 @@ def write_figure(number: int, outcomes: list[Outcome]) -> None:
         if "\n" in outcome.figure and not outcome.rows:
             lines += ["", "```", outcome.figure, "```"]
         label = f"`{short(outcome.command)}`: " if len(outcomes) > 1 else ""
-        figure = "" if outcome.rows or "\n" in outcome.figure else f"{outcome.figure}, "
+        is_shown = bool(outcome.rows) or "\n" in outcome.figure or not outcome.figure
+        figure = "" if is_shown else f"{outcome.figure}, "
         lines += ["", f"{label}{figure}{outcome.seconds:.0f} s"]
     lines += [END, ""]
     PAGE.write_text(page[: block.start] + "\n".join(lines) + page[block.end :], encoding="utf-8")
@@ -190,6 +191,8 @@ def write_figure(number: int, outcomes: list[Outcome]) -> None:
 def short(command: str) -> str:
     """A command's first words, up to its settings."""
     first = re.split(r" (?:--|\S*=|')", command)[0]
+    if first.startswith("bigtrain sweep") and "'" not in command:
+        return " ".join(command.split()[:4])
     name = re.search(r" name=(\S+)", command)
     return f"{first} … name={name[1]}" if name else first
 
@@ -213,7 +216,9 @@ def whole_table(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         figure = entry["figure"]
         if entry["rows"]:
-            figure = "; ".join(f"{short_name(row)} {words(row)}" for row in entry["rows"])
+            figure = "; ".join(
+                f"{short_name(row)} {words(row)}, loss {row['loss']:.4g}" for row in entry["rows"]
+            )
         elif "\n" in figure:
             figure = "above"
         cells = [
