@@ -2,17 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types size docs reference golden faults browser slurm soak bench gpu clean
+.PHONY: demo test check lint types size docs reference golden faults course browser slurm soak bench gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
 	$(BIN)/bigtrain generate tiny-lm "def "
 
 test: .venv/installed-dev  ## every test that needs neither a GPU, Slurm nor a browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed and not course"
 	$(BIN)/python -m pytest -m timed
 
-check: lint types size docs test faults browser slurm  ## what CI runs
+check: lint types size docs test course faults browser slurm  ## what CI runs
+
+course: .venv/installed-dev  ## every command of docs/course.md, shortened: three minutes
+	$(BIN)/python -m pytest -m course
 
 faults: .venv/installed-dev  ## the main faults once more, without the tests' fork server
 	BIGTRAIN_PLAIN_PROCESSES=1 $(BIN)/python -m pytest -m plain

@@ -24,7 +24,7 @@ from bigtrain.errors import RecipeError, RequestError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Keys that hold either text or a section: an override of a key inside replaces the text.
-_TEXT_OR_SECTION = ("data.tokenizer",)
+_TEXT_OR_SECTION = ("data.tokenizer", "data.train", "data.eval")
 
 
 @dataclass(frozen=True)

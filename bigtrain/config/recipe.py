@@ -79,11 +79,21 @@ class AugmentConfig(Section):
     flip: bool = Field(default=False, description="horizontal flip with probability 1/2")
 
 
+class ParallelText(Section):
+    """Two sets of text files: line i of the one belongs to line i of the other."""
+
+    source: str = Field(description="text files (glob), one source per line")
+    target: str = Field(description="the same of the targets; seq2seq")
+
+
 class DataConfig(Section):
     """What it is trained on."""
 
-    train: str = Field(description="a built-in source, files (glob), an image folder, or a hub id")
-    eval: str | None = Field(
+    train: str | ParallelText = Field(
+        description="a built-in source, files (glob), an image folder, a hub id,"
+        " or two sets of text files"
+    )
+    eval: str | ParallelText | None = Field(
         default=None, description="the same for evaluation; null holds out a part of train"
     )
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
@@ -416,6 +426,9 @@ class Recipe(Section):
             raise ValueError("data.missing is for tables")
         if spec.data != "image" and self.data.augment != AugmentConfig():
             raise ValueError("data.augment is for image_classification")
+        for part in (self.data.train, self.data.eval):
+            if isinstance(part, ParallelText) and spec.predicts != "text":
+                raise ValueError("data of a source and a target is for seq2seq")
         keep_best = self.train.keep_best
         metrics = ("loss", *spec.metrics)
         if keep_best is not None and keep_best not in metrics:

@@ -23,6 +23,7 @@ MetricName = Literal[
     "recall",
     "f1",
     "exact_match",
+    "bleu",
     "r2",
 ]
 LOWER_IS_BETTER: tuple[MetricName, ...] = ("loss", "perplexity", "bits_per_byte", "mse")
@@ -77,7 +78,7 @@ TASK_SPECS: dict[TaskName, TaskSpec] = {
         data="text",
         predicts="text",
         fields=("source", "target"),
-        metrics=("perplexity", "exact_match"),
+        metrics=("perplexity", "exact_match", "bleu"),
         auto_class="AutoModelForSeq2SeqLM",
     ),
     "image_classification": TaskSpec(

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from bigtrain.config.recipe import Columns
+from bigtrain.config.recipe import Columns, ParallelText
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.builtin import BUILT_IN
+from bigtrain.data.parallel_text import open_parallel_text
 from bigtrain.data.records import Record, Source, file_stamp
 from bigtrain.errors import RequestError
 
@@ -47,12 +48,17 @@ class _Request:
 
 
 def open_source(
-    key: Literal["data.train", "data.eval"], name: str, task: TaskName, columns: Columns
+    key: Literal["data.train", "data.eval"],
+    name: str | ParallelText,
+    task: TaskName,
+    columns: Columns,
 ) -> Source:
     """The source that `name`, the value of `key`, stands for.
 
     Raises RequestError if there is none, or if it does not serve the task.
     """
+    if isinstance(name, ParallelText):
+        return open_parallel_text(key, name)
     request = _Request(key, name, task, columns)
     if name in BUILT_IN:
         return _from_built_in(request)
@@ -118,7 +124,7 @@ def _from_files(request: _Request, files: list[Path]) -> Source:
     if not TASK_SPECS[request.task].is_packed:
         raise RequestError(
             f"{request.key}: plain text files have no fields for task {request.task}",
-            "jsonl, csv or parquet",
+            "jsonl, csv or parquet; for seq2seq also {source: FILES, target: FILES}",
             f"{request.key}='*.jsonl'",
         )
     return Source(file_stamp(files), partial(_read_texts, request.key, files))

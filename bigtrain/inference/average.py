@@ -148,4 +148,4 @@ def _evaluate(run: RunDir, folder: Path) -> dict[str, float]:
     """The metrics of an export of the run's model."""
     view = RunDir(run.path)
     view.export = folder
-    return evaluate_run(view, [])
+    return evaluate_run(view, []).metrics

@@ -75,6 +75,7 @@ def predict_held_out(engine: Engine, task: Task, evaluator: Evaluator) -> Predic
                     recorder.update(evaluator, batch)
                 else:
                     task.loss_sum(engine.model, batch)
+                evaluator.write(engine.module, batch, part.has_examples, ranks_together=False)
     return _in_order(engine.gather(recorder.parts))
 
 

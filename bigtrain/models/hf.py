@@ -55,7 +55,7 @@ def build_transformer(
     config = _config(recipe, prepared)
     auto = auto_class(recipe.task, recipe.model.name)
     if recipe.model.pretrained and not on_meta():
-        model = _pretrained(auto, recipe, config)
+        model = _pretrained(auto, recipe, config, prepared)
     else:
         model = _without_memory(auto, recipe, config)
         if not on_meta():
@@ -253,8 +253,12 @@ def _refuse_long_samples(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
 
 
-def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+def _pretrained(
+    auto: Any, recipe: Recipe, config: PreTrainedConfig, prepared: PreparedData
+) -> PreTrainedModel:
+    """The pretrained weights; for other classes with a new head, which a note tells of."""
     folder = recipe.model.pretrained
+    may_have_new_head = TASK_SPECS[recipe.task].has_labels
     torch.manual_seed(recipe.seed)  # for a new head
     try:
         model, report = auto.from_pretrained(
@@ -264,6 +268,7 @@ def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrain
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=may_have_new_head,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise RequestError(
@@ -271,6 +276,15 @@ def _pretrained(auto: Any, recipe: Recipe, config: PreTrainedConfig) -> PreTrain
             "safetensors of this architecture and shape",
         ) from None
     # A new head for a new task is drawn; a layer that the file does not have would be a silent lie.
+    drawn = sorted(name for name, *_ in report["mismatched_keys"])
+    for name in drawn:
+        if name.startswith(f"{model.base_model_prefix}."):
+            raise RequestError(
+                f"model.pretrained: {name} has another shape in {folder}", "the same architecture"
+            )
+    if drawn:
+        count = len(prepared.classes)
+        prepared.notes.append(f"{', '.join(drawn)}: drawn anew, for {count} other classes")
     for name in report["missing_keys"]:
         in_a_layer = any(part.isdigit() for part in name.split("."))
         if in_a_layer:

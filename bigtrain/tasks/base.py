@@ -147,6 +147,12 @@ class Evaluator:
         `logits` have the shape of Task.expected_shape, `labels` [batch, …].
         """
 
+    def write(self, model: Any, batch: Batch, has_samples: bool, ranks_together: bool) -> None:
+        """Let the model write what a metric is computed from. A collective with `ranks_together`.
+
+        `has_samples`: the batch counts.
+        """
+
     def samples(self, model: Any, batch: Batch) -> Rows:
         """What the model makes of a few held-out examples: rows for a table (arrays are images).
 

@@ -1,9 +1,7 @@
 """Tasks over sequences of target tokens: language modelling and sequence to sequence."""
 
 import math
-from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bigtrain.data.examples import Batch, Example
+from bigtrain.models.greedy import write_on, write_targets
 from bigtrain.models.output_loss import IGNORED, OutputLoss
 from bigtrain.tasks.base import SAMPLES, Evaluator, Rows, Task, model_inputs, outputs
 
@@ -18,47 +17,11 @@ _WRITTEN = 24  # tokens of a sample, at most
 _MAX_LOSS = 700.0  # its exponential is still a number
 
 
-def generate_tokens(
-    model: Any,
-    batch: Batch,
-    key: str,
-    start: int,
-    choose: Callable[[Tensor], Tensor],
-) -> Iterator[Tensor]:
-    """Write after the first `start` tokens of `batch[key]` [batch, length]; yields tokens [batch].
-
-    `choose` takes logits [batch, vocabulary] to tokens [batch]. Endless: beyond `length` the last
-    logits are chosen from again. One forward pass for each place, all of one shape.
-    """
-    ids = batch[key].clone()
-    length = ids.shape[1]
-    inputs = batch | {key: ids}
-    for place in count(start):
-        logits = outputs(model, **inputs)
-        last = min(place, length) - 1
-        tokens = choose(logits[:, last])
-        if place < length:
-            ids[:, place] = tokens
-        yield tokens
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
-def _write(model: Any, inputs: Batch, key: str, start: int) -> Tensor:
-    """The likeliest tokens [batch, …] after the first `start` of `inputs[key]`; a few of them."""
-    tokens = generate_tokens(model, inputs, key, start, _likeliest)
-    first_tokens = list(islice(tokens, _WRITTEN))
-    written = torch.stack(first_tokens, dim=1)
-    places = inputs[key].shape[1] - start
-    return written[:, : max(places, 0)]
-
-
 class LanguageEvaluator(Evaluator):
     """loss (nats per target token), perplexity, and bits per byte or the share of exact targets."""
 
     task: "TokenTask"
+    bleu: Any = None  # once something was written
 
     def __init__(self, task: Task, device: torch.device) -> None:
         from torchmetrics.aggregation import MeanMetric
@@ -80,6 +43,24 @@ class LanguageEvaluator(Evaluator):
         is_right |= labels == IGNORED
         self.exact.update(is_right.all(-1).float())
 
+    def write(self, model: Any, batch: Batch, has_samples: bool, ranks_together: bool) -> None:
+        """Let the model write a target for each source, for BLEU as sacrebleu has it (13a).
+
+        True targets are as the tokenizer gives them back, and of at most `seq_len` tokens.
+        """
+        if self.task.spec.is_packed:
+            return
+        if self.bleu is None:
+            from torchmetrics.text import SacreBLEUScore
+
+            exact = SacreBLEUScore().set_dtype(torch.float64)
+            self.bleu = exact.to(batch["labels"].device)
+        written = write_targets(model, batch, self.task.data, ranks_together)
+        if has_samples:
+            texts = self._decode_until_end(written)
+            true_texts = self._decode_until_end(batch["labels"])
+            self.bleu.update(texts, [[text] for text in true_texts])
+
     def samples(self, model: Any, batch: Batch) -> Rows:
         """What the model writes by itself: after the first half of some texts, or for some sources.
 
@@ -97,13 +78,13 @@ class LanguageEvaluator(Evaluator):
     def _continue_text(self, model: Any, inputs: Batch, labels: Tensor) -> Rows:
         seq_len = self.task.data.seq_len or 2
         half = max(1, seq_len // 2)
-        written = _write(model, inputs, "input_ids", half)
+        written = write_on(model, inputs, "input_ids", half, _WRITTEN)
         given = inputs["input_ids"][:, :half]
         true = labels[:, half - 1 :]  # the label of a position is the token after it
         return self._rows(given, written, true)
 
     def _answer_source(self, model: Any, inputs: Batch, labels: Tensor) -> Rows:
-        written = _write(model, inputs, "decoder_input_ids", 1)
+        written = write_on(model, inputs, "decoder_input_ids", 1, _WRITTEN)
         return self._rows(inputs["input_ids"], written, labels)
 
     def _rows(self, given: Tensor, written: Tensor, true: Tensor) -> Rows:
@@ -136,6 +117,8 @@ class LanguageEvaluator(Evaluator):
         num_bytes = self.task.data.eval_bytes
         if num_bytes is None:
             metrics["exact_match"] = float(self.exact.compute())
+            if self.bleu is not None:
+                metrics["bleu"] = 100 * float(self.bleu.compute())
         else:
             nats = float(self.total.compute())
             metrics["bits_per_byte"] = nats / math.log(2) / num_bytes

@@ -10,6 +10,7 @@ from bigtrain.data.loader import eval_batches
 from bigtrain.engine.base import Engine
 from bigtrain.tasks.base import Evaluator, Task
 from bigtrain.training.context import TrainContext
+from bigtrain.training.preflight import without_compiling
 
 _STOP_EVERY = 8  # micro-batches between two looks at whether a rank was asked to stop
 
@@ -28,12 +29,17 @@ def evaluate(engine: Engine, task: Task) -> dict[str, float]:
 def evaluate_in_training(ctx: TrainContext) -> dict[str, float] | None:
     """As `evaluate`, within a run: its trackers get a table of samples, and a stop ends it early.
 
-    Returns None, on all ranks, if one of them was asked to stop. A collective.
+    To write targets takes far longer than to judge them: that is done at the end of the run, or if
+    the best checkpoint is found by it. Returns None, on all ranks, if one of them was asked to
+    stop. A collective.
     """
     engine, task = ctx.engine, ctx.task
     ctx.enter("evaluation")
     evaluator = _start(engine, task)
     first_batch: dict[str, Tensor] = {}
+    settings = ctx.recipe.train
+    losing = settings.patience == ctx.state.evaluations_since_best + 1  # this may be the last
+    writes = ctx.is_last_step or losing or settings.keep_best == "bleu"
     micro_batches = eval_batches(task.data.eval, task.collate, engine.plan, engine.data_rank)
     for number, micro_batch in enumerate(micro_batches):
         ctx.enter("evaluation")
@@ -42,7 +48,7 @@ def evaluate_in_training(ctx: TrainContext) -> dict[str, float] | None:
         batch = engine.to_device(micro_batch.batch)
         if number == 0:
             first_batch = batch
-        _update(engine, evaluator, batch, micro_batch.has_samples)
+        _update(engine, evaluator, batch, micro_batch.has_samples, writes)
     if ctx.recipe.track.wandb != "off":
         with engine.autocast():
             rows = evaluator.samples(engine.model, first_batch)
@@ -75,7 +81,11 @@ def _start(engine: Engine, task: Task) -> Evaluator:
 
 
 def _update(
-    engine: Engine, evaluator: Evaluator, batch: dict[str, Tensor], has_samples: bool
+    engine: Engine,
+    evaluator: Evaluator,
+    batch: dict[str, Tensor],
+    has_samples: bool,
+    writes: bool = True,
 ) -> None:
     with engine.autocast():
         if has_samples:
@@ -83,6 +93,10 @@ def _update(
         else:
             # Sharded engines gather weights together, so every rank makes each forward pass.
             evaluator.task.loss_sum(engine.model, batch)
+        if writes:
+            with without_compiling(engine):
+                ranks_together = engine.plan.kind == "zero3"
+                evaluator.write(engine.module, batch, has_samples, ranks_together)
 
 
 def _compare_with_best(ctx: TrainContext) -> None:

@@ -116,7 +116,7 @@ def try_forward(engine: Engine, task: Task) -> float:
     model_name = type(engine.module).__name__
     engine.model.eval()
     try:
-        with torch.no_grad(), engine.autocast(), _without_compiling(engine):
+        with torch.no_grad(), engine.autocast(), without_compiling(engine):
             with flop_counter() as counted:
                 task.loss_sum(engine.model, batch)
             looks_ahead = task.spec.is_packed and _looks_ahead(engine, task, batch)
@@ -150,7 +150,7 @@ def use_output_loss(engine: Engine, task: Task) -> bool:
         return False
     batch = _probe_batch(engine, task)
     engine.model.eval()
-    with torch.no_grad(), engine.autocast(), _without_compiling(engine):
+    with torch.no_grad(), engine.autocast(), without_compiling(engine):
         return task.use_output_layer(layer, engine.model, batch)
 
 
@@ -160,7 +160,7 @@ def _probe_batch(engine: Engine, task: Task) -> dict[str, Tensor]:
     return engine.to_device(task.collate([train[_longest(task, train)], train[0]]))
 
 
-def _without_compiling(engine: Engine) -> contextlib.AbstractContextManager[object]:
+def without_compiling(engine: Engine) -> contextlib.AbstractContextManager[object]:
     """A context in which the model is not compiled.
 
     What is compiled cannot be counted; and it would be compiled for these shapes of batch first.
