@@ -54,20 +54,17 @@ def write_quantized(source: Path, model: nn.Module, kind: Quantization, target: 
             if _fits_int4(parameter):
                 in_int4.add(name)
     tensors: dict[str, Tensor] = {}
-    parameters = dict(model.named_parameters())  # tied ones once
-    for name, tensor in model.state_dict().items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.ndim < 2:
-            if parameter is not None or not _is_tied(name, model, parameters):
-                tensors[name] = tensor.contiguous()
-        elif name in in_int4:
-            weight = _quantize(parameter, "int4")
+    for name, tensor in _plain(model).items():
+        tensors[name] = tensor.contiguous()
+    for name, parameter in model.named_parameters():  # tied ones once
+        if parameter.ndim < 2:
+            continue
+        weight = _quantize(parameter, in_int4=name in in_int4)
+        tensors[f"{name}.scale"] = weight.scale
+        if name in in_int4:
             tensors[f"{name}.int4"] = pack_int4(weight.values)
-            tensors[f"{name}.scale"] = weight.scale
         else:
-            weight = _quantize(parameter, "int8")
             tensors[f"{name}.int8"] = weight.values
-            tensors[f"{name}.scale"] = weight.scale
     ignored = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
     shutil.copytree(source, target, ignore=ignored)
     save_file(tensors, target / FILE_NAME, metadata={"quantization": kind})
@@ -76,10 +73,17 @@ def write_quantized(source: Path, model: nn.Module, kind: Quantization, target: 
     (target / "bigtrain.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _is_tied(name: str, model: nn.Module, parameters: dict[str, nn.Parameter]) -> bool:
-    """Whether a tensor of the state is a parameter under its second name."""
-    every_name = dict(model.named_parameters(remove_duplicate=False))
-    return name in every_name and name not in parameters
+def _plain(model: nn.Module) -> dict[str, Tensor]:
+    """What stays as it is: parameters of one dimension, and buffers."""
+    plain: dict[str, Tensor] = {}
+    every_parameter = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict().items():
+        if name not in every_parameter:
+            plain[name] = tensor
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            plain[name] = parameter.detach()
+    return plain
 
 
 def _not_embedded(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,17 +99,17 @@ def _fits_int4(parameter: Tensor) -> bool:
     return parameter.ndim > 1 and parameter[0].numel() % GROUP == 0
 
 
-def _quantize(parameter: Tensor, dtype: str) -> Quantized:
+def _quantize(parameter: Tensor, in_int4: bool) -> Quantized:
     """A weight as integers, symmetric around 0: by torchao, which knows linear layers best."""
     torchao = _quietly_imported()
     matrix = parameter.detach().float().flatten(1)
     holder = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(matrix, requires_grad=False)
     config = torchao.Int8WeightOnlyConfig(set_inductor_config=False)
-    if dtype == "int4":
-        config = torchao.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=torchao.PerGroup(GROUP)
-        )
+    if in_int4:
+        int4: Any = torch.int4  # type: ignore[attr-defined]
+        groups = torchao.PerGroup(GROUP)
+        config = torchao.IntxWeightOnlyConfig(weight_dtype=int4, granularity=groups)
     torchao.quantize_(holder, config)
     weight: Any = holder.weight
     scale = weight.scale.float().reshape(len(matrix), -1)

@@ -12,7 +12,7 @@ than fp32 on CPUs without torch.compile.
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,9 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.values.shape
         self.register_buffer("weight", weight.values)
         self.scale = nn.Parameter(weight.scale.flatten(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
@@ -79,8 +81,9 @@ class Int8Linear(nn.Module):
         return outputs.view(*inputs.shape[:-1], self.out_features).to(inputs.dtype)
 
     def _fits_gpu(self, rows: int) -> bool:
-        whole_eights = self.in_features % 8 == 0 and self.out_features % 8 == 0
-        return rows >= _ROWS_ON_GPU and whole_eights
+        in_eights = self.in_features % 8 == 0
+        out_eights = self.out_features % 8 == 0
+        return in_eights and out_eights and rows >= _ROWS_ON_GPU
 
     def _int8_product(self, rows: Tensor) -> Tensor:
         """`rows` [rows, in_features], fp32 → [rows, out_features], fp32."""
@@ -134,19 +137,25 @@ def read_quantized(folder: Path) -> QuantizedFile:
         raise RequestError(f"{path} cannot be read ({problem})", "a quantized model") from None
     if kind not in get_args(Quantization):
         raise RequestError(
-            f"{path} is quantized as {kind!r}", f"one of: {', '.join(get_args(Quantization))}"
+            f"{path} is quantized as {kind!r}",
+            f"one of: {', '.join(get_args(Quantization))}",
         )
     weights: dict[str, Quantized] = {}
+    for key, scale in tensors.items():
+        name, _, last = key.rpartition(".")
+        if last != "scale":
+            continue
+        int8 = tensors.get(f"{name}.int8")
+        int4 = tensors.get(f"{name}.int4")
+        if int8 is not None:
+            weights[name] = Quantized(int8, scale)
+        elif int4 is not None:
+            weights[name] = Quantized(unpack_int4(int4), scale)
     plain: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name, _, form = key.rpartition(".")
-        if form == "int8" and f"{name}.scale" in tensors:
-            weights[name] = Quantized(tensor, tensors[f"{name}.scale"])
-        elif form == "int4" and f"{name}.scale" in tensors:
-            weights[name] = Quantized(unpack_int4(tensor), tensors[f"{name}.scale"])
-        elif not (form == "scale" and {f"{name}.int8", f"{name}.int4"} & set(tensors)):
+        if key.rpartition(".")[0] not in weights:
             plain[key] = tensor
-    return QuantizedFile(kind, plain, weights)
+    return QuantizedFile(cast(Quantization, kind), plain, weights)
 
 
 def load_quantized(folder: Path, model: nn.Module) -> nn.Module:
@@ -155,27 +164,28 @@ def load_quantized(folder: Path, model: nn.Module) -> nn.Module:
     Raises RequestError unless the file has every weight of the model, and no other.
     """
     file = read_quantized(folder)
+    stored = dict(file.plain)
+    for name, weight in file.weights.items():
+        stored[name] = weight.to_float()
     state = model.state_dict()
-    filled: set[int] = set()  # addresses, so that a tied tensor is filled under either name
-    for name, tensor in _float_weights(file):
-        if name not in state or state[name].numel() != tensor.numel():
+    for name, tensor in stored.items():
+        place = state.get(name)
+        if place is None or place.numel() != tensor.numel():
             raise RequestError(
                 f"{folder / FILE_NAME} holds {name} {tuple(tensor.shape)}, which the model has not",
                 "the same architecture",
             )
-        state[name].copy_(tensor.view(state[name].shape))
-        filled.add(state[name].data_ptr())
+        place.copy_(tensor.view(place.shape))
+    filled = {state[name].data_ptr() for name in stored}  # a tied tensor is stored once
     for name, tensor in state.items():
         if tensor.numel() and tensor.data_ptr() not in filled:
-            raise RequestError(f"{folder / FILE_NAME} has no {name}", "all weights of the model")
+            raise RequestError(
+                f"{folder / FILE_NAME} has no {name}",
+                "all weights of the model",
+            )
     if file.kind == "int8":
         _compute_in_int8(model, file.weights)
     return model.requires_grad_(False)
-
-
-def _float_weights(file: QuantizedFile) -> list[tuple[str, Tensor]]:
-    quantized = [(name, weight.to_float()) for name, weight in file.weights.items()]
-    return [*file.plain.items(), *quantized]
 
 
 def _compute_in_int8(model: nn.Module, weights: dict[str, Quantized]) -> None:
