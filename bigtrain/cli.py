@@ -149,6 +149,52 @@ app.command()(verify)
 
 
 @app.command()
+def compress(
+    run: RunArgument,
+    prune: Annotated[
+        str, typer.Option(metavar="AMOUNTS", help="parts of the weights to zero, e.g. 0.5,0.8")
+    ] = "",
+    scope: Annotated[
+        Literal["global", "layer"], typer.Option(help="prune the smallest of all, or per layer")
+    ] = "global",
+    structure: Annotated[
+        Literal["weights", "channels"], typer.Option(help="prune weights, or whole channels")
+    ] = "weights",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="int8 weights, with and without int8 arithmetic")
+    ] = False,
+    int4: Annotated[bool, typer.Option("--int4", help="int4 weights")] = False,
+    distill: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="a student that learns from RUN")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="of fine-tuning; default: a third of the run's")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page there")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, quantize and distill a finished run's model; one table of all, measured here."""
+    from bigtrain.api import find_finished_run
+    from bigtrain.compression.request import parse_request
+
+    request = parse_request(prune, scope, structure, int8, int4, distill, steps)
+    directory = find_finished_run(run)
+    from bigtrain.compression.compress import compress_run
+    from bigtrain.compression.views import html_page, show
+    from bigtrain.supervision.signals import listen
+
+    listen()
+    table = compress_run(directory, request, quiet=as_json)
+    if html is not None:
+        html.write_text(html_page(table), encoding="utf-8")
+        print(f"{html} written", file=sys.stderr)
+    if as_json:
+        _print_json(table.as_dict())
+    else:
+        show(table)
+
+
+@app.command()
 def prove(
     recipe: RecipeArgument,
     overrides: Overrides = None,

@@ -11,6 +11,7 @@ import json
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -44,6 +45,7 @@ from bigtrain.engine.runtime import Device, world_from_environment
 from bigtrain.engine.start import start_engine
 from bigtrain.errors import TrainingFailed
 from bigtrain.models.build import build_model, output_layer
+from bigtrain.models.export import export_model
 from bigtrain.models.output_loss import OutputLoss
 from bigtrain.runs.directory import RunDir
 from bigtrain.supervision.endings import exit_code_of
@@ -57,7 +59,7 @@ from bigtrain.training.loop import _finish_previous_step, train_step
 from bigtrain.training.loss_spikes import handle_loss_spike
 from bigtrain.training.optimizers import make_optimizer
 from bigtrain.training.parameter_groups import groups_in_force
-from bigtrain.training.preflight import try_forward
+from bigtrain.training.preflight import take_teacher, try_forward
 from bigtrain.training.run import _load_best, build_training
 
 COMPILE = nn.Module.compile
@@ -239,7 +241,8 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
             "name": "exact",
             "task": TASK_OF.get(case["model"], "causal_lm"),
             "model": (MODELS | OTHER_MODELS | ON_GPUS)[case["model"]]
-            | ({"dropout": case["dropout"]} if "dropout" in case else {}),
+            | ({"dropout": case["dropout"]} if "dropout" in case else {})
+            | case.get("start", {}),
             "data": {"train": "none", "seq_len": 32},
             "optim": {
                 "name": "adamw",
@@ -258,7 +261,7 @@ def recipe_for(case: dict[str, Any]) -> Recipe:
                 "compile": case.get("compile", "auto"),
                 "activation_checkpointing": case.get("activation_checkpointing", "auto"),
             },
-            "train": {"steps": case.get("steps", 8)},
+            "train": {"steps": case.get("steps", 8), "distill": case.get("distill")},
         }
     )
 
@@ -722,6 +725,48 @@ def run_groups(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def write_export(folder: Path, seed: int) -> Path:
+    """The small CNN as a run would export it, with the weights of a seed."""
+    case = {"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 1}
+    recipe, prepared = recipe_for(case).model_copy(update={"seed": seed}), data_for("cnn")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(build_model(recipe, prepared).state_dict())
+    export_model(weights, recipe, prepared, folder, {"step": 0, "samples": 0})
+    return folder
+
+
+def run_compress(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a pruned model with a teacher; stop after four of eight steps, and resume."""
+    own = Path(tempfile.mkdtemp())  # not below `folder`, which rank 0 may still be clearing
+    exports = [str(write_export(own / f"seed-{seed}", seed)) for seed in (0, 1)]
+    case = case | {
+        "start": {"pretrained": exports[0], "prune": {"amount": 0.5}},
+        "distill": {"teacher": exports[1], "temperature": 3.0, "alpha": 0.7},
+    }
+    runs = []
+    for checkpoints in (folder, Path("unused")):
+        training, collect = build(case, checkpoints)
+        take_teacher(training.engine, training.task, training.recipe.train.distill)
+        runs.append((training, collect))
+        if len(runs) == 1:
+            for _ in range(4):
+                train_step(training)
+            save(training)
+        else:
+            go_on(training, committed_checkpoints(RunDir(folder))[0])
+        for _ in range(4):
+            train_step(training)
+        weights = training.engine.whole_weights()
+        runs[-1] = (weights, collect.lines)
+    (straight, lines), (resumed, more) = runs
+    return {
+        "lines": lines,
+        "zeros": {name: int((tensor == 0).sum()) for name, tensor in straight.items()},
+        "same_losses": lines[4:] == more,
+        "same_weights": all(torch.equal(straight[name], resumed[name]) for name in straight),
+    }
+
+
 def run_weights(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The starting weights, by a checksum per tensor."""
     training, _ = build(case)
@@ -851,6 +896,7 @@ RUN = {
     "stop_evaluation": run_stop_evaluation,
     "rates": run_rates,
     "groups": run_groups,
+    "compress": run_compress,
     "weights": run_weights,
 }
 

@@ -15,8 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import torchrun
-from distributed_cases import GLOBAL_BATCH, MODELS, data_for, recipe_for, sample_ids
+from distributed_cases import (
+    GLOBAL_BATCH,
+    MODELS,
+    data_for,
+    recipe_for,
+    sample_ids,
+    write_export,
+)
 
+from bigtrain.api import load_model
 from bigtrain.models.build import build_model
 from bigtrain.runs.step_shares import STEP_PARTS, column_of
 
@@ -135,6 +143,10 @@ def _deeds() -> dict[str, dict[str, Any]]:
     for engine in ("ddp", "zero2", "zero3"):
         cases[f"ramp/2/{engine}"] = RAMP | ENGINES[engine]
         cases[f"resume/{engine}/ramp"] = RAMP | ENGINES[engine] | {"run": "resume"}
+    for engine in ("ddp", "zero2", "zero3"):
+        case = {"run": "compress", "model": "cnn", "precision": "fp32", "micro_batch": 3}
+        sharded = {"kept_whole": 0} if engine == "zero3" else {}
+        cases[f"compress/{engine}"] = case | ENGINES[engine] | sharded
     case = {"run": "exact", "model": "transformer", "precision": "fp32", "micro_batch": 3}
     cases["reduce in bf16"] = case | {"kind": "ddp", "reduce_dtype": "bf16"}
     sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
@@ -613,3 +625,56 @@ def test_starting_weights_do_not_depend_on_the_engine(names: list[str], results:
     ddp, zero1, zero3 = (results[name] for name in names)
     assert zero1 == ddp
     assert zero3 == ddp
+
+
+def pruned_and_taught(folder: Path) -> list[float]:
+    """Losses of a plain loop with masks that are multiplied in, and a teacher."""
+    torch.set_num_threads(1)
+    student, teacher = (load_model(write_export(folder / str(seed), seed)) for seed in (0, 1))
+    student.train()
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    magnitudes = torch.cat([p.detach().abs().flatten() for p in matrices])
+    threshold = magnitudes.sort().values[len(magnitudes) // 2 - 1]
+    masks = [p.detach().abs() > threshold for p in matrices]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optim = torch.optim.AdamW(groups, lr=5e-3)
+    examples, losses = data_for("cnn").train, []
+    for step in range(STEPS):
+        with torch.no_grad():
+            for parameter, mask in zip(matrices, masks, strict=True):
+                parameter.mul_(mask)
+        batch = [examples[index] for index in sample_ids(step)]
+        images = torch.stack([example["image"] for example in batch])
+        labels = torch.tensor([example["label"] for example in batch])
+        logits = student(pixel_values=images)
+        with torch.no_grad():
+            taught = (teacher(pixel_values=images) / 3.0).softmax(-1)
+        cross_entropy = F.cross_entropy(logits, labels)
+        divergence = (taught * (taught.log() - (logits / 3.0).log_softmax(-1))).sum(-1).mean()
+        loss = 0.3 * cross_entropy + 0.7 * 9.0 * divergence
+        loss.backward()
+        for parameter, mask in zip(matrices, masks, strict=True):
+            parameter.grad *= mask  # type: ignore[operator]
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        optim.step()
+        optim.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+COMPRESSED = [name for name in CASES[2] if name.startswith("compress/")]
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_pruned_weights_stay_zero_and_a_teacher_is_exact_on_every_engine(
+    name: str, results: Results, tmp_path: Path
+) -> None:
+    found = results[name]
+    assert [line["loss"] for line in found["lines"]] == pytest.approx(
+        pruned_and_taught(tmp_path), rel=1e-5
+    )
+    zeros = {name: count for name, count in found["zeros"].items() if count}
+    assert set(zeros) == {"features.0.weight", "features.4.weight", "classifier.weight"}
+    assert sum(zeros.values()) == (72 + 1152 + 640) // 2
+    assert found["same_losses"] and found["same_weights"]

@@ -44,6 +44,29 @@ class Section(BaseModel):
     )
 
 
+class PruneConfig(Section):
+    """Which pretrained weights are set to zero, and stay zero in training."""
+
+    amount: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        description="the part of the weights of linear, convolutional and recurrent layers that"
+        " becomes zero: the smallest"
+    )
+    scope: Literal["global", "layer"] = Field(
+        default="global",
+        description="the smallest of the whole model, or of each layer",
+    )
+    structure: Literal["weights", "channels"] = Field(
+        default="weights",
+        description="single weights, or whole output channels of convolutions (scope: layer)",
+    )
+
+    @model_validator(mode="after")
+    def _channels_by_layer(self) -> "PruneConfig":
+        if self.structure == "channels" and self.scope == "global":
+            raise ValueError("structure: channels needs scope: layer")
+        return self
+
+
 class ModelConfig(Section):
     """What is trained."""
 
@@ -59,6 +82,15 @@ class ModelConfig(Section):
     dropout: Fraction | None = Field(
         default=None, description="sets every dropout of the model; null keeps the model's own"
     )
+    prune: PruneConfig | None = Field(
+        default=None, description="with pretrained: train with the smallest weights set to zero"
+    )
+
+    @model_validator(mode="after")
+    def _prune_what_is_trained(self) -> "ModelConfig":
+        if self.prune and not self.pretrained:
+            raise ValueError("prune needs pretrained: of random weights the smallest say nothing")
+        return self
 
 
 class TokenizerConfig(Section):
@@ -278,6 +310,20 @@ class EngineConfig(Section):
         return self
 
 
+class DistillConfig(Section):
+    """Learning from a trained model's outputs too (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: str = Field(description="a finished run, or the folder of an exported model")
+    temperature: Annotated[float, Field(gt=0.0)] = Field(
+        default=2.0, description="both models' logits are divided by it before they are compared"
+    )
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.5,
+        description="loss = (1 - alpha) × loss of the labels"
+        " + alpha × temperature² × KL(teacher, student)",
+    )
+
+
 class TrainConfig(Section):
     """How long it trains, and what happens on the way."""
 
@@ -330,6 +376,9 @@ class TrainConfig(Section):
     )
     label_smoothing: Fraction = Field(
         default=0.0, description="for losses over classes or tokens, in training only"
+    )
+    distill: DistillConfig | None = Field(
+        default=None, description="for losses over classes or tokens: learn from a teacher too"
     )
 
     @model_validator(mode="after")
@@ -435,6 +484,8 @@ class Recipe(Section):
             raise ValueError(
                 f"train.keep_best is {keep_best}; task {self.task} has {', '.join(metrics)}"
             )
-        if spec.predicts == "number" and self.train.label_smoothing:
-            raise ValueError("train.label_smoothing is for losses over classes or tokens")
+        if spec.predicts == "number" and (self.train.label_smoothing or self.train.distill):
+            raise ValueError(
+                "train.label_smoothing and train.distill are for losses over classes or tokens"
+            )
         return self

@@ -6,7 +6,7 @@ from torch import nn
 
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.examples import PreparedData
-from bigtrain.models.arguments import Shard
+from bigtrain.models.arguments import Shard, on_meta
 from bigtrain.models.own import MODELS, build_own
 
 
@@ -25,6 +25,10 @@ def build_model(recipe: Recipe, prepared: PreparedData, shard: Shard | None = No
         from bigtrain.models.hf import build_transformer
 
         model = build_transformer(recipe, prepared, shard)
+    if recipe.model.prune and not on_meta():
+        from bigtrain.models.prune import prune_model
+
+        prune_model(model, recipe.model.prune)
     if shard is not None:
         shard(list(model.parameters()))
     return model

@@ -16,6 +16,7 @@ from bigtrain.config.secrets import redact
 from bigtrain.config.task_specs import TaskName
 from bigtrain.data.examples import PreparedData
 from bigtrain.errors import TrainingFailed
+from bigtrain.models import quantized
 from bigtrain.models.build import build_model
 from bigtrain.models.model_card import ExportOrigin, model_card
 from bigtrain.models.model_inputs import describe_inputs
@@ -247,10 +248,12 @@ def _own_config(model: nn.Module, recipe: Recipe, prepared: PreparedData) -> dic
 
 
 def load_exported(folder: Path, task: TaskName) -> nn.Module:
-    """The model that a run has exported."""
+    """The model that a run has exported, or that was made smaller from one."""
     config = json.loads((folder / "config.json").read_text())
+    if (folder / quantized.FILE_NAME).is_file():
+        return quantized.load_quantized(folder, _unfilled(folder, task, config))
     if "architecture" in config:
-        model = model_class(config["architecture"])(**config["args"])
+        model = _unfilled(folder, task, config)
         load_own(model, folder)
         return model
     from bigtrain.models.hf import auto_class
@@ -258,3 +261,18 @@ def load_exported(folder: Path, task: TaskName) -> nn.Module:
     auto = auto_class(task, config["model_type"])
     transformer: nn.Module = auto.from_pretrained(folder, dtype=torch.float32)
     return transformer
+
+
+def _unfilled(folder: Path, task: TaskName, config: dict[str, Any]) -> nn.Module:
+    """A model of the folder's architecture, with random weights."""
+    if "architecture" in config:
+        return model_class(config["architecture"])(**config["args"])
+    from transformers import AutoConfig
+
+    from bigtrain.models.hf import auto_class
+
+    auto = auto_class(task, config["model_type"])
+    model: nn.Module = auto.from_config(
+        AutoConfig.from_pretrained(folder), trust_remote_code=False, dtype=torch.float32
+    )
+    return model

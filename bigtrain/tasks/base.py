@@ -14,6 +14,7 @@ from bigtrain.config.task_specs import TASK_SPECS, TaskName
 from bigtrain.data.examples import Batch, Example, PreparedData
 from bigtrain.errors import RequestError
 from bigtrain.models.output_loss import IGNORED
+from bigtrain.models.teacher import Teacher
 
 if TYPE_CHECKING:
     from torchmetrics.aggregation import SumMetric
@@ -33,6 +34,7 @@ class Task:
 
     logits_shape = "[batch, classes]"  # of the model's output, in words
     evaluator_class: "type[Evaluator]"
+    teacher: Teacher | None = None  # a trained model that training imitates too
 
     def __init__(
         self, name: TaskName, prepared: PreparedData, label_smoothing: float = 0.0
@@ -105,7 +107,12 @@ class Task:
     def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """What training minimises, summed over the batch: a scalar, fp32."""
         logits = self.logits(model, batch)
-        return self.loss_from_logits(logits, batch["labels"], self.label_smoothing)
+        loss = self.loss_from_logits(logits, batch["labels"], self.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with self.teacher.autocast():
+            taught = self.logits(self.teacher.model, batch)
+        return self.teacher.blend(loss, logits, taught, batch["labels"])
 
     def evaluator(self, device: torch.device) -> "Evaluator":
         """A fresh evaluator with its states on `device`."""

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from bigtrain.config.recipe import OptimConfig, TrackConfig
+from bigtrain.config.recipe import DistillConfig, OptimConfig, TrackConfig
 from bigtrain.config.versions import installed_versions
 from bigtrain.data.examples import Examples
 from bigtrain.engine.base import Engine
@@ -21,6 +21,7 @@ from bigtrain.engine.runtime import explain_out_of_memory
 from bigtrain.errors import RequestError
 from bigtrain.models.build import output_layer
 from bigtrain.models.flops import flop_counter
+from bigtrain.models.teacher import load_teacher
 from bigtrain.tasks.base import Task, outputs
 from bigtrain.tasks.language import TokenTask
 from bigtrain.tracking.wandb_sync import logged_in
@@ -152,6 +153,17 @@ def use_output_loss(engine: Engine, task: Task) -> bool:
     engine.model.eval()
     with torch.no_grad(), engine.autocast(), without_compiling(engine):
         return task.use_output_layer(layer, engine.model, batch)
+
+
+def take_teacher(engine: Engine, task: Task, distill: DistillConfig) -> None:
+    """Let the task's loss imitate a teacher from now on. The loss then needs logits.
+
+    Raises RequestError for a teacher that does not fit. A collective.
+    """
+    teacher = load_teacher(distill, task.name, task.data)
+    teacher.move(engine.device, in_bf16=engine.plan.precision == "bf16")
+    task.teacher = teacher
+    try_forward(engine, task)
 
 
 def _probe_batch(engine: Engine, task: Task) -> dict[str, Tensor]:

@@ -9,13 +9,16 @@ from bigtrain.checkpoint.format import committed_checkpoints
 from bigtrain.checkpoint.reader import Restored, load_checkpoint, newest_checkpoint
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.config.loader import load_recipe
-from bigtrain.config.recipe import Recipe
+from bigtrain.config.recipe import DistillConfig, Recipe
 from bigtrain.config.resume_policy import diff_recipes
 from bigtrain.engine.base import Engine
 from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.models.teacher import teacher_folder, weights_hash
 from bigtrain.runs.directory import RunDir, run_directory
 from bigtrain.runs.metrics_file import read_metrics
+from bigtrain.training.settings import Settings, with_origin
 
+_TEACHER_HASH = "train.distill.weights"  # in effective.json
 _FRUITLESS_STARTS = 3  # from one step, of a job that Slurm restarts, until it must fail
 
 
@@ -38,7 +41,26 @@ def recipe_changes(recipe: Recipe, fresh: bool, allow_change: Sequence[str]) -> 
     if fresh or not run.recipe.is_file() or not committed_checkpoints(run):
         return {}
     begun = load_recipe(str(run.recipe)).recipe
-    return diff_recipes(begun, recipe, list(allow_change))
+    changes = diff_recipes(begun, recipe, list(allow_change))
+    if recipe.train.distill and not any(name.startswith("train") for name in allow_change):
+        _refuse_another_teacher(run, recipe.train.distill)
+    return changes
+
+
+def teacher_setting(distill: DistillConfig) -> Settings:
+    """The hash of the teacher's weights, which a run keeps."""
+    digest = weights_hash(teacher_folder(distill.teacher))
+    return with_origin("teacher", {_TEACHER_HASH: digest})
+
+
+def _refuse_another_teacher(run: RunDir, distill: DistillConfig) -> None:
+    began_with = run.settings().get(_TEACHER_HASH)
+    if began_with != teacher_setting(distill)[_TEACHER_HASH]["value"]:
+        raise RequestError(
+            f"the weights of the teacher {distill.teacher} have changed since this run began",
+            "the same teacher, to continue the same curve",
+            "--allow-change train.distill, or --fresh to start a new run",
+        )
 
 
 def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> ResumePoint:

@@ -16,7 +16,7 @@ from bigtrain.checkpoint.reader import load_checkpoint
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.checkpoint.writer import CheckpointWriter
 from bigtrain.config.loader import LoadedRecipe, to_yaml
-from bigtrain.config.recipe import Recipe
+from bigtrain.config.recipe import DistillConfig, Recipe
 from bigtrain.data.datasets import prepare
 from bigtrain.data.examples import PreparedData
 from bigtrain.data.loader import train_batches
@@ -60,6 +60,7 @@ from bigtrain.training.preflight import (
     check_host_memory,
     refuse_different_ranks,
     refuse_unusable_trackers,
+    take_teacher,
     try_forward,
     use_output_loss,
 )
@@ -68,6 +69,7 @@ from bigtrain.training.resume import (
     load_resume_point,
     recipe_changes,
     refuse_fruitless_restarts,
+    teacher_setting,
 )
 from bigtrain.training.settings import (
     Settings,
@@ -135,7 +137,7 @@ def run_recipe(
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
         settings |= group_settings(engine, recipe.optim)
-        settings |= loss_setting(without_logits=use_output_loss(engine, task))
+        settings |= _settle_loss(engine, task, recipe.train.distill)
 
         run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)
@@ -163,6 +165,14 @@ def run_recipe(
         # Wait for all: a launcher may end the job soon after the first rank has left.
         engine.gather(None)
     return summary
+
+
+def _settle_loss(engine: Engine, task: Task, distill: DistillConfig | None) -> Settings:
+    """Decide how training computes its loss; what effective.json says of it. A collective."""
+    if distill is None:
+        return loss_setting(without_logits=use_output_loss(engine, task))
+    take_teacher(engine, task, distill)
+    return teacher_setting(distill)
 
 
 def _leave_group(engine: Engine, kind: type[BaseException] | None, *_: object) -> None:
