@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bigtrain.api import find_export
-from bigtrain.data.builtin import BUILT_IN
 from bigtrain.inference.predict import Predictor
 from bigtrain.inference.predict_files import Request, predict_files
+from bigtrain.sources.builtin import BUILT_IN
 
 
 def bare_loop(folder: Path, texts: Path, out: Path, batch: int, longest: int) -> float:

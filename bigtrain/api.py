@@ -128,7 +128,7 @@ def evaluate(run: str | Path | Run, overrides: list[str] | None = None) -> dict[
     fit the model.
     """
     directory = find_finished_run(run.path if isinstance(run, Run) else run)
-    from bigtrain.inference.evaluate import evaluate_run
+    from bigtrain.evaluation.evaluate import evaluate_run
 
     with _process_state_restored():
         return evaluate_run(directory, overrides or []).metrics

@@ -117,7 +117,7 @@ def evaluate(
 
     directory = find_finished_run(run)
     if harness is not None:
-        from bigtrain.inference.harness import run_harness, show_harness
+        from bigtrain.evaluation.harness import run_harness, show_harness
 
         scores = run_harness(directory, harness.split(","), harness_path, harness_shots)
         if as_json:
@@ -127,8 +127,8 @@ def evaluate(
         return
     if html is not None and not html.parent.is_dir():
         raise RequestError(f"there is no folder {html.parent}", "a page in a folder that exists")
-    from bigtrain.inference.evaluate import evaluate_run
-    from bigtrain.inference.evaluation_views import report_evaluation, show_report
+    from bigtrain.evaluation.evaluate import evaluate_run
+    from bigtrain.evaluation.views import report_evaluation, show_report
 
     evaluation = evaluate_run(directory, overrides or [])
     if evaluation.is_main:

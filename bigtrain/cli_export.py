@@ -56,7 +56,7 @@ def export(
         raise RequestError(f"--step {step}", "a step's number, best or last", "--step last")
     if form == "onnx" and dtype not in (None, "fp32"):
         raise RequestError(f"--format onnx with --dtype {dtype}", "fp32", "leave --dtype out")
-    from bigtrain.inference.export import refuse_used_folder, write_model
+    from bigtrain.exporting.export import refuse_used_folder, write_model
     from bigtrain.models.export import Stored, whole_folder
 
     refuse_used_folder(out)
@@ -64,7 +64,7 @@ def export(
     with whole_folder(out) as folder:
         result = write_model(directory, folder, step, Stored(dtype, max_bytes))
         if form == "onnx":
-            from bigtrain.inference.onnx_export import replace_by_onnx
+            from bigtrain.exporting.onnx_export import replace_by_onnx
 
             result["onnx"] = replace_by_onnx(folder)
         finish.sign(folder)
@@ -89,7 +89,7 @@ def average(
     directory = find_run(run)
     out = out or directory.path / "average"
     max_bytes = _bytes(shard_size)
-    from bigtrain.inference.average import average_checkpoints
+    from bigtrain.exporting.average import average_checkpoints
     from bigtrain.models.export import Stored
 
     finish = _Finish(sign, push)
@@ -169,7 +169,7 @@ class _Finish:
 
             self.key = load_private_key(sign)
         if push is not None:
-            from bigtrain.inference.publish import refuse_bad_hub_id
+            from bigtrain.exporting.publish import refuse_bad_hub_id
 
             refuse_bad_hub_id(push)
 
@@ -181,7 +181,7 @@ class _Finish:
 
     def push(self, folder: Path) -> None:
         if self.hub_id is not None:
-            from bigtrain.inference.publish import push
+            from bigtrain.exporting.publish import push
 
             push(folder, self.hub_id)
 

@@ -27,7 +27,7 @@ IMPORTED = (
     "deepspeed",
     "wandb",
     "bigtrain.models.hf",
-    "bigtrain.inference.evaluate",
+    "bigtrain.evaluation.evaluate",
     "bigtrain.inference.generate",
     "bigtrain.inference.predict_files",
     "bigtrain.training.run",

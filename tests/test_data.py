@@ -17,12 +17,12 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS, MetricName, TaskName, lower_is_better
 from bigtrain.data import loader as data_loader
-from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.datasets import prepare
 from bigtrain.data.loader import eval_batches, shifted, train_batches
 from bigtrain.data.order import key, mix, permute, samples_at
 from bigtrain.engine.plan import Plan
 from bigtrain.errors import BadSampleError, RequestError, TrainingFailed
+from bigtrain.sources.builtin import BUILT_IN
 from bigtrain.tasks.registry import TASKS
 
 MODEL_FOR_TASK = {

@@ -15,10 +15,10 @@ from conftest import bigtrain, on_ranks, start
 from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
 
-from bigtrain.inference.evaluation_views import html_page
-from bigtrain.inference.predictions import Predictions
-from bigtrain.inference.report_metrics import ClassRow, Report, make_report, values_of
-from bigtrain.inference.worst_examples import WorstExample
+from bigtrain.evaluation.predictions import Predictions
+from bigtrain.evaluation.report_metrics import ClassRow, Report, make_report, values_of
+from bigtrain.evaluation.views import html_page
+from bigtrain.evaluation.worst_examples import WorstExample
 
 QUIET = ("track.wandb=off", "-q")
 # A micro-batch that divides none of their held-out sets.

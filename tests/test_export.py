@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import bigtrain as package
 from bigtrain.checkpoint.format import committed_checkpoints
 from bigtrain.errors import RequestError, TrainingFailed
-from bigtrain.inference.average import average_checkpoints
-from bigtrain.inference.evaluate import evaluate_run
-from bigtrain.inference.export import choose_checkpoint, model_of, write_model
-from bigtrain.inference.onnx_export import replace_by_onnx
-from bigtrain.inference.weights import CheckpointWeights
+from bigtrain.evaluation.evaluate import evaluate_run
+from bigtrain.exporting.average import average_checkpoints
+from bigtrain.exporting.export import choose_checkpoint, model_of, write_model
+from bigtrain.exporting.onnx_export import replace_by_onnx
+from bigtrain.exporting.weights import CheckpointWeights
 from bigtrain.models.export import (
     AS_TRAINED,
     Stored,
@@ -186,7 +186,7 @@ def test_an_rnn_without_packing_is_the_same() -> None:
 def test_an_onnx_that_differs_leaves_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigtrain.inference.onnx_export._TOLERANCE", -1.0)
+    monkeypatch.setattr("bigtrain.exporting.onnx_export._TOLERANCE", -1.0)
     out = tmp_path / "out"
     with (
         pytest.raises(TrainingFailed, match="differ from torch's"),

@@ -15,13 +15,13 @@ from exports import LLAMA, T5, export_of
 from PIL import Image
 
 from bigtrain.config.task_specs import TASK_SPECS
-from bigtrain.data.builtin import BUILT_IN
 from bigtrain.data.held_out import is_held_out
 from bigtrain.errors import RequestError
 from bigtrain.inference.generate import Generator
 from bigtrain.inference.inputs import find_inputs
 from bigtrain.inference.predict import Predictor
 from bigtrain.inference.predict_files import Request, predict_files
+from bigtrain.sources.builtin import BUILT_IN
 
 SHORT = ["train.eval_every=60", "train.checkpoint_every=60", "track.wandb=off", "--quiet"]
 BERT = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"

@@ -16,10 +16,10 @@ from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import ParallelText
 from bigtrain.data.datasets import prepare
 from bigtrain.data.examples import PreparedData
-from bigtrain.data.parallel_text import open_parallel_text
 from bigtrain.errors import RecipeError, RequestError
 from bigtrain.models.greedy import write_targets
 from bigtrain.runs.metrics_file import read_metrics
+from bigtrain.sources.parallel_text import open_parallel_text
 
 SIDES = {"source": "en", "target": "de"}
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -11,11 +11,11 @@ from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.examples import Part, PreparedData
 from bigtrain.data.held_out import is_held_out
 from bigtrain.data.images import prepare_images
-from bigtrain.data.records import Source
-from bigtrain.data.sources import open_source
 from bigtrain.data.tables import prepare_table
 from bigtrain.data.text import prepare_text
 from bigtrain.errors import RequestError
+from bigtrain.sources.lookup import open_source
+from bigtrain.sources.records import Source
 
 
 def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedData:

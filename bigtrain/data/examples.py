@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigtrain.data.records import Record
 from bigtrain.data.table_columns import FeatureRows
 from bigtrain.data.token_cache import Ragged
+from bigtrain.sources.records import Record
 
 Example = dict[str, Any]
 Batch = dict[str, Tensor]

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from blake3 import blake3
 
 from bigtrain.config.recipe import Recipe
-from bigtrain.data.records import Record
 from bigtrain.errors import RequestError
+from bigtrain.sources.records import Record
 
 
 def is_held_out(key: str, fraction: float) -> bool:

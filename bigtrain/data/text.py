@@ -10,9 +10,9 @@ from bigtrain.config.recipe import Recipe
 from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.examples import ColumnDataset, Example, Examples, PreparedData
 from bigtrain.data.held_out import refuse_unreadable
-from bigtrain.data.records import Source
 from bigtrain.data.token_cache import Ragged, TokenCache, open_cache
 from bigtrain.errors import RequestError
+from bigtrain.sources.records import Source
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from rich.progress import track
 from bigtrain.config.recipe import Recipe, TokenizerConfig
 from bigtrain.config.task_specs import TASK_SPECS, TaskSpec
 from bigtrain.data.held_out import is_held_out, refuse_empty, split_key
-from bigtrain.data.records import Record, Source
 from bigtrain.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stamp, vocabulary_size
 from bigtrain.errors import RequestError
+from bigtrain.sources.records import Record, Source
 
 _VERSION = 2  # of the cache's format and of how text becomes ids
 _BATCH = 64  # texts that the tokenizer encodes at once, on all cores

@@ -19,10 +19,10 @@ from bigtrain.config.recipe import Columns
 from bigtrain.config.task_specs import TASK_SPECS, TaskSpec
 from bigtrain.data.examples import Example
 from bigtrain.data.images import DECODING_ERRORS, pixels_of
-from bigtrain.data.sources import FORMATS, load_frame, load_table
 from bigtrain.data.table_columns import Column, feature_rows, find_column, unusable_rows
 from bigtrain.data.token_cache import encode, fit
 from bigtrain.errors import RequestError
+from bigtrain.sources.lookup import FORMATS, load_frame, load_table
 
 About = dict[str, Any]  # an export's bigtrain.json
 

@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bigtrain.data.records import file_stamp
 from bigtrain.errors import RequestError
 from bigtrain.inference.inputs import Inputs, find_inputs, table_columns
 from bigtrain.inference.predict import Predictor, Result, model_hash
 from bigtrain.inference.prediction_file import PredictionFile, State, note_results, row_writer
+from bigtrain.sources.records import file_stamp
 
 
 @dataclass(frozen=True)

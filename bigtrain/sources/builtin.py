@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
-from bigtrain.data.records import Record, Source, file_stamp
+from bigtrain.sources.records import Record, Source, file_stamp
 
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.examples import Example, PreparedData
-from bigtrain.inference.predictions import Predictions
+from bigtrain.evaluation.predictions import Predictions
 from bigtrain.tasks.base import Evaluator, Task
 from bigtrain.tasks.classify import ClassificationEvaluator
 

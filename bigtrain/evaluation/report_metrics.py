@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.examples import PreparedData
-from bigtrain.inference.predictions import Predictions
-from bigtrain.inference.worst_examples import WorstExample
+from bigtrain.evaluation.predictions import Predictions
+from bigtrain.evaluation.worst_examples import WorstExample
 
 Floats = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from bigtrain.config.recipe import Recipe
 from bigtrain.data.datasets import prepare
 from bigtrain.data.examples import PreparedData
 from bigtrain.errors import RequestError
-from bigtrain.inference.weights import CheckpointWeights, ExportedWeights
+from bigtrain.exporting.weights import CheckpointWeights, ExportedWeights
 from bigtrain.models.build import build_model
 from bigtrain.models.export import AS_TRAINED, Stored, write_export
 from bigtrain.models.model_card import ExportOrigin

@@ -16,8 +16,8 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.plan import make_plan
 from bigtrain.engine.runtime import find_device, world_from_environment
 from bigtrain.engine.start import start_engine
-from bigtrain.inference.predictions import Predictions, predict_held_out
-from bigtrain.inference.report_metrics import values_of
+from bigtrain.evaluation.predictions import Predictions, predict_held_out
+from bigtrain.evaluation.report_metrics import values_of
 from bigtrain.models.build import build_model
 from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Evaluator, Task

@@ -7,8 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from bigtrain.config.recipe import ParallelText
-from bigtrain.data.records import Record, Source, file_stamp
 from bigtrain.errors import RequestError
+from bigtrain.sources.records import Record, Source, file_stamp
 
 
 def open_parallel_text(key: str, corpus: ParallelText) -> Source:

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bigtrain.checkpoint.format import committed_checkpoints
 from bigtrain.data.datasets import prepare
 from bigtrain.errors import BigtrainError, RequestError
-from bigtrain.inference.evaluate import evaluate_run
-from bigtrain.inference.export import (
+from bigtrain.evaluation.evaluate import evaluate_run
+from bigtrain.exporting.export import (
     Model,
     checkpoint_weights,
     choose_checkpoint,
@@ -21,7 +21,7 @@ from bigtrain.inference.export import (
     read_state,
     refuse_used_folder,
 )
-from bigtrain.inference.weights import MeanWeights
+from bigtrain.exporting.weights import MeanWeights
 from bigtrain.models.build import build_model
 from bigtrain.models.export import (
     Stored,

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from bigtrain.config.recipe import Columns, ParallelText
 from bigtrain.config.task_specs import TASK_SPECS, TaskName
-from bigtrain.data.builtin import BUILT_IN
-from bigtrain.data.parallel_text import open_parallel_text
-from bigtrain.data.records import Record, Source, file_stamp
 from bigtrain.errors import RequestError
+from bigtrain.sources.builtin import BUILT_IN
+from bigtrain.sources.parallel_text import open_parallel_text
+from bigtrain.sources.records import Record, Source, file_stamp
 
 # Kinds of errors without an answer of the hub, by name: which HTTP library the hub's client uses
 # depends on its version.

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.inference.evaluate import Evaluation
-from bigtrain.inference.plots import Axes
-from bigtrain.inference.predictions import Predictions
-from bigtrain.inference.report_metrics import CONFIDENCE, RESAMPLES, Report, make_report
-from bigtrain.inference.worst_examples import WorstExample, worst_examples
+from bigtrain.evaluation.evaluate import Evaluation
+from bigtrain.evaluation.plots import Axes
+from bigtrain.evaluation.predictions import Predictions
+from bigtrain.evaluation.report_metrics import CONFIDENCE, RESAMPLES, Report, make_report
+from bigtrain.evaluation.worst_examples import WorstExample, worst_examples
 from bigtrain.runs.directory import asset
 
 WORST_SHOWN = 24
