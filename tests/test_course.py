@@ -25,13 +25,6 @@ from bigtrain.models.rnn import RNN
 ROOT = Path(__file__).parent.parent
 SHORT = ["train.steps=4", "train.eval_every=4", "train.checkpoint_every=4", "track.wandb=off"]
 # Settings of the page that would be long, or that four steps cannot have.
-NOT_YET = (  # to be emptied as these are merged
-    "bigtrain compress",
-    "bigtrain predict",
-    "--format onnx",
-    "--sign",
-    "bigtrain verify digits-signed",
-)
 LONG = ("train.steps=", "train.eval_every=", "train.epochs=")
 
 
@@ -77,8 +70,6 @@ def test_every_command_of_the_course_runs(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for block in BLOCKS:
         for command in block.commands:
-            if any(word in command for word in NOT_YET):
-                continue
             for part in command.split(" && "):
                 run(shortened(part), tmp_path)
 

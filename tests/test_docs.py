@@ -19,7 +19,7 @@ LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 SECTIONS = "(?:seed|task|model|data|optim|engine|train|track|slurm)"
 # `section.key`, `section.key: value`, and section.key=value on a command line
 KEY = re.compile(rf"(?<=`){SECTIONS}\.[a-z0-9_.]+(?=[`:])|(?<![\w./]){SECTIONS}\.[a-z0-9_.]+(?==)")
-NO_KEYS = ("model.safetensors", "model.onnx")  # files
+NO_KEYS = ("model.safetensors", "model.onnx", "optim.groups_in_force")  # files, and a fact
 FREE_KEYS = ("model.args.", "data.columns.")  # below them a user names what he likes
 
 

@@ -119,7 +119,7 @@ def test_a_checkpoints_export_is_the_model_that_was_trained(
     torch.testing.assert_close(logits(exported, name), logits(own, name), rtol=0, atol=1e-6)
     run.export = out
     measured = list(read_metrics(run.metrics, "eval"))[-1]
-    for metric, value in evaluate_run(run, ["engine.device=cpu"]).items():
+    for metric, value in evaluate_run(run, ["engine.device=cpu"]).metrics.items():
         if metric in measured:
             assert value == pytest.approx(measured[metric], abs=1e-6, rel=1e-6), metric
 

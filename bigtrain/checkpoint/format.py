@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bigtrain.models.weight_files import safetensors_header, tensor_bytes
 from bigtrain.runs.directory import RunDir
-from bigtrain.runs.hashes import file_hash
 
 MANIFEST = "manifest.json"
 
@@ -83,6 +82,6 @@ def verify_checkpoint(path: Path) -> list[str]:
             problems.append(f"{name}: missing")
         elif file.stat().st_size != entry["size"]:
             problems.append(f"{name}: {file.stat().st_size:,} bytes instead of {entry['size']:,}")
-        elif file_hash(file) != entry["blake3"]:
+        elif blake3().update_mmap(file).hexdigest() != entry["blake3"]:
             problems.append(f"{name}: content does not match its hash")
     return problems

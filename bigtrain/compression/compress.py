@@ -125,6 +125,7 @@ def _pruned(
         *_with_export_data(run),
         f"model.prune={{amount: {amount}, scope: {scope}, structure: {request.structure}}}",
         f"train.steps={steps}",
+        "train.epochs=null",
         f"train.eval_every={steps}",
         f"optim.warmup_steps={warmup}",
     ]

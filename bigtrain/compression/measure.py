@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.examples import Batch, PreparedData
 from bigtrain.engine.runtime import find_device
+from bigtrain.evaluation.report_metrics import CONFIDENCE, RESAMPLES
 from bigtrain.models.export import load_exported
 from bigtrain.models.output_loss import IGNORED
 from bigtrain.models.quantized import FILE_NAME, read_quantized
 from bigtrain.tasks.base import Task
 from bigtrain.tasks.registry import TASKS
 
-RESAMPLES = 1000
 _TOKENS_AT_ONCE = 2048
 SECONDS_PER_TIMING = 0.5
 _FEWEST_RUNS = 7
@@ -138,7 +138,8 @@ def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     means = np.empty(RESAMPLES)
     for index in range(RESAMPLES):
         means[index] = values[draw.integers(len(values), size=len(values))].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 
