@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,27 +100,17 @@ def _fits_int4(parameter: Tensor) -> bool:
 
 def _quantize(parameter: Tensor, in_int4: bool) -> Quantized:
     """A weight as integers, symmetric around 0: by torchao, which knows linear layers best."""
-    torchao = _quietly_imported()
+    from torchao import quantization
+
     matrix = parameter.detach().float().flatten(1)
     holder = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(matrix, requires_grad=False)
-    config = torchao.Int8WeightOnlyConfig(set_inductor_config=False)
+    config = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
     if in_int4:
         int4: Any = torch.int4  # type: ignore[attr-defined]
-        groups = torchao.PerGroup(GROUP)
-        config = torchao.IntxWeightOnlyConfig(weight_dtype=int4, granularity=groups)
-    torchao.quantize_(holder, config)
+        groups = quantization.PerGroup(GROUP)
+        config = quantization.IntxWeightOnlyConfig(weight_dtype=int4, granularity=groups)
+    quantization.quantize_(holder, config)
     weight: Any = holder.weight
     scale = weight.scale.float().reshape(len(matrix), -1)
     return Quantized(weight.qdata.view(parameter.shape).contiguous(), scale.contiguous())
-
-
-def _quietly_imported() -> Any:
-    """torchao.quantization. Its import warns of GPU extensions that this machine cannot load."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torch's warnings of itself among them
-    try:
-        import torchao.quantization
-    finally:
-        logging.disable(level)
-    return torchao.quantization

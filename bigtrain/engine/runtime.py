@@ -80,8 +80,6 @@ def silence_libraries() -> None:
         "DeepSpeed",
         "torch.distributed",
         "torch._higher_order_ops",
-        "torch.utils._pytree",
-        "torchao",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("deepspeed", "accelerate", "torch", "transformers", "torchmetrics"):
