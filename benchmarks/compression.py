@@ -35,7 +35,7 @@ train:
   checkpoint_every: 1800
   distill: {{teacher: {TEACHER}, temperature: 4.0, alpha: 1.0}}
 """
-SEEDS = range(5)
+SEEDS = range(5, 10)  # the student's settings were chosen with others
 T_OF_95_PERCENT = 2.776  # Student's t, four degrees of freedom
 NO_TRACKER = "track.wandb=off"
 
@@ -68,10 +68,10 @@ def tiny_lm() -> list[str]:
     """The table of `tiny-lm`: int8 and int4."""
     bigtrain.train("tiny-lm", [NO_TRACKER], quiet=True)
     rows = table("tiny-lm", parse_request("", "global", "weights", True, True, None, None))
-    original, int8 = rows["original"], rows["int8"]
+    original, int8 = rows["original"], rows["int8"]  # timed in turns
     size = int8["bytes"] / original["bytes"]
     worse = int8["value"] / original["value"] - 1
-    slower = int8["latency_ms"] / original["latency_ms"] - 1
+    slower = int8["relative_latency"] - 1
     print(f"int8: {size:.3f} × the bytes, {worse:+.3%} bits per byte, {slower:+.1%} time\n")
     checks = {
         "int8 is larger than 0.35": size <= 0.35,

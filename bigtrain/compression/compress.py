@@ -73,7 +73,7 @@ def compress_run(run: RunDir, request: Request, quiet: bool = False) -> Table:
     for variant in variants:
         if not (folder / variant.name).exists():
             _make(run, variant, folder / variant.name, quiet)
-    bench = Bench(recipe, prepared)
+    bench = Bench(recipe, prepared, run.export)
     rows = [bench.measure("original", run.export)]
     rows += [bench.measure(variant.name, folder / variant.name) for variant in variants]
     table = Table(run.name, bench.device_name, rows)

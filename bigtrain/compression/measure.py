@@ -2,10 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +41,8 @@ class Row:
     high: float
     latency_ms: float
     """Median time of a forward pass of one held-out example."""
+    relative_latency: float
+    """The same ÷ the original model's, each of which was timed in turn with this one's."""
     samples_per_s: float
     """In batches."""
     sparsity: float
@@ -52,10 +52,13 @@ class Row:
 class Bench:
     """The held-out examples and the device that all models of a table are measured with."""
 
-    def __init__(self, recipe: Recipe, prepared: PreparedData) -> None:
+    def __init__(self, recipe: Recipe, prepared: PreparedData, original: Path) -> None:
+        """`original`: the folder of the model that the others are made of."""
         self.task: Task = TASKS[recipe.task](recipe.task, prepared)
         self.device = torch.device(find_device(recipe.engine.device).kind)
-        self.batch_size = max(1, min(64, _TOKENS_AT_ONCE // prepared.tokens_per_sample))
+        fitting = _TOKENS_AT_ONCE // prepared.tokens_per_sample
+        self.batch_size = max(1, min(64, fitting))
+        self.original = self._load(original)
 
     @property
     def device_name(self) -> str:
@@ -65,11 +68,11 @@ class Bench:
 
     def measure(self, name: str, folder: Path) -> Row:
         """Load a model from its folder, evaluate and time it."""
-        model = load_exported(folder, self.task.name).eval().to(self.device)
+        model = self._load(folder)
         with torch.inference_mode():
             metric, values = self._values(model)
-            one = self._seconds(model, 1)
-            many = self._seconds(model, self.batch_size)
+            original, one = self._seconds([self.original, model], 1)
+            (many,) = self._seconds([model], self.batch_size)
         low, high = bootstrap_interval(values)
         return Row(
             model=name,
@@ -80,14 +83,19 @@ class Bench:
             low=low,
             high=high,
             latency_ms=one * 1e3,
+            relative_latency=one / original,
             samples_per_s=min(self.batch_size, len(self.task.data.eval)) / many,
             sparsity=sparsity(folder),
         )
 
+    def _load(self, folder: Path) -> nn.Module:
+        return load_exported(folder, self.task.name).eval().to(self.device)
+
     def _batch(self, first: int, size: int) -> Batch:
         examples = self.task.data.eval
         stop = min(first + size, len(examples))
-        batch = self.task.collate([examples[index] for index in range(first, stop)])
+        chosen = [examples[index] for index in range(first, stop)]
+        batch = self.task.collate(chosen)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _values(self, model: nn.Module) -> tuple[str, NDArray[np.float64]]:
@@ -95,7 +103,8 @@ class Bench:
         parts = []
         for first in range(0, len(self.task.data.eval), self.batch_size):
             batch = self._batch(first, self.batch_size)
-            parts.append(_values_of(self.task, self.task.logits(model, batch), batch["labels"]))
+            logits = self.task.logits(model, batch)
+            parts.append(_values_of(self.task, logits, batch["labels"]))
         values = torch.cat(parts).double().cpu().numpy()
         data, spec = self.task.data, self.task.spec
         if data.eval_bytes is not None:
@@ -104,19 +113,20 @@ class Bench:
             return "exact_match", values
         return ("accuracy" if spec.has_labels else "mse"), values
 
-    def _seconds(self, model: nn.Module, size: int) -> float:
-        """The median time of a forward pass of `size` examples."""
+    def _seconds(self, models: list[nn.Module], size: int) -> list[float]:
+        """Each model's median time for a forward pass of `size` examples; they take turns."""
         batch = self._batch(0, size)
-        forward: Callable[[], Any] = lambda: self.task.logits(model, batch)  # noqa: E731
-        forward()
-        taken: list[float] = []
-        while sum(taken) < SECONDS_PER_TIMING or len(taken) < _FEWEST_RUNS:
-            began = time.perf_counter()
-            forward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - began)
-        return float(np.median(taken))
+        for model in models:
+            self.task.logits(model, batch)
+        taken: list[list[float]] = [[] for _ in models]
+        while sum(taken[0]) < SECONDS_PER_TIMING or len(taken[0]) < _FEWEST_RUNS:
+            for model, of_model in zip(models, taken, strict=True):
+                began = time.perf_counter()
+                self.task.logits(model, batch)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                of_model.append(time.perf_counter() - began)
+        return [float(np.median(of_model)) for of_model in taken]
 
 
 def _values_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,10 +136,13 @@ def _values_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     if task.spec.has_labels:
         return (logits.argmax(-1) == labels).float()
     if task.spec.predicts == "text":
-        is_right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        is_right = logits.argmax(-1) == labels
+        is_right |= labels == IGNORED
         return is_right.all(-1).float()
-    rows = zip(logits, labels, strict=True)
-    return torch.stack([task.loss_from_logits(row, label) for row, label in rows])
+    losses = []
+    for row, label in zip(logits, labels, strict=True):
+        losses.append(task.loss_from_logits(row, label))
+    return torch.stack(losses)
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -137,7 +150,8 @@ def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     draw = np.random.default_rng(0)
     means = np.empty(RESAMPLES)
     for index in range(RESAMPLES):
-        means[index] = values[draw.integers(len(values), size=len(values))].mean()
+        drawn = draw.integers(len(values), size=len(values))
+        means[index] = values[drawn].mean()
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -9,10 +9,11 @@ from bigtrain.runs.directory import asset
 HEADS = (
     "model",
     "bytes",
-    "of original",
+    "÷ original's",
     "metric",
     "95% interval",
     "ms, batch 1",
+    "time ÷ original's",
     "samples/s",
     "zeros",
 )
@@ -30,6 +31,7 @@ def cells(table: Table) -> list[list[str]]:
             f"{row.value:.4f}",
             f"{row.low:.4f} to {row.high:.4f}",
             f"{row.latency_ms:.3g}",
+            f"{row.relative_latency:.2f}",
             f"{row.samples_per_s:,.0f}",
             f"{row.sparsity:.1%}",
         ]
