@@ -123,6 +123,6 @@ def test_frozen_weights_that_have_changed_outside_of_the_run_are_refused(tmp_pat
     assert bigtrain("train", *base, "train.steps=8", cwd=tmp_path).returncode == 0
     refused = bigtrain("train", *tuned, "train.steps=8", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "the weights that model.pretrained names have changed" in refused.stderr
+    assert "the weights of model.pretrained runs/base/export have changed" in refused.stderr
     exported = bigtrain("export", "run", "out", "--step", "last", cwd=tmp_path)
     assert exported.returncode == 2 and "have changed" in exported.stderr

@@ -70,10 +70,13 @@ def refuse_other_weights(recipe: Recipe, run: RunDir, allow_change: Sequence[str
     for key, setting in outside_weights(recipe).items():
         source = key.removesuffix(".weights")
         is_allowed = any(f"{source}.".startswith(f"{name}.") for name in allow_change)
+        whose = f"model.pretrained {recipe.model.pretrained}"
+        if source == "train.distill" and recipe.train.distill is not None:
+            whose = f"the teacher {recipe.train.distill.teacher}"
         known = began_with.get(key, setting["value"])  # a run of an earlier version has no hash
         if known != setting["value"] and not is_allowed:
             raise RequestError(
-                f"the weights that {source} names have changed since this run began",
+                f"the weights of {whose} have changed since this run began",
                 "the weights that it began with, which are a part of its model",
                 f"put them back; or train with --allow-change {source}, or --fresh",
             )
