@@ -484,8 +484,7 @@ class Recipe(Section):
             raise ValueError(
                 f"train.keep_best is {keep_best}; task {self.task} has {', '.join(metrics)}"
             )
-        if spec.predicts == "number" and (self.train.label_smoothing or self.train.distill):
-            raise ValueError(
-                "train.label_smoothing and train.distill are for losses over classes or tokens"
-            )
+        for key in ("label_smoothing", "distill"):
+            if spec.predicts == "number" and getattr(self.train, key):
+                raise ValueError(f"train.{key} is for losses over classes or tokens")
         return self
