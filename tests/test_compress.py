@@ -170,7 +170,7 @@ def test_a_layer_in_training_computes_what_the_quantized_one_will() -> None:
         model = torch.nn.Sequential(torch.nn.Linear(96, 30), torch.nn.Linear(30, 5))
         weights = [_quantize(model[0].weight, kind == "int4"), _quantize(model[1].weight, False)]
         names = list(model.state_dict())
-        train_quantization_aware(model, kind)  # type: ignore[arg-type]
+        train_quantization_aware(model, kind)
         assert list(model.state_dict()) == names and isinstance(model[0], QatLinear)
         rows = torch.randn(8, 96)
         if kind == "int8":
@@ -251,6 +251,8 @@ def test_what_cannot_be_made_is_refused_before_anything_is(
         refuse_quantization("int4", torch.nn.Sequential(torch.nn.Linear(30, 2)))
     with pytest.raises(RequestError, match="has LSTM, where rounding would not be seen"):
         train_quantization_aware(torch.nn.LSTM(32, 32), "int8")
+    with pytest.raises(RequestError, match="no weight with rows of a multiple of 32"):
+        train_quantization_aware(torch.nn.Sequential(torch.nn.Linear(30, 32)), "int4")
     with pytest.raises(RequestError, match="no linear layer or convolution"):
         train_quantization_aware(torch.nn.Embedding(32, 32), "int4")
     run = find_run("cnn")

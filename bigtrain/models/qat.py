@@ -9,6 +9,7 @@ torchao's own (torchao.quantization.qat, 0.18) is not used. It knows linear laye
 matrices and kernels are quantized; and it cannot round inputs symmetrically, as int8 does here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def train_quantization_aware(model: nn.Module, qat: Qat) -> None:
     """Have linear layers and convolutions compute with rounded weights, in place.
 
     Parameters may be sharded already. Raises RequestError for a model without such layers, and for
-    one with layers that take their weights as they are (recurrent ones, GPT-2's Conv1D).
+    one with layers that take their weights as they are (recurrent ones, GPT-2's Conv1D); for int4
+    unless some layer has rows that divide into groups.
     """
     layers = [module for module in model.modules() if type(module) in _ROUNDED]
     unrounded: set[str] = set()
@@ -127,21 +129,27 @@ def train_quantization_aware(model: nn.Module, qat: Qat) -> None:
             "a model of linear layers and convolutions",
             "no model.qat (compress without --qat quantizes such a model too)",
         )
+    fitting = [layer for layer in layers if _fits_int4(layer, embedded)]
+    if qat == "int4" and not fitting:
+        raise RequestError(
+            f"model.qat: {type(model).__name__} has no weight with rows of a multiple of {GROUP}",
+            f"rows that divide into groups of {GROUP} neighbours with one scale each",
+            "model.qat=int8, or widths in model.args that are multiples of 32",
+        )
     for layer in layers:
         # The object stays, with its parameters, hooks and ties, as torch's parametrizations do it.
         layer.__class__ = _ROUNDED[type(layer)]
-        is_embedding = id(layer.weight) in embedded
-        in_int4 = qat == "int4" and not is_embedding and _row_length(layer) % GROUP == 0
+        in_int4 = qat == "int4" and layer in fitting
         layer.weight_bits = 4 if in_int4 else 8  # type: ignore[assignment]
         if isinstance(layer, QatLinear):
             layer.rounds_inputs = qat == "int8"
 
 
-def _row_length(layer: Any) -> int:
-    """Of the weight as a matrix; a sharded weight no longer shows its shape."""
+def _fits_int4(layer: Any, embedded: set[int]) -> bool:
+    """Whether the file has the layer's weight in int4. A sharded weight does not show its shape."""
+    if id(layer.weight) in embedded:
+        return False
     if isinstance(layer, nn.Linear):
-        return layer.in_features
-    length: int = layer.in_channels // layer.groups
-    for size in layer.kernel_size:
-        length *= size
-    return length
+        return layer.in_features % GROUP == 0
+    length = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return length % GROUP == 0
