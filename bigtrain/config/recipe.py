@@ -28,6 +28,7 @@ def _number_of(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+Qat = Literal["int8", "int4"]
 Checkpointing = Literal["none", "full", "selective"] | PositiveInt
 Columns = dict[str, str | Annotated[list[str], Field(min_length=1)]]  # by field
 StepNumber = Annotated[Count, BeforeValidator(_number_of)]
@@ -84,6 +85,10 @@ class ModelConfig(Section):
     )
     prune: PruneConfig | None = Field(
         default=None, description="with pretrained: train with the smallest weights set to zero"
+    )
+    qat: Qat | None = Field(
+        default=None,
+        description="train with weights rounded as `bigtrain compress` rounds them to int8 or int4",
     )
 
     @model_validator(mode="after")
