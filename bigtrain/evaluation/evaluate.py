@@ -57,7 +57,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> Evaluation:
     plan, _ = make_plan(
         recipe.engine,
         world_size=1,
-        samples=len(prepared.train),
+        samples=len(prepared.train) or len(prepared.eval),
         tokens_per_sample=prepared.cost_on(device.kind),
         bf16_is_fast=device.bf16_is_fast,
     )

@@ -177,7 +177,7 @@ def _lines(path: Path) -> _Part:
 
 def _rows(path: Path, table_format: str, columns: Sequence[Column]) -> _Part:
     """The rows of a table that has the columns; what a csv has in them is text."""
-    frame = load_frame("predict", table_format, [str(path)], dtype=str)
+    frame = load_frame("predict", table_format, [str(path)])
     for column in columns:
         find_column(frame, column.name, str(path))
     frame = frame[[column.name for column in columns]]
@@ -237,15 +237,9 @@ def _encode_rows(about: About, inputs: list[Input]) -> list[Usable | Unusable]:
 
     columns = table_columns(about)
     table = pandas.DataFrame([item.value for item in inputs], dtype=object)
-    for column in columns:
-        if column.categories and not set(column.categories) - {"", "True", "False"}:
-            # As pandas reads a csv of nothing else; here it is text, or a value from elsewhere.
-            table[column.name] = table[column.name].map(
-                lambda value: str(value).capitalize(), na_action="ignore"
-            )
     wrong = unusable_rows(table, columns, "predict")
-    mean = np.asarray(about["feature_mean"], np.float32)
-    std = np.asarray(about["feature_std"], np.float32)
+    mean = np.asarray(about["feature_mean"], np.float64)
+    std = np.asarray(about["feature_std"], np.float64)
     rows = feature_rows(table.drop(index=list(wrong)), columns, mean, std)
     names = [column.name for column in columns if column.kind == "category"]
     answer = TASK_SPECS[about["task"]].fields[1]
