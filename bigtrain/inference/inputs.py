@@ -125,7 +125,8 @@ def _find_images(paths: list[Path]) -> Inputs:
     """Named files as they are; of folders, at any depth, those whose names end as images' do."""
     from PIL import Image
 
-    suffixes = set(Image.registered_extensions())
+    formats = Image.registered_extensions()
+    suffixes = {suffix for suffix in formats if formats[suffix] in Image.OPEN}  # pdf: only written
     files: list[Path] = []
     left_out = 0
     for path in paths:
@@ -139,7 +140,13 @@ def _find_images(paths: list[Path]) -> Inputs:
         left_out += len(inside) - len(images)
         files += images
     names = [str(path) for path in files]
-    return Inputs(files, [_Part(names, None, lambda start, stop: names[start:stop])], left_out)
+    shown = [_shown(path) for path in files]
+    return Inputs(files, [_Part(shown, None, lambda start, stop: names[start:stop])], left_out)
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be written: bytes of it that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _find_rows(
@@ -172,7 +179,7 @@ def _lines(path: Path) -> _Part:
     if not lines[-1]:  # after the last end of line
         lines.pop()
     rows = [line.removesuffix(b"\r") for line in lines]
-    return _Part([str(path)], rows, lambda start, stop: rows[start:stop])
+    return _Part([_shown(path)], rows, lambda start, stop: rows[start:stop])
 
 
 def _rows(path: Path, table_format: str, columns: Sequence[Column]) -> _Part:
@@ -181,13 +188,15 @@ def _rows(path: Path, table_format: str, columns: Sequence[Column]) -> _Part:
     for column in columns:
         find_column(frame, column.name, str(path))
     frame = frame[[column.name for column in columns]]
-    return _Part([str(path)], frame, lambda start, stop: frame.iloc[start:stop].to_dict("records"))
+    return _Part(
+        [_shown(path)], frame, lambda start, stop: frame.iloc[start:stop].to_dict("records")
+    )
 
 
 def _table(path: Path, table_format: str, spec: TaskSpec, columns: Columns) -> _Part:
     """The column of a table that the task reads."""
     if path.stat().st_size == 0:
-        return _Part([str(path)], [], lambda _start, _stop: [])
+        return _Part([_shown(path)], [], lambda _start, _stop: [])
     table = load_table("predict", table_format, str(path), data_files=[str(path)])
     field = spec.fields[0]
     column = str(columns.get(field, field))
@@ -198,7 +207,7 @@ def _table(path: Path, table_format: str, spec: TaskSpec, columns: Columns) -> _
             f"--column {field}=NAME_OF_A_COLUMN",
         )
     table = table.select_columns([column])
-    return _Part([str(path)], table, lambda start, stop: table[start:stop][column])
+    return _Part([_shown(path)], table, lambda start, stop: table[start:stop][column])
 
 
 Encoder = Callable[[list[Input]], list[Usable | Unusable]]
