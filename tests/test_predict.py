@@ -88,6 +88,7 @@ def test_texts_are_predicted_as_the_run_evaluated_them(folder: Path) -> None:
         "out": "held.out.jsonl",
         "inputs": len(held_out),
         "unusable": 0,
+        "unknown": 0,
     }
     results = rows_of(folder / "held.out.jsonl")
     assert [row["row"] for row in results] == list(range(len(held_out)))
@@ -195,12 +196,13 @@ def test_images_are_predicted_and_bad_ones_are_named(folder: Path) -> None:
     done = bigtrain("predict", "digits", "images", "--out", "i.csv", *allowed, cwd=folder)
     assert done.returncode == 0 and "3 of them unusable" in done.stdout
 
-    odd = os.fsencode(folder / "odd")
-    os.mkdir(odd)
-    shutil.copy(folder / results[0]["file"], os.path.join(odd, b"caf\xe9.png"))
+    odd = folder / "odd" / os.fsdecode(b"caf\xe9.png")
+    odd.parent.mkdir()
+    shutil.copy(folder / results[0]["file"], odd)
     done = bigtrain("predict", "digits", "odd", "--out", "odd.jsonl", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert rows_of(folder / "odd.jsonl") == [results[0] | {"file": r"odd/caf\xe9.png"}]
+    (row,) = rows_of(folder / "odd.jsonl")
+    assert (row["file"], row["prediction"]) == (r"odd/caf\xe9.png", results[0]["prediction"])
 
 
 def test_a_sequence_to_sequence_model_writes_each_answer(tmp_path: Path) -> None:
