@@ -17,6 +17,7 @@ from bigtrain.errors import RequestError
 _FAR = 1000  # deviations from zero
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 Gaps = Literal["refused", "filled", "flagged"]
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ def _describe(values: Any, chosen: Collection[str], refuse_gaps: bool) -> Column
     return Column(name, "category", fate, gaps, categories=categories)
 
 
+def input_names(columns: Sequence[Column]) -> list[str]:
+    """The columns that features are made of."""
+    names: list[str] = []
+    for column in columns:
+        if column.kind in ("number", "category"):
+            names.append(column.name)
+    return names
+
+
 def find_column(table: Any, name: str, place: str) -> Any:
     """A column of the table. Raises RequestError, beginning with `place`, if there is none."""
     if name in table:
@@ -130,19 +140,21 @@ def typed(table: Any) -> Any:
     columns: dict[str, Any] = {}
     for name in table:
         values = table[name]
-        columns[name] = values
         numbers = pandas.to_numeric(values, errors="coerce")
-        words = {text.capitalize() for text in values.dropna().unique()}
         if numbers.isna().equals(values.isna()):
             columns[name] = numbers
-        elif is_true_or_false(words):
-            columns[name] = values.str.capitalize()
+            continue
+        capitalized = values.str.capitalize()
+        if is_true_or_false(capitalized.dropna().unique()):
+            values = capitalized
+        columns[name] = values
     return pandas.DataFrame(columns)
 
 
 def is_true_or_false(known: Collection[str]) -> bool:
     """Whether there are known values, and no others than these two."""
-    return bool(known) and not set(known) - {"", "True", "False"}
+    others = set(known) - {"", "True", "False"}
+    return len(known) > 0 and not others
 
 
 def texts(values: Any, known: Collection[str] = ()) -> list[str]:
@@ -150,8 +162,10 @@ def texts(values: Any, known: Collection[str] = ()) -> list[str]:
 
     Where all `known` ones are True and False, TRUE and true are True.
     """
-    found = list(values.astype(object).where(values.notna(), "").map(str))
-    return [text.capitalize() for text in found] if is_true_or_false(known) else found
+    found = values.astype(object).where(values.notna(), "").map(str)
+    if is_true_or_false(known):
+        found = found.str.capitalize()
+    return list(found)
 
 
 def unusable_rows(table: Any, columns: Sequence[Column], place: str) -> dict[int, str]:
@@ -175,7 +189,7 @@ def unusable_rows(table: Any, columns: Sequence[Column], place: str) -> dict[int
     return found
 
 
-def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> NDArray[np.float64]:
+def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> Numbers:
     """[rows, columns of the kind], missing ones filled."""
     import pandas
 
@@ -185,12 +199,11 @@ def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> NDArray[np.f
 
 
 def _are_precise(columns: Sequence[Column]) -> NDArray[np.bool_]:
-    return np.asarray([column.is_precise for column in columns if column.kind == "number"], bool)
+    numbers = [column for column in columns if column.kind == "number"]
+    return np.asarray([column.is_precise for column in numbers], bool)
 
 
-def mean_and_std(
-    table: Any, columns: Sequence[Column]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mean_and_std(table: Any, columns: Sequence[Column]) -> tuple[Numbers, Numbers]:
     """Of each column of numbers; the deviation of a constant one is 1."""
     numbers = numbers_of(table, columns, "number")
     rounded = numbers.astype(np.float32)
@@ -201,14 +214,23 @@ def mean_and_std(
     return mean, std
 
 
+def stored_mean_and_std(exported: dict[str, Any]) -> tuple[Numbers, Numbers]:
+    """Those that an export's bigtrain.json has."""
+    mean = np.asarray(exported["feature_mean"], np.float64)
+    std = np.asarray(exported["feature_std"], np.float64)
+    return mean, std
+
+
 def _standardised(
-    table: Any, columns: Sequence[Column], mean: NDArray[np.float64], std: NDArray[np.float64]
+    table: Any, columns: Sequence[Column], mean: Numbers, std: Numbers
 ) -> NDArray[np.float32]:
     numbers = numbers_of(table, columns, "number")
     rounded = numbers.astype(np.float32)
-    narrow = (rounded - mean.astype(np.float32)) / std.astype(np.float32)
-    wide = ((numbers - mean) / std).astype(np.float32)
-    return np.where(_are_precise(columns), wide, narrow)
+    narrow = rounded - mean.astype(np.float32)
+    narrow /= std.astype(np.float32)
+    wide = (numbers - mean) / std
+    precise = _are_precise(columns)
+    return np.where(precise, wide.astype(np.float32), narrow)
 
 
 @dataclass(frozen=True)
@@ -236,9 +258,7 @@ class FeatureRows:
         return np.concatenate([self.numbers[index], one_hot[:-1]])
 
 
-def feature_rows(
-    table: Any, columns: Sequence[Column], mean: NDArray[np.float64], std: NDArray[np.float64]
-) -> FeatureRows:
+def feature_rows(table: Any, columns: Sequence[Column], mean: Numbers, std: Numbers) -> FeatureRows:
     """The features of rows that can be used.
 
     `mean` and `std` [numbers] are of the training part.

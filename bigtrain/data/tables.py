@@ -13,9 +13,11 @@ from bigtrain.data.table_columns import (
     Column,
     describe_columns,
     feature_rows,
+    input_names,
     is_true_or_false,
     mean_and_std,
     numbers_of,
+    stored_mean_and_std,
     texts,
     typed,
     unusable_rows,
@@ -46,11 +48,7 @@ def prepare_table(
         known = exported["classes"] if exported else _true_and_false(train, answer)
         labels = {*texts(train_rows[answer], known), *texts(eval_rows[answer], known)}
         classes = sorted({*labels, *known})
-    if exported is None:
-        mean, std = mean_and_std(train_rows, columns)
-    else:
-        mean = np.asarray(exported["feature_mean"], np.float64)
-        std = np.asarray(exported["feature_std"], np.float64)
+    mean, std = stored_mean_and_std(exported) if exported else mean_and_std(train_rows, columns)
     categories = [column for column in columns if column.kind == "category"]
     notes = []
 
@@ -69,7 +67,6 @@ def prepare_table(
     train_set = dataset(train_rows)
     eval_set = dataset(eval_rows)
     num_features = len(eval_set[0]["features"])
-    inputs = [column.name for column in columns if column.kind in ("number", "category")]
     return PreparedData(
         train_set,
         eval_set,
@@ -85,7 +82,7 @@ def prepare_table(
         },
         notes=notes,
         unreadable=unreadable,
-        eval_rows=None if exported is None else eval_rows[inputs],
+        eval_rows=eval_rows[input_names(columns)] if exported else None,
     )
 
 

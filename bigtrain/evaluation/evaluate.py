@@ -26,9 +26,9 @@ from bigtrain.tasks.registry import TASKS
 from bigtrain.training.preflight import use_output_loss
 
 # Settings that are decided when a model has been trained, or that only training has.
-_OF_TRAINING = ("name", "seed", "task", "model.pretrained", "optim", "train", "track", "slurm")
-_OF_TRAINING += ("engine.kind", "engine.offload", "data.tokenizer")
-_OF_TABLES = ("data.columns", "data.missing")
+_OF_TRAINING = ["name", "seed", "task", "model.pretrained", "optim", "train", "track", "slurm"]
+_OF_TRAINING += ["engine.kind", "engine.offload", "data.tokenizer"]
+_OF_TABLES = ["data.columns", "data.missing"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> Evaluation:
 
 def _refuse_idle(overrides: list[str], is_table: bool) -> None:
     """Raises RequestError for overrides that change nothing of an evaluation."""
-    idle = _OF_TRAINING
+    idle = [*_OF_TRAINING]
     if is_table:
         idle += _OF_TABLES
     for text in overrides:

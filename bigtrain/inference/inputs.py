@@ -19,7 +19,13 @@ from bigtrain.config.recipe import Columns
 from bigtrain.config.task_specs import TASK_SPECS, TaskSpec
 from bigtrain.data.examples import Example
 from bigtrain.data.images import DECODING_ERRORS, pixels_of
-from bigtrain.data.table_columns import Column, feature_rows, find_column, unusable_rows
+from bigtrain.data.table_columns import (
+    Column,
+    feature_rows,
+    find_column,
+    stored_mean_and_std,
+    unusable_rows,
+)
 from bigtrain.data.token_cache import encode, fit
 from bigtrain.errors import RequestError
 from bigtrain.sources.lookup import FORMATS, load_frame, load_table
@@ -247,8 +253,7 @@ def _encode_rows(about: About, inputs: list[Input]) -> list[Usable | Unusable]:
     columns = table_columns(about)
     table = pandas.DataFrame([item.value for item in inputs], dtype=object)
     wrong = unusable_rows(table, columns, "predict")
-    mean = np.asarray(about["feature_mean"], np.float64)
-    std = np.asarray(about["feature_std"], np.float64)
+    mean, std = stored_mean_and_std(about)
     rows = feature_rows(table.drop(index=list(wrong)), columns, mean, std)
     names = [column.name for column in columns if column.kind == "category"]
     answer = TASK_SPECS[about["task"]].fields[1]
