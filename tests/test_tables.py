@@ -407,6 +407,9 @@ def test_a_type_holds_for_all_files_of_a_column(tmp_path: Path) -> None:
     later.write_text(head + "01,true,1,7\n")
     with pytest.raises(RequestError, match="the data has classes"):
         prepare(absent, about)
+    with pytest.raises(RequestError, match="no file matches") as caught:
+        prepare(recipe_of(tmp_path / "absent.csv", task=task), about)
+    assert str(caught.value).endswith("data.eval=FILES")
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])

@@ -44,7 +44,7 @@ def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedD
         prepared = prepare_table(recipe, Part(records, []), held_out, exported)
         _refuse_classes(recipe, prepared, exported)
         return prepared
-    source = open_source("data.train", recipe.data.train, recipe.task, columns)
+    source = _open_training(recipe, exported)
     if spec.data == "text":
         prepared = prepare_text(recipe, source, evaluation)
     else:
@@ -53,6 +53,17 @@ def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedD
         prepared = prepare_part(recipe, train, held_out, exported)
     _refuse_classes(recipe, prepared, exported)
     return prepared
+
+
+def _open_training(recipe: Recipe, exported: dict[str, Any] | None) -> Source:
+    data = recipe.data
+    try:
+        return open_source("data.train", data.train, recipe.task, data.columns)
+    except RequestError as problem:
+        if exported is None:
+            raise
+        advice = "data.eval=FILES" if "table" in exported else ""  # others need both
+        raise RequestError(problem.found, "the data that the run was trained on", advice) from None
 
 
 def _refuse_classes(
