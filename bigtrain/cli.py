@@ -117,6 +117,11 @@ def evaluate(
 
     directory = find_finished_run(run)
     if harness is not None:
+        if overrides or html is not None:
+            raise RequestError(
+                f"--harness with {overrides[0] if overrides else '--html'}",
+                "--harness, --harness-path, --harness-shots and --json",
+            )
         from bigtrain.evaluation.harness import run_harness, show_harness
 
         scores = run_harness(directory, harness.split(","), harness_path, harness_shots)

@@ -114,9 +114,13 @@ def generate(
     decoding = generator.decoding(tokens, temperature, top_p, tuple(stop or []))
     if prompts is not None:
         for answered, text in generator.write_all(read_prompts(prompts), decoding, seed):
-            print(json.dumps({"prompt": answered, "text": text}), flush=True)
+            _print_line({"prompt": answered, "text": text})
     elif as_json:
-        print(json.dumps({"prompt": prompt, "text": generator.write(prompt, decoding, seed)}))
+        _print_line({"prompt": prompt, "text": generator.write(prompt, decoding, seed)})
     else:
         generator.write(prompt, decoding, seed, show=partial(print, end="", flush=True))
         print()
+
+
+def _print_line(result: dict[str, str]) -> None:
+    print(json.dumps(result, ensure_ascii=False), flush=True)

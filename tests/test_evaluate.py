@@ -224,6 +224,7 @@ def test_the_page_shows_it_all_and_names_cannot_break_it(trained: Path) -> None:
     for name, words in (("breast-cancer", "ROC of"), ("diabetes", "Predicted and true")):
         evaluated(trained, name, "--html", str(page))
         assert words in page.read_text()
+    assert "bmi=" in page.read_text(), "a row is shown as the table has it"
 
 
 def test_wrong_requests_are_one_paragraph(trained: Path) -> None:
@@ -237,6 +238,10 @@ def test_wrong_requests_are_one_paragraph(trained: Path) -> None:
     assert "a causal_lm or seq2seq run" in refused("diabetes", "--harness", "arc_easy")
     assert "one of transformers'" in refused("rnn-lm", "--harness", "arc_easy")
     assert "no folder" in refused("tiny-lm", "--harness", "x", "--harness-path", "absent")
+    assert "--harness with data.eval=x" in refused("tiny-lm", "data.eval=x", "--harness", "x")
+    assert "--harness with --html" in refused("tiny-lm", "--harness", "x", "--html", "page.html")
+    for idle in ("data.missing=refuse", "data.columns.features=[bmi]", "optim.lr=1", "name=b"):
+        assert f"{idle}: an evaluation takes it as" in refused("diabetes", idle)
     (trained / "runs" / "unfinished").mkdir(exist_ok=True)
     shutil.copy(trained / "runs" / "tiny-lm" / "recipe.yaml", trained / "runs" / "unfinished")
     assert "has not finished" in refused("unfinished")

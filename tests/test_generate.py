@@ -119,3 +119,8 @@ def test_what_cannot_be_written_is_refused(llama: Path, tmp_path: Path) -> None:
     prompts.write_text("")
     with pytest.raises(RequestError, match="is empty"):
         read_prompts(prompts)
+    prompts.write_bytes(b"caf\xe9")
+    with pytest.raises(RequestError, match="not UTF-8 text"):
+        read_prompts(prompts)
+    with pytest.raises(RequestError, match="absent: No such file"):
+        read_prompts(tmp_path / "absent")

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import random
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -162,10 +164,11 @@ def test_images_are_predicted_and_bad_ones_are_named(folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(record["image"]).save(place / f"{number}.png")
     (folder / "images" / "notes.md").write_text("no image")
+    (folder / "images" / "notes.pdf").write_text("a format that is only written")
     copied = bigtrain("export", "digits", "exported", cwd=folder)
     assert copied.returncode == 0, copied.stderr
     done = bigtrain("predict", "exported", "images", cwd=folder)
-    assert done.returncode == 0 and "1 file" in done.stderr
+    assert done.returncode == 0 and "2 files" in done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     right = [row["prediction"] == Path(row["file"]).parent.name for row in results]
     assert sum(right) / len(right) == pytest.approx(accuracy_of(folder / "runs" / "digits"))
@@ -192,6 +195,14 @@ def test_images_are_predicted_and_bad_ones_are_named(folder: Path) -> None:
     allowed = ["--max-unreadable", "3"]
     done = bigtrain("predict", "digits", "images", "--out", "i.csv", *allowed, cwd=folder)
     assert done.returncode == 0 and "3 of them unusable" in done.stdout
+
+    odd = folder / "odd" / os.fsdecode(b"caf\xe9.png")
+    odd.parent.mkdir()
+    shutil.copy(folder / results[0]["file"], odd)
+    done = bigtrain("predict", "digits", "odd", "--out", "odd.jsonl", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows_of(folder / "odd.jsonl")
+    assert (row["file"], row["prediction"]) == (r"odd/caf\xe9.png", results[0]["prediction"])
 
 
 def test_a_sequence_to_sequence_model_writes_each_answer(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 import bigtrain as api
 from bigtrain.config.loader import load_recipe
 from bigtrain.config.recipe import Recipe
+from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.data.datasets import prepare
 from bigtrain.data.examples import PreparedData
 from bigtrain.data.held_out import is_held_out
 from bigtrain.errors import RequestError
+from bigtrain.inference.inputs import Usable, find_inputs, make_encoder, table_columns
 from bigtrain.models.build import build_model
 
 ROWS = 344
@@ -361,3 +363,84 @@ def test_an_export_without_names_of_columns_is_evaluated(tmp_path: Path) -> None
     refused = bigtrain("predict", "old", "t.csv", cwd=tmp_path)
     assert refused.returncode == 2
     assert "an earlier version, which did not write down its columns" in refused.stderr
+
+
+def exported_by(prepared: PreparedData, task: str) -> dict[str, Any]:
+    """What an export says of tables."""
+    return {"task": task, "classes": prepared.classes} | prepared.preprocessing
+
+
+def predicted_features(about: dict[str, Any], path: Path) -> list[list[float]]:
+    """The features that `predict` makes of a file."""
+    inputs = find_inputs([path], TASK_SPECS[about["task"]], {}, table_columns(about))
+    encoded = make_encoder(about, None)(inputs.read(0, len(inputs)))
+    rows: list[list[float]] = []
+    for item in encoded:
+        assert isinstance(item, Usable) and not item.unknown
+        rows.append(item.example["features"].tolist())
+    return rows
+
+
+def test_a_type_holds_for_all_files_of_a_column(tmp_path: Path) -> None:
+    """Codes 01 and 02 are text in any file, for one of training's has X1."""
+    (tmp_path / "g").mkdir()
+    numbers = [f"0{1 + i % 2},{i % 2 == 0},{i},{i % 3}" for i in range(40)]
+    others = [f"X1,TRUE,{i},{i % 3}" for i in range(40)]
+    head = "code,flag,size,label\n"
+    (tmp_path / "g" / "a.csv").write_text(head + "\n".join(numbers))
+    (tmp_path / "g" / "b.csv").write_text(head + "\n".join(others))
+    task = "tabular_classification"
+    recipe = recipe_of(tmp_path / "g" / "*.csv", task=task)
+    prepared = prepare(recipe)
+    assert prepared.columns["columns.code"] == "category of 3 values"
+    assert prepared.columns["columns.flag"] == "category of 2 values"
+    assert prepared.columns["columns.size"] == "number"
+    later = tmp_path / "later.csv"
+    later.write_text(head + "01,true,1,0\n02,False,2,1\n")
+    about = exported_by(prepared, task)
+    absent = recipe_of(tmp_path / "absent.csv", task=task, eval=str(later))
+    found = prepare(absent, about)
+    assert not found.notes and found.classes == ["0", "1", "2"]
+    features = [found.eval[i]["features"].tolist() for i in range(2)]
+    assert [row[1:] for row in features] == [[1, 0, 0, 0, 1], [0, 1, 0, 1, 0]]
+    assert predicted_features(about, later) == features
+    later.write_text(head + "01,true,1,7\n")
+    with pytest.raises(RequestError, match="the data has classes"):
+        prepare(absent, about)
+    with pytest.raises(RequestError, match="no file matches") as caught:
+        prepare(recipe_of(tmp_path / "absent.csv", task=task), about)
+    assert str(caught.value).endswith("data.eval=FILES")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_labels_keep_the_text_of_the_file(name: str, tmp_path: Path) -> None:
+    rows = [{"a": i, "label": i % 2 if i else None} for i in range(40)]
+    lines = [json.dumps(row) for row in rows]
+    if name == "t.csv":
+        lines = ["a,label"] + [
+            f"{row['a']},{'' if i == 0 else i % 2}" for i, row in enumerate(rows)
+        ]
+    (tmp_path / name).write_text("\n".join(lines))
+    recipe = recipe_of(tmp_path / name, task="tabular_classification", max_unreadable=1)
+    assert prepare(recipe).classes == ["0", "1"]
+
+
+def test_large_numbers_are_standardised_before_they_are_rounded(tmp_path: Path) -> None:
+    table = {"time": [1_700_000_000 + i for i in range(60)], "target": range(60)}
+    prepared = prepared_of(tmp_path, table)
+    train = np.asarray([i for i in range(60) if not is_held_out(str(i), 0.3)], np.float64)
+    expected = (train - train.mean()) / train.std()
+    found = [prepared.train[i]["features"].item() for i in range(len(train))]
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+    about = json.loads(json.dumps(exported_by(prepared, "regression")))
+    rows = predicted_features(about, tmp_path / "t.csv")
+    assert [rows[int(i)][0] for i in train] == found
+
+
+def test_an_empty_text_beside_null_is_one_category(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [{"c": ["x", "", None][i % 3], "target": i} for i in range(60)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    prepared = prepare(recipe_of(path))
+    assert prepared.columns["columns.c"] == "category of 1 values, and one for missing"
+    assert prepared.cardinalities == [2]

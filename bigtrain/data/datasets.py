@@ -34,26 +34,51 @@ def prepare(recipe: Recipe, exported: dict[str, Any] | None = None) -> PreparedD
             " or ".join(spec.fields),
         )
     columns = recipe.data.columns
-    source = open_source("data.train", recipe.data.train, recipe.task, columns)
     evaluation = None
     if recipe.data.eval:
         evaluation = open_source("data.eval", recipe.data.eval, recipe.task, columns)
+    if evaluation is not None and exported is not None and "table" in exported:
+        # The export says how rows become features, so the training data need not be there.
+        records: Any = evaluation.records()
+        held_out = Part(records, range(len(records)), " of data.eval")
+        prepared = prepare_table(recipe, Part(records, []), held_out, exported)
+        _refuse_classes(recipe, prepared, exported)
+        return prepared
+    source = _open_training(recipe, exported)
     if spec.data == "text":
         prepared = prepare_text(recipe, source, evaluation)
     else:
         train, held_out = _split(recipe, source, evaluation)
         prepare_part = prepare_images if spec.data == "image" else prepare_table
         prepared = prepare_part(recipe, train, held_out, exported)
+    _refuse_classes(recipe, prepared, exported)
+    return prepared
+
+
+def _open_training(recipe: Recipe, exported: dict[str, Any] | None) -> Source:
+    data = recipe.data
+    try:
+        return open_source("data.train", data.train, recipe.task, data.columns)
+    except RequestError as problem:
+        if exported is None:
+            raise
+        advice = "data.eval=FILES" if "table" in exported else ""  # others need both
+        raise RequestError(problem.found, "the data that the run was trained on", advice) from None
+
+
+def _refuse_classes(
+    recipe: Recipe, prepared: PreparedData, exported: dict[str, Any] | None
+) -> None:
+    """Raises RequestError for other classes than the model's, or for one only."""
     if exported is not None and prepared.classes != exported["classes"]:
         raise RequestError(
             f"the data has classes {prepared.classes}", f"those of the model: {exported['classes']}"
         )
-    if spec.has_labels and len(prepared.classes) < 2:
+    if TASK_SPECS[recipe.task].has_labels and len(prepared.classes) < 2:
         raise RequestError(
             f"data.train={recipe.data.train} has one class only ({prepared.classes[0]})",
             "two classes at least",
         )
-    return prepared
 
 
 def _split(recipe: Recipe, source: Source, evaluation: Source | None) -> tuple[Part, Part]:

@@ -76,6 +76,8 @@ class PreparedData:
     """What the user should know before training."""
     unreadable: list[str] = field(default_factory=list)
     """Records that cannot be read and are left out."""
+    eval_rows: Any = None
+    """The inputs of `eval` as the table has them, where a trained model is evaluated."""
 
     def cost_on(self, device: str) -> int:
         """What a sample counts as, in tokens, where the micro-batch is chosen for `device`.

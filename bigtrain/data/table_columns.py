@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from bigtrain.errors import RequestError
 
+_FAR = 1000  # deviations from zero
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 Gaps = Literal["refused", "filled", "flagged"]
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Column:
     median: float = 0.0
     categories: Sequence[str] = ()
     """In alphabetical order; the empty one stands for missing values."""
+    is_precise: bool = False
+    """float64 until standardised: values far from zero for their deviation, as seconds since 1970.
+
+    float32 would round them first.
+    """
 
 
 def describe_columns(
@@ -67,18 +74,23 @@ def _describe(values: Any, chosen: Collection[str], refuse_gaps: bool) -> Column
     name = values.name
     if chosen and name not in chosen:
         return Column(name, "left out", "left out: not chosen")
-    present = values.dropna()
+    present = values.dropna().infer_objects()
     gaps: Gaps = "refused"
     if not refuse_gaps:
         gaps = "flagged" if values.hasnans else "filled"
     if present.dtype.kind in "iuf" and len(present):
         median = float(present.median())
+        deviation = float(present.std(ddof=0))
+        is_precise = 0 < _FAR * deviation < abs(float(present.mean()))
         fate = f"number; missing: the median {median:g}, and a flag"
-        return Column(name, "number", fate if gaps == "flagged" else "number", gaps, median)
+        fate = fate if gaps == "flagged" else "number"
+        return Column(name, "number", fate, gaps, median, is_precise=is_precise)
     others = {type(value) for value in present if not isinstance(value, str | bool)}
     categories = sorted(set(texts(present)))
+    if gaps == "flagged" and "" in categories:
+        categories.remove("")  # an empty text is a missing one
     why = ""
-    if present.empty:
+    if not categories:
         why = "no values"
     elif others:
         kind = others.pop()
@@ -100,6 +112,15 @@ def _describe(values: Any, chosen: Collection[str], refuse_gaps: bool) -> Column
     return Column(name, "category", fate, gaps, categories=categories)
 
 
+def input_names(columns: Sequence[Column]) -> list[str]:
+    """The columns that features are made of."""
+    names: list[str] = []
+    for column in columns:
+        if column.kind in ("number", "category"):
+            names.append(column.name)
+    return names
+
+
 def find_column(table: Any, name: str, place: str) -> Any:
     """A column of the table. Raises RequestError, beginning with `place`, if there is none."""
     if name in table:
@@ -109,9 +130,42 @@ def find_column(table: Any, name: str, place: str) -> Any:
     raise RequestError(f"{place}: no column {name!r}{hint}", f"one of: {', '.join(table.columns)}")
 
 
-def texts(values: Any) -> list[str]:
-    """A column as text: empty where a value is missing."""
-    return list(values.astype(object).where(values.notna(), "").map(str))
+def typed(table: Any) -> Any:
+    """A csv's columns of text with the type that all values of a column have: numbers, or text.
+
+    A csv may have true and false in several ways of writing; here they are True and False.
+    """
+    import pandas
+
+    columns: dict[str, Any] = {}
+    for name in table:
+        values = table[name]
+        numbers = pandas.to_numeric(values, errors="coerce")
+        if numbers.isna().equals(values.isna()):
+            columns[name] = numbers
+            continue
+        capitalized = values.str.capitalize()
+        if is_true_or_false(capitalized.dropna().unique()):
+            values = capitalized
+        columns[name] = values
+    return pandas.DataFrame(columns)
+
+
+def is_true_or_false(known: Collection[str]) -> bool:
+    """Whether there are known values, and no others than these two."""
+    others = set(known) - {"", "True", "False"}
+    return len(known) > 0 and not others
+
+
+def texts(values: Any, known: Collection[str] = ()) -> list[str]:
+    """A column as text: empty where a value is missing.
+
+    Where all `known` ones are True and False, TRUE and true are True.
+    """
+    found = values.astype(object).where(values.notna(), "").map(str)
+    if is_true_or_false(known):
+        found = found.str.capitalize()
+    return list(found)
 
 
 def unusable_rows(table: Any, columns: Sequence[Column], place: str) -> dict[int, str]:
@@ -135,13 +189,48 @@ def unusable_rows(table: Any, columns: Sequence[Column], place: str) -> dict[int
     return found
 
 
-def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> NDArray[np.float32]:
+def numbers_of(table: Any, columns: Sequence[Column], kind: str) -> Numbers:
     """[rows, columns of the kind], missing ones filled."""
     import pandas
 
     picked = [column for column in columns if column.kind == kind]
     filled = [pandas.to_numeric(table[column.name]).fillna(column.median) for column in picked]
-    return np.asarray(filled, np.float32).reshape(len(picked), len(table)).T.copy()
+    return np.asarray(filled, np.float64).reshape(len(picked), len(table)).T.copy()
+
+
+def _are_precise(columns: Sequence[Column]) -> NDArray[np.bool_]:
+    numbers = [column for column in columns if column.kind == "number"]
+    return np.asarray([column.is_precise for column in numbers], bool)
+
+
+def mean_and_std(table: Any, columns: Sequence[Column]) -> tuple[Numbers, Numbers]:
+    """Of each column of numbers; the deviation of a constant one is 1."""
+    numbers = numbers_of(table, columns, "number")
+    rounded = numbers.astype(np.float32)
+    precise = _are_precise(columns)
+    mean = np.where(precise, numbers.mean(0), rounded.mean(0))
+    std = np.where(precise, numbers.std(0), rounded.std(0))
+    std[std == 0] = 1
+    return mean, std
+
+
+def stored_mean_and_std(exported: dict[str, Any]) -> tuple[Numbers, Numbers]:
+    """Those that an export's bigtrain.json has."""
+    mean = np.asarray(exported["feature_mean"], np.float64)
+    std = np.asarray(exported["feature_std"], np.float64)
+    return mean, std
+
+
+def _standardised(
+    table: Any, columns: Sequence[Column], mean: Numbers, std: Numbers
+) -> NDArray[np.float32]:
+    numbers = numbers_of(table, columns, "number")
+    rounded = numbers.astype(np.float32)
+    narrow = rounded - mean.astype(np.float32)
+    narrow /= std.astype(np.float32)
+    wide = (numbers - mean) / std
+    precise = _are_precise(columns)
+    return np.where(precise, wide.astype(np.float32), narrow)
 
 
 @dataclass(frozen=True)
@@ -169,9 +258,7 @@ class FeatureRows:
         return np.concatenate([self.numbers[index], one_hot[:-1]])
 
 
-def feature_rows(
-    table: Any, columns: Sequence[Column], mean: NDArray[np.float32], std: NDArray[np.float32]
-) -> FeatureRows:
+def feature_rows(table: Any, columns: Sequence[Column], mean: Numbers, std: Numbers) -> FeatureRows:
     """The features of rows that can be used.
 
     `mean` and `std` [numbers] are of the training part.
@@ -180,12 +267,13 @@ def feature_rows(
 
     flagged = [column for column in columns if (column.kind, column.gaps) == ("number", "flagged")]
     flags = [table[column.name].isna() for column in flagged]
-    numbers = (numbers_of(table, columns, "number") - mean) / std
+    numbers = _standardised(table, columns, mean, std)
     places = [np.zeros((len(table), 0), np.int64)]
     width = 0
     for column in columns:
         if column.kind == "category":
-            place = pandas.Index(column.categories).get_indexer(texts(table[column.name]))
+            values = texts(table[column.name], column.categories)
+            place = pandas.Index(column.categories).get_indexer(values)
             places.append(np.where(place < 0, -1, place + width))
             width += len(column.categories)
     numbers = np.column_stack([numbers, *flags]).astype(np.float32)

@@ -13,8 +13,13 @@ from bigtrain.data.table_columns import (
     Column,
     describe_columns,
     feature_rows,
+    input_names,
+    is_true_or_false,
+    mean_and_std,
     numbers_of,
+    stored_mean_and_std,
     texts,
+    typed,
     unusable_rows,
 )
 
@@ -33,26 +38,26 @@ def prepare_table(
     train_rows = _usable_rows(train, columns, unreadable)
     eval_rows = _usable_rows(held_out, columns, unreadable)
     refuse_unreadable(unreadable, recipe)
-    refuse_empty({"train": len(train_rows), "eval": len(eval_rows)}, recipe, unreadable)
+    counts = {"eval": len(eval_rows)}
+    if exported is None:
+        counts = {"train": len(train_rows), **counts}
+    refuse_empty(counts, recipe, unreadable)
+    known: list[str] = []
     classes: list[str] = []
     if field == "label":
-        classes = sorted({*texts(train_rows[answer]), *texts(eval_rows[answer])})
-    if exported is None:
-        numbers = numbers_of(train_rows, columns, "number")
-        mean = numbers.mean(0)
-        std = numbers.std(0)
-        std[std == 0] = 1  # a constant column
-    else:
-        mean = np.asarray(exported["feature_mean"], np.float32)
-        std = np.asarray(exported["feature_std"], np.float32)
+        known = exported["classes"] if exported else _true_and_false(train, answer)
+        labels = {*texts(train_rows[answer], known), *texts(eval_rows[answer], known)}
+        classes = sorted({*labels, *known})
+    mean, std = stored_mean_and_std(exported) if exported else mean_and_std(train_rows, columns)
     categories = [column for column in columns if column.kind == "category"]
     notes = []
 
     def dataset(rows: Any) -> ColumnDataset:
         if classes:
-            answers = np.asarray([classes.index(label) for label in texts(rows[answer])])
+            labels = texts(rows[answer], known)
+            answers = np.asarray([classes.index(label) for label in labels], np.int64)
         else:
-            answers = numbers_of(rows, columns, "target").flatten()
+            answers = numbers_of(rows, columns, "target").flatten().astype(np.float32)
         features = feature_rows(rows, columns, mean, std)
         for column, count in zip(categories, (features.places < 0).sum(0), strict=True):
             if count:
@@ -60,10 +65,11 @@ def prepare_table(
         return ColumnDataset({"features": features, field: answers})
 
     train_set = dataset(train_rows)
-    num_features = len(train_set[0]["features"])
+    eval_set = dataset(eval_rows)
+    num_features = len(eval_set[0]["features"])
     return PreparedData(
         train_set,
-        dataset(eval_rows),
+        eval_set,
         tokens_per_sample=num_features // 64 + 1,
         classes=classes,
         features=num_features,
@@ -76,7 +82,16 @@ def prepare_table(
         },
         notes=notes,
         unreadable=unreadable,
+        eval_rows=eval_rows[input_names(columns)] if exported else None,
     )
+
+
+def _true_and_false(train: Part, answer: str) -> list[str]:
+    """These two, where a csv has no other answers: in any way of writing they are the same."""
+    if not train.records.attrs.get("is_text"):
+        return []
+    words = {label.capitalize() for label in texts(train.records[answer].dropna())}
+    return sorted(words) if is_true_or_false(words) else []
 
 
 def _columns(train: Part, recipe: Recipe, exported: dict[str, Any]) -> list[Column]:
@@ -85,7 +100,10 @@ def _columns(train: Part, recipe: Recipe, exported: dict[str, Any]) -> list[Colu
         return [Column(**column) for column in exported["table"]]
     kind: Any = TASK_SPECS[recipe.task].fields[1]
     answer = Column(str(recipe.data.columns.get(kind, kind)), kind, kind)
-    table = train.records.iloc[train.numbers]
+    records = train.records
+    if records.attrs.get("is_text"):
+        records = typed(records)  # by all rows of all files
+    table = records.iloc[train.numbers]
     if exported:
         # Earlier versions wrote no names: all columns of numbers were inputs.
         inputs = table.drop(columns=answer.name).select_dtypes([np.signedinteger, np.floating])

@@ -16,6 +16,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.plan import make_plan
 from bigtrain.engine.runtime import find_device, world_from_environment
 from bigtrain.engine.start import start_engine
+from bigtrain.errors import RequestError
 from bigtrain.evaluation.predictions import Predictions, predict_held_out
 from bigtrain.evaluation.report_metrics import values_of
 from bigtrain.models.build import build_model
@@ -23,6 +24,11 @@ from bigtrain.runs.directory import RunDir
 from bigtrain.tasks.base import Evaluator, Task
 from bigtrain.tasks.registry import TASKS
 from bigtrain.training.preflight import use_output_loss
+
+# Settings that are decided when a model has been trained, or that only training has.
+_OF_TRAINING = ["name", "seed", "task", "model.pretrained", "optim", "train", "track", "slurm"]
+_OF_TRAINING += ["engine.kind", "engine.offload", "data.tokenizer"]
+_OF_TABLES = ["data.columns", "data.missing"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> Evaluation:
     exported = json.loads((run.export / "bigtrain.json").read_text())
     folder = json.dumps(str(run.export), ensure_ascii=False)  # JSON is YAML
     forced = ["engine.kind=ddp", "engine.offload=none", f"model.pretrained={folder}"]
+    _refuse_idle(overrides, "table" in exported)
     if (run.export / "tokenizer.json").is_file():
         forced.append(f"data.tokenizer={folder}")
     recipe = load_recipe(str(run.recipe), [*overrides, *forced]).recipe
@@ -57,7 +64,7 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> Evaluation:
     plan, _ = make_plan(
         recipe.engine,
         world_size=1,
-        samples=len(prepared.train),
+        samples=len(prepared.train) or len(prepared.eval),
         tokens_per_sample=prepared.cost_on(device.kind),
         bf16_is_fast=device.bf16_is_fast,
     )
@@ -75,6 +82,21 @@ def evaluate_run(run: RunDir, overrides: list[str]) -> Evaluation:
         engine.gather(None)
     metrics |= values_of(predictions, prepared)
     return Evaluation(run, recipe, task, evaluator, metrics, predictions, engine.main)
+
+
+def _refuse_idle(overrides: list[str], is_table: bool) -> None:
+    """Raises RequestError for overrides that change nothing of an evaluation."""
+    idle = [*_OF_TRAINING]
+    if is_table:
+        idle += _OF_TABLES
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if any(key == name or key.startswith(f"{name}.") for name in idle):
+            raise RequestError(
+                f"{text}: an evaluation takes it as the model was trained",
+                "overrides of the data and the engine",
+                "data.eval=FILES",
+            )
 
 
 def _leave_group(engine: Engine, kind: type[BaseException] | None, *_: object) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.examples import Example, PreparedData
 from bigtrain.evaluation.predictions import Predictions
 from bigtrain.tasks.base import Evaluator, Task
 from bigtrain.tasks.classify import ClassificationEvaluator
@@ -59,8 +58,8 @@ def _answer(answers: NDArray[Any], index: int, classes: list[str]) -> str | floa
 def _shown(task: Task, evaluator: Evaluator, index: int) -> str | NDArray[Any]:
     """The example's input for people."""
     example, prepared = task.data.eval[index], task.data
-    if "features" in example:
-        return _row(example, prepared)
+    if prepared.eval_rows is not None:
+        return _row(prepared.eval_rows.iloc[index])
     if isinstance(evaluator, ClassificationEvaluator):
         shown: str | NDArray[Any] = evaluator.shown_input(task.collate([example]), 0)
         return shown[:_SHOWN_CHARACTERS] if isinstance(shown, str) else shown
@@ -72,11 +71,11 @@ def _shown(task: Task, evaluator: Evaluator, index: int) -> str | NDArray[Any]:
     return " → ".join(text[:_SHOWN_CHARACTERS] for text in texts)
 
 
-def _row(example: Example, prepared: PreparedData) -> str:
-    """A row's numbers as they are in the file."""
-    features = np.asarray(example["features"], np.float64)
-    mean = np.asarray(prepared.preprocessing.get("feature_mean", []))
-    std = np.asarray(prepared.preprocessing.get("feature_std", []))
-    if mean.shape == std.shape == features.shape:
-        features = features * std + mean
-    return ", ".join(f"{value:.4g}" for value in features)
+def _row(values: Any) -> str:
+    """A row as the table has it; nothing after the sign where a value is missing."""
+    shown = values.astype(object).where(values.notna(), "")
+    parts: list[str] = []
+    for name, value in shown.items():
+        text = f"{value:.6g}" if isinstance(value, float) else f"{value}"
+        parts.append(f"{name}={text}")
+    return ", ".join(parts)

@@ -150,9 +150,17 @@ class Generator:
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file: its lines, or of a jsonl each line's `prompt`.
 
-    Raises RequestError for a file without any, and for a line that has none.
+    Raises RequestError for a file that is no text or has no prompt, and for a line that has none.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as problem:
+        raise RequestError(
+            f"{path} is not UTF-8 text (byte {problem.start})", "one prompt in each line"
+        ) from None
+    except OSError as problem:
+        reason = problem.strerror or "not readable"
+        raise RequestError(f"{path}: {reason}", "a file of prompts") from None
     if not lines[-1]:  # after the last end of line
         lines.pop()
     if not lines:

@@ -19,7 +19,13 @@ from bigtrain.config.recipe import Columns
 from bigtrain.config.task_specs import TASK_SPECS, TaskSpec
 from bigtrain.data.examples import Example
 from bigtrain.data.images import DECODING_ERRORS, pixels_of
-from bigtrain.data.table_columns import Column, feature_rows, find_column, unusable_rows
+from bigtrain.data.table_columns import (
+    Column,
+    feature_rows,
+    find_column,
+    stored_mean_and_std,
+    unusable_rows,
+)
 from bigtrain.data.token_cache import encode, fit
 from bigtrain.errors import RequestError
 from bigtrain.sources.lookup import FORMATS, load_frame, load_table
@@ -125,7 +131,8 @@ def _find_images(paths: list[Path]) -> Inputs:
     """Named files as they are; of folders, at any depth, those whose names end as images' do."""
     from PIL import Image
 
-    suffixes = set(Image.registered_extensions())
+    formats = Image.registered_extensions()
+    suffixes = {suffix for suffix in formats if formats[suffix] in Image.OPEN}  # pdf: only written
     files: list[Path] = []
     left_out = 0
     for path in paths:
@@ -139,7 +146,13 @@ def _find_images(paths: list[Path]) -> Inputs:
         left_out += len(inside) - len(images)
         files += images
     names = [str(path) for path in files]
-    return Inputs(files, [_Part(names, None, lambda start, stop: names[start:stop])], left_out)
+    shown = [_shown(path) for path in files]
+    return Inputs(files, [_Part(shown, None, lambda start, stop: names[start:stop])], left_out)
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be written: bytes of it that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _find_rows(
@@ -172,22 +185,24 @@ def _lines(path: Path) -> _Part:
     if not lines[-1]:  # after the last end of line
         lines.pop()
     rows = [line.removesuffix(b"\r") for line in lines]
-    return _Part([str(path)], rows, lambda start, stop: rows[start:stop])
+    return _Part([_shown(path)], rows, lambda start, stop: rows[start:stop])
 
 
 def _rows(path: Path, table_format: str, columns: Sequence[Column]) -> _Part:
     """The rows of a table that has the columns; what a csv has in them is text."""
-    frame = load_frame("predict", table_format, [str(path)], dtype=str)
+    frame = load_frame("predict", table_format, [str(path)])
     for column in columns:
         find_column(frame, column.name, str(path))
     frame = frame[[column.name for column in columns]]
-    return _Part([str(path)], frame, lambda start, stop: frame.iloc[start:stop].to_dict("records"))
+    return _Part(
+        [_shown(path)], frame, lambda start, stop: frame.iloc[start:stop].to_dict("records")
+    )
 
 
 def _table(path: Path, table_format: str, spec: TaskSpec, columns: Columns) -> _Part:
     """The column of a table that the task reads."""
     if path.stat().st_size == 0:
-        return _Part([str(path)], [], lambda _start, _stop: [])
+        return _Part([_shown(path)], [], lambda _start, _stop: [])
     table = load_table("predict", table_format, str(path), data_files=[str(path)])
     field = spec.fields[0]
     column = str(columns.get(field, field))
@@ -198,7 +213,7 @@ def _table(path: Path, table_format: str, spec: TaskSpec, columns: Columns) -> _
             f"--column {field}=NAME_OF_A_COLUMN",
         )
     table = table.select_columns([column])
-    return _Part([str(path)], table, lambda start, stop: table[start:stop][column])
+    return _Part([_shown(path)], table, lambda start, stop: table[start:stop][column])
 
 
 Encoder = Callable[[list[Input]], list[Usable | Unusable]]
@@ -237,15 +252,8 @@ def _encode_rows(about: About, inputs: list[Input]) -> list[Usable | Unusable]:
 
     columns = table_columns(about)
     table = pandas.DataFrame([item.value for item in inputs], dtype=object)
-    for column in columns:
-        if column.categories and not set(column.categories) - {"", "True", "False"}:
-            # As pandas reads a csv of nothing else; here it is text, or a value from elsewhere.
-            table[column.name] = table[column.name].map(
-                lambda value: str(value).capitalize(), na_action="ignore"
-            )
     wrong = unusable_rows(table, columns, "predict")
-    mean = np.asarray(about["feature_mean"], np.float32)
-    std = np.asarray(about["feature_std"], np.float32)
+    mean, std = stored_mean_and_std(about)
     rows = feature_rows(table.drop(index=list(wrong)), columns, mean, std)
     names = [column.name for column in columns if column.kind == "category"]
     answer = TASK_SPECS[about["task"]].fields[1]

@@ -181,25 +181,27 @@ def load_table(key: str, builder: str, shown_name: str, **place: Any) -> Any:
         raise _unreadable(key, shown_name, builder, problem) from None
 
 
-def load_frame(key: str, file_format: str, files: list[str], dtype: Any = None) -> Any:
-    """Files as one pandas.DataFrame; `dtype`: of all columns of a csv.
+def load_frame(key: str, file_format: str, files: list[str]) -> Any:
+    """Files as one pandas.DataFrame; what a csv has is text, for no file alone tells its types.
 
-    A column of a csv has the type that all its values have; `datasets` would look at the first ten
-    thousand.
+    `attrs["is_text"]` says so: training decides once what a column holds.
     """
     import pandas
 
     if file_format != "csv":
-        return load_table(key, file_format, files[0], data_files=files).to_pandas()
+        table = load_table(key, file_format, files[0], data_files=files).with_format("arrow")[:]
+        return table.to_pandas(integer_object_nulls=True)  # 1, not 1.0, beside a missing value
     tables: list[Any] = []
     for file in files:
         try:
-            tables.append(pandas.read_csv(file, dtype=dtype, low_memory=False))
+            tables.append(pandas.read_csv(file, dtype=str, low_memory=False))
         except (OSError, ValueError) as problem:
             raise _unreadable(key, file, "csv", problem) from None
         if list(tables[0]) != list(tables[-1]):
             raise RequestError(f"{key}: {file} has other columns than {files[0]}", "the same")
-    return pandas.concat(tables, ignore_index=True)
+    whole = pandas.concat(tables, ignore_index=True)
+    whole.attrs["is_text"] = True
+    return whole
 
 
 def _unreadable(key: str, name: str, file_format: str, problem: Exception) -> RequestError:
