@@ -227,3 +227,30 @@ def test_pruning_needs_something_to_prune() -> None:
     case = {"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 1}
     with pytest.raises(ValueError, match="prune needs pretrained"):
         recipe_for(case | {"start": {"prune": {"amount": 0.5}}})
+
+
+def test_another_models_training_run_is_not_taken_for_this_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same name, with more steps behind it; a variant that was stopped goes on."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(measure, "SECONDS_PER_TIMING", 0.01)
+    done = bigtrain("train", "digits-cnn", "name=again", *SMALL, "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    run = find_run("again")
+    request = Request(prune=[0.7], steps=2)
+    compress_run(run, request, quiet=True)
+    (first,) = Path("runs").glob("again-prune-0.7-*")
+    shutil.rmtree(run.path)
+    done = bigtrain("train", "digits-cnn", "name=again", *SMALL, "seed=7", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    compress_run(run, request, quiet=True)
+    (second,) = set(Path("runs").glob("again-prune-0.7-*")) - {first}
+    made = load_file(run.path / "compressed/prune-0.7/model.safetensors")
+    for path, same in ((first, False), (second, True)):
+        trained = load_file(path / "export/model.safetensors")
+        assert all(made[name].equal(trained[name]) for name in made) == same
+    # As after a kill between the training and the variant: the run is continued, not begun anew.
+    shutil.rmtree(run.path / "compressed/prune-0.7")
+    compress_run(run, request, quiet=True)
+    assert set(Path("runs").glob("again-prune-0.7-*")) == {first, second}

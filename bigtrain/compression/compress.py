@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bigtrain.errors import RequestError
 from bigtrain.models.quantized import Quantization
 from bigtrain.models.teacher import load_teacher, weights_hash
 from bigtrain.runs.directory import RunDir, write_atomic
+from bigtrain.runs.hashes import text_hash
 
 _SETTINGS = "compressed.json"  # in a variant's folder: how it was made
 
@@ -194,7 +195,18 @@ def _make(run: RunDir, variant: _Variant, folder: Path, quiet: bool) -> None:
     if variant.quantization is not None:
         write_quantized(run.export, load_model(run.path), variant.quantization, unfinished)
     if variant.recipe is not None:
-        train(variant.recipe, quiet=quiet)
-        shutil.copytree(find_finished_run(variant.recipe.recipe.name).export, unfinished)
+        loaded = _named_by_settings(variant.recipe, variant.settings)
+        train(loaded, quiet=quiet)
+        shutil.copytree(find_finished_run(loaded.recipe.name).export, unfinished)
     write_atomic(unfinished / _SETTINGS, json.dumps(variant.settings, indent=2) + "\n")
     unfinished.rename(folder)
+
+
+def _named_by_settings(loaded: LoadedRecipe, settings: dict[str, Any]) -> LoadedRecipe:
+    """The recipe under a name that another model, or other settings, would not have.
+
+    A run of that name is then the same one, stopped, and is continued.
+    """
+    digest = text_hash(json.dumps(settings, sort_keys=True))[:8]
+    recipe = loaded.recipe.model_copy(update={"name": f"{loaded.recipe.name}-{digest}"})
+    return replace(loaded, recipe=recipe)
