@@ -53,7 +53,8 @@ def compress_run(run: RunDir, request: Request, quiet: bool = False) -> Table:
     """Make what is asked for of a finished run's model, in runs/NAME/compressed/.
 
     Measured is that, and all else that was made of this model before. What is there already with
-    the same settings is kept, so that a compression that was stopped goes on. Raises RequestError, before anything is written, for what cannot be made.
+    the same settings is kept, so that a compression that was stopped goes on. Raises
+    RequestError, before anything is written, for what cannot be made.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError(
