@@ -198,6 +198,7 @@ def test_whole_channels_are_pruned_of_convolutions_alone() -> None:
         (["--prune", "1.5"], "--prune 1.5: not a part of the weights"),
         (["--prune", "half"], "--prune half: not a part of the weights"),
         ([], "nothing is asked for"),
+        (["--int8", "--html", "nowhere/page.html"], "--html nowhere/page.html"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], said: str, folder: Path) -> None:

@@ -167,6 +167,8 @@ def test_onnx_computes_the_same_on_batches_of_any_size(
     (computed,) = session.run(None, {key: value.numpy() for key, value in BATCHES[name].items()})
     torch.testing.assert_close(torch.from_numpy(computed), expected, rtol=0, atol=1e-4)
     assert not weight_files(out)
+    with pytest.raises(RequestError, match="holds an ONNX model"):
+        package.load_model(out)
 
 
 def test_an_rnn_without_packing_is_the_same() -> None:
@@ -196,6 +198,16 @@ def test_an_onnx_that_differs_leaves_nothing(
         write_model(run_of(trained, "digits-resnet"), folder, None, AS_TRAINED)
         replace_by_onnx(folder)
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_in_one_trial_of_an_onnx_is_a_difference(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = iter([0.0, float("nan")])
+    monkeypatch.setattr("bigtrain.exporting.onnx_export._difference", lambda *_: next(differences))
+    shutil.copytree(run_of(trained, "digits-resnet").export, tmp_path / "out")
+    with pytest.raises(TrainingFailed, match="by up to nan"):
+        replace_by_onnx(tmp_path / "out")
 
 
 def test_a_missing_or_surplus_weight_is_named_and_nothing_is_left(
@@ -237,6 +249,7 @@ def test_the_command_line_says_what_it_wrote_and_refuses_what_it_cannot(trained:
         (["new", "--step", "best"], "train.keep_best"),
         (["new", "--shard-size", "big"], "5GB"),
         (["new", "--push", "a b"], "OWNER/NAME"),
+        (["new", "--format", "onnx", "--shard-size", "1GB"], "leave --shard-size out"),
         (["new", "--sign", "key.pem"], "openssl genpkey -algorithm ed25519"),
     ):
         refused = bigtrain("export", "digits-resnet", *arguments, cwd=trained)

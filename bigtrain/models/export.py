@@ -15,7 +15,7 @@ from bigtrain.config.recipe import Recipe
 from bigtrain.config.secrets import redact
 from bigtrain.config.task_specs import TaskName
 from bigtrain.data.examples import PreparedData
-from bigtrain.errors import TrainingFailed
+from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.models import quantized
 from bigtrain.models.build import build_model
 from bigtrain.models.model_card import ExportOrigin, end_of_run, model_card
@@ -29,6 +29,7 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # In front of our models' names in config.json, where transformers' have their type.
 OWN_TYPE = "bigtrain_"
+ONNX_MODEL = "model.onnx"
 
 
 class WeightSource(Protocol):
@@ -277,7 +278,16 @@ def _own_config(model: nn.Module, recipe: Recipe, prepared: PreparedData) -> dic
 
 
 def load_exported(folder: Path, task: TaskName) -> nn.Module:
-    """The model that a run has exported, or that was made smaller from one."""
+    """The model that a run has exported, or that was made smaller from one.
+
+    Raises RequestError for a folder that holds ONNX instead of weights.
+    """
+    if (folder / ONNX_MODEL).is_file() and not weight_files(folder):
+        raise RequestError(
+            f"{folder} holds an ONNX model, {ONNX_MODEL}, and no weights",
+            "a folder that was exported without --format onnx",
+            f"onnxruntime.InferenceSession({str(folder / ONNX_MODEL)!r})",
+        )
     config = json.loads((folder / "config.json").read_text())
     if (folder / quantized.FILE_NAME).is_file():
         return quantized.load_quantized(folder, _unfilled(folder, task, config))
