@@ -1,14 +1,16 @@
 """What compression costs and saves: the tables and figures of docs/compression.md.
 
 `python benchmarks/compression.py [FOLDER]` trains and compresses `digits-cnn` and `tiny-lm`, and
-distils `digits-cnn` into `digits-mlp` with five seeds; about fifteen minutes on two cores. FOLDER
-(default: one that is new) keeps the runs, so that a second call goes on.
+distils `digits-cnn` into `digits-mlp` and quantizes a small MLP with five seeds; about twenty
+minutes on two cores. FOLDER (default: one that is new) keeps the runs, so that a second call goes
+on.
 """
 
 import os
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     Path("student.yaml").write_text(STUDENT)
-    problems = [*digits(), *tiny_lm(), *distilled()]
+    problems = [*digits(), *tiny_lm(), *quantization_aware(), *distilled()]
     for problem in problems:
         print(f"NOT AS PROMISED: {problem}")
     sys.exit(1 if problems else 0)
@@ -79,6 +81,32 @@ def tiny_lm() -> list[str]:
         "int8 is slower": slower <= 0.0,
     }
     return [name for name, holds in checks.items() if not holds]
+
+
+def quantization_aware() -> list[str]:
+    """A small MLP in int4 with five seeds: as it is, after training for it, and after as much more.
+
+    The last tells rounding in training from training longer.
+    """
+    only_int4 = parse_request("", "global", "weights", False, True, None, None)
+    gains = []
+    print("| seed | original | int4 | int4-qat | as many more steps, int4 |\n|---|---|---|---|---|")
+    for seed in range(5):
+        name = f"small-mlp-{seed}"
+        common = [f"seed={seed}", "model.args={hidden: [32]}", HALF, NO_TRACKER]
+        bigtrain.train("digits-mlp", [*common, f"name={name}"], quiet=True)
+        of_run = compress_run(find_run(name), replace(only_int4, qat=["int4"]), quiet=True)
+        longer = [f"name={name}-longer", f"model.pretrained=runs/{name}/export"]
+        longer += ["train.steps=600", "train.eval_every=600", "optim.warmup_steps=50"]
+        bigtrain.train("digits-mlp", [*common, *longer], quiet=True)
+        of_longer = compress_run(find_run(f"{name}-longer"), only_int4, quiet=True)
+        original, int4, qat = (row.value for row in of_run.rows)
+        gains.append(qat - int4)
+        more = of_longer.rows[-1].value
+        print(f"| {seed} | {original:.4f} | {int4:.4f} | {qat:.4f} | {more:.4f} |", flush=True)
+    mean = statistics.mean(gains)
+    print(f"\nint4-qat against int4: {100 * mean:+.2f} points\n")
+    return ["training for int4 does not help"] if mean <= 0 else []
 
 
 def table(run: str, request: Any) -> dict[str, dict[str, Any]]:

@@ -164,6 +164,9 @@ def compress(
         bool, typer.Option("--int8", help="int8 weights, with and without int8 arithmetic")
     ] = False,
     int4: Annotated[bool, typer.Option("--int4", help="int4 weights")] = False,
+    qat: Annotated[
+        bool, typer.Option("--qat", help="with --int8, --int4: the same after fine-tuning for it")
+    ] = False,
     distill: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="a student that learns from RUN")
     ] = None,
@@ -177,7 +180,7 @@ def compress(
     from bigtrain.api import find_finished_run
     from bigtrain.compression.request import parse_request
 
-    request = parse_request(prune, scope, structure, int8, int4, distill, steps)
+    request = parse_request(prune, scope, structure, int8, int4, distill, steps, qat)
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise RequestError(f"--html {html}", "a file in a folder that exists", "--html page.html")
     directory = find_finished_run(run)

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 import bigtrain as api
 from bigtrain.compression import measure
 from bigtrain.compression.compress import compress_run
-from bigtrain.compression.quantize import refuse_quantization, write_quantized
+from bigtrain.compression.quantize import _quantize, refuse_quantization, write_quantized
 from bigtrain.compression.request import Request, parse_request
 from bigtrain.config.recipe import PruneConfig
 from bigtrain.errors import RequestError
 from bigtrain.models.cnn import CNN
 from bigtrain.models.prune import prune_model
+from bigtrain.models.qat import QatLinear, round_weight, train_quantization_aware
 from bigtrain.models.quantized import Int8Linear, Quantized, pack_int4, unpack_int4
 from bigtrain.runs.directory import find_run
 
@@ -55,7 +56,7 @@ def test_one_table_of_all_variants_from_their_files(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(measure, "SECONDS_PER_TIMING", 0.01)
-    request = parse_request("0.5", "global", "weights", True, True, "student.yaml", None)
+    request = parse_request("0.5", "global", "weights", True, True, "student.yaml", None, qat=True)
     table = compress_run(find_run("cnn"), request, quiet=True)
     rows = {row["model"]: row for row in table.as_dict()["rows"]}
     assert list(rows) == [
@@ -64,6 +65,8 @@ def test_one_table_of_all_variants_from_their_files(
         "int8",
         "int8-weights",
         "int4",
+        "int8-qat",
+        "int4-qat",
         "distill-student",
         "alone-student",
     ]
@@ -81,6 +84,13 @@ def test_one_table_of_all_variants_from_their_files(
     names = [row.model for row in less.rows]
     assert names[:2] == ["original", "int8"] and set(names) == set(rows)
     assert json.loads(Path("runs/cnn/compressed/table.json").read_text()) == less.as_dict()
+    for kind in ("int8", "int4"):
+        assert rows[f"{kind}-qat"]["bytes"] == rows[kind]["bytes"]
+        (summary_file,) = (folder / "runs").glob(f"cnn-{kind}-qat-*/summary.json")
+        trained = json.loads(summary_file.read_text())
+        assert rows[f"{kind}-qat"]["value"] == pytest.approx(trained["accuracy"]), (
+            "training measures the model as it will be quantized"
+        )
     weights = load_file("runs/cnn/compressed/prune-0.5/model.safetensors")
     assert set(weights) == set(load_file("runs/cnn/export/model.safetensors"))
 
@@ -151,6 +161,39 @@ def test_int8_layers_compute_what_torchaos_do() -> None:
         assert ours(torch.zeros(1, 96)).equal(layer.bias[None])
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-9, 0.0])
+def test_weights_are_rounded_in_training_as_in_the_file(size: float) -> None:
+    for shape in ((64, 96), (32, 32, 3, 3), (7, 20)):
+        weight = torch.nn.Parameter(torch.randn(shape) * size)
+        assert round_weight(weight, 8).equal(_quantize(weight, in_int4=False).to_float())
+        if shape != (7, 20):
+            assert round_weight(weight, 4).equal(_quantize(weight, in_int4=True).to_float())
+
+
+def test_a_layer_in_training_computes_what_the_quantized_one_will() -> None:
+    """And its parameters have the gradients that the rounded ones would have."""
+    for kind in ("int8", "int4"):
+        model = torch.nn.Sequential(torch.nn.Linear(96, 30), torch.nn.Linear(30, 5))
+        weights = [_quantize(model[0].weight, kind == "int4"), _quantize(model[1].weight, False)]
+        names = list(model.state_dict())
+        train_quantization_aware(model, kind)
+        assert list(model.state_dict()) == names and isinstance(model[0], QatLinear)
+        rows = torch.randn(8, 96)
+        if kind == "int8":
+            quantized = [Int8Linear(w, m.bias) for w, m in zip(weights, model, strict=True)]
+            wanted = torch.nn.Sequential(*quantized)(rows)
+            assert torch.allclose(model(rows), wanted, atol=1e-5)
+            continue
+        plain = torch.nn.Sequential(torch.nn.Linear(96, 30), torch.nn.Linear(30, 5))
+        plain.load_state_dict(model.state_dict())
+        for layer, weight in zip(plain, weights, strict=True):
+            layer.weight = torch.nn.Parameter(weight.to_float())
+        for each in (plain, model):
+            each(rows).square().sum().backward()
+        assert model(rows).equal(plain(rows))
+        assert model[0].weight.grad.equal(plain[0].weight.grad)
+
+
 def test_two_int4_in_a_byte_come_back() -> None:
     values = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 4)
     assert pack_int4(values).nbytes == values.nbytes // 2
@@ -199,6 +242,7 @@ def test_whole_channels_are_pruned_of_convolutions_alone() -> None:
         (["--prune", "half"], "--prune half: not a part of the weights"),
         ([], "nothing is asked for"),
         (["--int8", "--html", "nowhere/page.html"], "--html nowhere/page.html"),
+        (["--prune", "0.5", "--qat"], "--qat: to which integers?"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], said: str, folder: Path) -> None:
@@ -212,6 +256,12 @@ def test_what_cannot_be_made_is_refused_before_anything_is(
     monkeypatch.chdir(folder)
     with pytest.raises(RequestError, match="cannot take int4: no weight has rows of a multiple"):
         refuse_quantization("int4", torch.nn.Sequential(torch.nn.Linear(30, 2)))
+    with pytest.raises(RequestError, match="has LSTM, where rounding would not be seen"):
+        train_quantization_aware(torch.nn.LSTM(32, 32), "int8")
+    with pytest.raises(RequestError, match="no weight with rows of a multiple of 32"):
+        train_quantization_aware(torch.nn.Sequential(torch.nn.Linear(30, 32)), "int4")
+    with pytest.raises(RequestError, match="no linear layer or convolution"):
+        train_quantization_aware(torch.nn.Embedding(32, 32), "int4")
     run = find_run("cnn")
     Path("leaks.yaml").write_text(STUDENT.replace("0.2", "0.1"))
     with pytest.raises(RequestError, match="examples that it was trained on"):

@@ -91,7 +91,7 @@ def test_full_batch_gradient_descent_ends_at_the_closed_form(tmp_path: Path) -> 
     columns = []
     for part in (prepared.train, prepared.eval):
         fields = part.fields  # type: ignore[attr-defined]
-        features = fields["features"].astype(np.float64)
+        features = np.stack([part[row]["features"] for row in range(len(part))]).astype(np.float64)
         columns.append((np.c_[features, np.ones(len(features))], fields["target"]))
     (design, answers), (held_out, held_out_answers) = columns
     best = np.linalg.lstsq(design, answers, rcond=None)[0]

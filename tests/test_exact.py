@@ -74,6 +74,7 @@ GROUPS = {
     "block.1.*": {"frozen": True},
     "block.3.*": {"lr_scale": 0.1, "weight_decay": 0.01},
 }
+QAT = {"transformer": "int4", "cnn": "int8"}
 RAMP = {
     "run": "exact",
     "model": "transformer",
@@ -147,6 +148,13 @@ def _deeds() -> dict[str, dict[str, Any]]:
         case = {"run": "compress", "model": "cnn", "precision": "fp32", "micro_batch": 3}
         sharded = {"kept_whole": 0} if engine == "zero3" else {}
         cases[f"compress/{engine}"] = case | ENGINES[engine] | sharded
+    for engine, model in product(("ddp", "zero2", "zero3"), QAT):
+        case = {"model": model, "precision": "fp32", "micro_batch": 3} | ENGINES[engine]
+        case |= {"start": {"qat": QAT[model]}} | ({"kept_whole": 0} if engine == "zero3" else {})
+        sgd = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
+        cases[f"qat/{model}/{engine}"] = case | {"run": "exact", "optim": sgd}
+        if model == "transformer":
+            cases[f"resume/{engine}/qat"] = case | {"run": "resume"}
     case = {"run": "exact", "model": "transformer", "precision": "fp32", "micro_batch": 3}
     cases["reduce in bf16"] = case | {"kind": "ddp", "reduce_dtype": "bf16"}
     sabotage = {"run": "sabotage", "model": "rnn", "precision": "fp32", "micro_batch": 4}
@@ -600,6 +608,23 @@ def test_dropout_does_not_depend_on_the_ranks_when_the_micro_batches_are_the_sam
     curves = [[line["loss"] for line in results[name]["lines"]] for name in names]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+ROUNDED = {
+    model: [f"qat/{model}/{engine}" for engine in ("ddp", "zero2", "zero3")] for model in QAT
+}
+
+
+@pytest.mark.parametrize("names", ROUNDED.values(), ids=ROUNDED)
+def test_rounded_weights_have_one_curve_on_every_engine(names: list[str], results: Results) -> None:
+    """To 1e-5 until a weight's last bits decide to which side it is rounded, then to 5e-3."""
+    for key in ("loss", "grad_norm"):
+        curves = [[line[key] for line in results[name]["lines"]] for name in names]
+        assert len(curves[0]) == STEPS
+        for curve in curves[1:]:
+            assert curve[:2] == pytest.approx(curves[0][:2], rel=1e-5)
+            scale = 1 if key == "loss" else 10
+            assert curve == pytest.approx(curves[0], rel=5e-3 * scale)
 
 
 @pytest.mark.parametrize("name", LAYERS)

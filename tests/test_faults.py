@@ -457,6 +457,7 @@ def test_every_key_that_decides_a_step_needs_leave_to_change() -> None:
         "engine.precision",
         "engine.global_batch",
         "engine.reduce_dtype",
+        "train.distill",
         "train.label_smoothing",
     }
 

@@ -99,3 +99,30 @@ def test_what_has_no_sense_is_refused(overrides: list[str], expected: str, tmp_p
     assert done.returncode == 2
     assert expected in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_frozen_weights_that_have_changed_outside_of_the_run_are_refused(tmp_path: Path) -> None:
+    short = ["track.wandb=off", "train.eval_every=4"]
+    base = ["digits-mlp", "name=base", *short]
+    assert bigtrain("train", *base, "train.steps=4", cwd=tmp_path).returncode == 0
+    tuned = [
+        "digits-mlp",
+        "name=run",
+        *short,
+        "model.pretrained=runs/base/export",
+        'optim.groups={"layers.0.*": {frozen: true}, "*.bias": {lr_scale: 2.0}}',
+    ]
+    assert bigtrain("train", *tuned, "train.steps=4", cwd=tmp_path).returncode == 0
+    effective = json.loads((tmp_path / RUN / "effective.json").read_text())
+    assert len(effective["model.pretrained.weights"]["value"]) == 64
+    assert bigtrain("train", *tuned, "train.steps=6", cwd=tmp_path).returncode == 0
+
+    groups = 'optim.groups={"*.bias": {lr_scale: 2.0}, "layers.0.*": {frozen: true}}'
+    reordered = bigtrain("train", *tuned[:-1], groups, "train.steps=8", cwd=tmp_path)
+    assert reordered.returncode == 2 and "optim.groups: ['layers.0.*'" in reordered.stderr
+    assert bigtrain("train", *base, "train.steps=8", cwd=tmp_path).returncode == 0
+    refused = bigtrain("train", *tuned, "train.steps=8", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "the weights of model.pretrained runs/base/export have changed" in refused.stderr
+    exported = bigtrain("export", "run", "out", "--step", "last", cwd=tmp_path)
+    assert exported.returncode == 2 and "have changed" in exported.stderr

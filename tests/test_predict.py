@@ -86,6 +86,7 @@ def test_texts_are_predicted_as_the_run_evaluated_them(folder: Path) -> None:
         "out": "held.out.jsonl",
         "inputs": len(held_out),
         "unusable": 0,
+        "unknown": 0,
     }
     results = rows_of(folder / "held.out.jsonl")
     assert [row["row"] for row in results] == list(range(len(held_out)))

@@ -208,10 +208,11 @@ def test_a_checkpoint_of_the_first_form_loads(tmp_path: Path) -> None:
         **{"results": {"loss": 1.25}, "best": None, "best_step": 0, "best_metric": None},
         "wandb_id": "",
     }
+    since = {"evaluations_since_best": 0, "evaluations_since_decay": 0, "rate_decays": 0}
     (tmp_path / "state.json").write_text(json.dumps(state))
     engine = make_engine(DDPEngine, 6)
     restored = load_checkpoint(engine, tmp_path)
-    assert vars(restored.state) == state
+    assert vars(restored.state) == state | since
     assert restored.moved == "engine zero2 → ddp, world_size 2 → 1"
     assert torch.equal(engine.module.weight.data.view(-1), weight)
     assert engine.module.running_mean == 3.5

@@ -56,6 +56,12 @@ def test_line_i_of_the_one_belongs_to_line_i_of_the_other(tmp_path: Path) -> Non
     found = [tuple(record.values()) for record in records(tmp_path, "*.en", "*.de")]
     pairs = [("three", "drei"), ("one\u2028still one", "eins"), ("two \x0c still two", "zwei")]
     assert found == pairs
+    assert records(tmp_path, "[ab]*.en", "[ab]*.de") == records(tmp_path, "*.en", "*.de")
+    (tmp_path / "mark.en").write_bytes("\ufeffthree".encode())
+    (tmp_path / "mark.de").write_text("drei")
+    assert records(tmp_path, "mark.e?", "mark.d?") == [{"source": "three", "target": "drei"}]
+    for file in tmp_path.glob("mark.*"):
+        file.unlink()
     (tmp_path / "other.txt").write_text("trois")  # two single files are a pair whatever their names
     assert records(tmp_path, "a.en", "other.txt") == [{"source": "three", "target": "trois"}]
 

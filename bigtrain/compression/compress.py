@@ -19,6 +19,7 @@ from bigtrain.config.loader import LoadedRecipe, load_recipe
 from bigtrain.config.recipe import Recipe
 from bigtrain.data.datasets import prepare
 from bigtrain.errors import RequestError
+from bigtrain.models.qat import train_quantization_aware
 from bigtrain.models.quantized import Quantization
 from bigtrain.models.teacher import load_teacher, weights_hash
 from bigtrain.runs.directory import RunDir, write_atomic
@@ -41,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _Variant:
-    """One model that is to be made: quantized, or trained by a recipe."""
+    """One model that is to be made: trained by a recipe, or quantized, or the one and the other."""
 
     name: str
     settings: dict[str, Any]  # with others it would be another model
@@ -116,6 +117,12 @@ def _variants(run: RunDir, recipe: Recipe, request: Request) -> list[_Variant]:
         for kind in request.quantize:
             refuse_quantization(kind, model)
             variants.append(_Variant(kind, of_model, quantization=kind))
+    for kind in request.qat:
+        train_quantization_aware(load_model(run.path), kind)  # refuses what it cannot do
+        name = f"{kind}-qat"
+        loaded = _fine_tuned(run, recipe, request, name, f"model.qat={kind}")
+        settings = of_model | {"qat": kind, "steps": loaded.recipe.train.steps}
+        variants.append(_Variant(name, settings, quantization=kind, recipe=loaded))
     if request.student is not None:
         variants += _students(run, recipe, request.student, of_model)
     return variants
@@ -130,23 +137,31 @@ def _pruned(
         name += "-channels"
     elif request.scope != "global":
         name += f"-{request.scope}"
+    scope = "layer" if request.structure == "channels" else request.scope
+    change = f"model.prune={{amount: {amount}, scope: {scope}, structure: {request.structure}}}"
+    loaded = _fine_tuned(run, recipe, request, name, change)
+    prune, steps = loaded.recipe.model.prune, loaded.recipe.train.steps
+    settings = of_model | {"prune": prune and prune.model_dump(), "steps": steps}
+    return _Variant(name, settings, recipe=loaded)
+
+
+def _fine_tuned(
+    run: RunDir, recipe: Recipe, request: Request, name: str, change: str
+) -> LoadedRecipe:
+    """The run's own recipe from its own model on, shorter, with one change: an override."""
     trained = json.loads(run.summary.read_text())["step"]
     steps = request.steps or max(1, trained // 3)
     warmup = recipe.optim.warmup_steps * steps // max(trained, 1)
-    scope = "layer" if request.structure == "channels" else request.scope
     overrides = [
         f"name={run.name}-{name}",
         *_with_export_data(run),
-        f"model.prune={{amount: {amount}, scope: {scope}, structure: {request.structure}}}",
+        change,
         f"train.steps={steps}",
         "train.epochs=null",
         f"train.eval_every={steps}",
         f"optim.warmup_steps={warmup}",
     ]
-    loaded = load_recipe(str(run.recipe), overrides)
-    prune = loaded.recipe.model.prune
-    settings = of_model | {"prune": prune and prune.model_dump(), "steps": steps}
-    return _Variant(name, settings, recipe=loaded)
+    return load_recipe(str(run.recipe), overrides)
 
 
 def _students(
@@ -209,12 +224,15 @@ def _make(run: RunDir, variant: _Variant, folder: Path, quiet: bool) -> None:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(exist_ok=True)
-    if variant.quantization is not None:
-        write_quantized(run.export, load_model(run.path), variant.quantization, unfinished)
+    source = run
     if variant.recipe is not None:
         loaded = _named_by_settings(variant.recipe, variant.settings)
         train(loaded, quiet=quiet)
-        shutil.copytree(find_finished_run(loaded.recipe.name).export, unfinished)
+        source = find_finished_run(loaded.recipe.name)
+    if variant.quantization is not None:
+        write_quantized(source.export, load_model(source.path), variant.quantization, unfinished)
+    else:
+        shutil.copytree(source.export, unfinished)
     write_atomic(unfinished / _SETTINGS, json.dumps(variant.settings, indent=2) + "\n")
     unfinished.rename(folder)
 

@@ -28,6 +28,7 @@ def _number_of(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+Qat = Literal["int8", "int4"]
 Checkpointing = Literal["none", "full", "selective"] | PositiveInt
 Columns = dict[str, str | Annotated[list[str], Field(min_length=1)]]  # by field
 StepNumber = Annotated[Count, BeforeValidator(_number_of)]
@@ -84,6 +85,10 @@ class ModelConfig(Section):
     )
     prune: PruneConfig | None = Field(
         default=None, description="with pretrained: train with the smallest weights set to zero"
+    )
+    qat: Qat | None = Field(
+        default=None,
+        description="train with weights rounded as `bigtrain compress` rounds them to int8 or int4",
     )
 
     @model_validator(mode="after")
@@ -484,8 +489,7 @@ class Recipe(Section):
             raise ValueError(
                 f"train.keep_best is {keep_best}; task {self.task} has {', '.join(metrics)}"
             )
-        if spec.predicts == "number" and (self.train.label_smoothing or self.train.distill):
-            raise ValueError(
-                "train.label_smoothing and train.distill are for losses over classes or tokens"
-            )
+        for key in ("label_smoothing", "distill"):
+            if spec.predicts == "number" and getattr(self.train, key):
+                raise ValueError(f"train.{key} is for losses over classes or tokens")
         return self

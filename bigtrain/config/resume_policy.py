@@ -53,6 +53,10 @@ def diff_recipes(before: Recipe, after: Recipe, allowed: list[str]) -> dict[str,
     changes = {
         key: f"{old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)
     }
+    patterns_before, patterns = list(before.optim.groups), list(after.optim.groups)
+    if patterns_before != patterns and sorted(patterns_before) == sorted(patterns):
+        # The first that fits counts, and `flatten` does not show their order.
+        changes["optim.groups"] = f"{patterns_before} → {patterns}"
     accepted = (*SAFE_TO_CHANGE, *allowed)
     refused = [key for key in changes if not any(_covers(name, key) for name in accepted)]
     if refused:

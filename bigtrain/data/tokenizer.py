@@ -1,5 +1,6 @@
 """Tokenizers: bytes, trained on the data, or pretrained."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ def tokenizer_stamp(spec: str | dict[str, Any]) -> str | dict[str, Any]:
 
 def load_tokenizer(name: str) -> Any:
     """A transformers.PreTrainedTokenizerFast from a folder or the hub. Never runs remote code."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    config = Path(name, "config.json")
     try:
+        if config.is_file() and "architecture" in json.loads(config.read_text()):
+            # One of our models, of whose type AutoTokenizer would warn.
+            return PreTrainedTokenizerFast.from_pretrained(name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as problem:
         raise RequestError(

@@ -71,7 +71,7 @@ def _refuse_what_cannot_run(run: RunDir) -> None:
             f"bigtrain evaluate {run.name}",
         )
     config = json.loads((run.export / "config.json").read_text())
-    if "model_type" not in config:
+    if "architecture" in config:
         raise RequestError(
             f"the model of {run.path} ({config['architecture']}) is not one of transformers'",
             "a model that lm-eval can load",

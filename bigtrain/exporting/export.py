@@ -26,6 +26,7 @@ from bigtrain.models.model_card import ExportOrigin, end_of_run
 from bigtrain.models.model_inputs import read_model_inputs
 from bigtrain.runs.directory import RunDir
 from bigtrain.training.parameter_groups import make_groups
+from bigtrain.training.resume import refuse_other_weights
 
 
 class Model(NamedTuple):
@@ -96,6 +97,7 @@ def model_of(run: RunDir) -> Model:
 
 def checkpoint_weights(path: Path, model: Model) -> CheckpointWeights:
     """With the starting values of parameters that the model does not train."""
+    refuse_other_weights(model.recipe, RunDir(path.parent.parent))
     weights = CheckpointWeights(path)
     with torch.device("meta"):
         built = build_model(*model)

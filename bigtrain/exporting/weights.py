@@ -52,6 +52,9 @@ class CheckpointWeights:
         self._bytes_read += values.nbytes
         return values.view(shape)
 
+    def dtype(self, name: str) -> None:
+        """The model's own: checkpoints hold what the optimizer updates."""
+
     def is_trained(self, name: str) -> bool:
         """Whether it is a trained parameter, not a buffer."""
         return name in self._opened().pieces
@@ -82,6 +85,9 @@ class ExportedWeights:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name).clone()
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.read(name).dtype
+
 
 class MeanWeights:
     """The mean of several checkpoints' weights; of buffers the last one's."""
@@ -104,3 +110,6 @@ class MeanWeights:
         for checkpoint in self.checkpoints[:-1]:
             total += checkpoint.read(name)
         return (total / len(self.checkpoints)).to(last.dtype)
+
+    def dtype(self, name: str) -> None:
+        """The model's own."""

@@ -54,12 +54,12 @@ class Generator:
         return Decoding(tokens, temperature, top_p, stops)
 
     def write(self, prompt: str, decoding: Decoding, seed: int, show: Show | None = None) -> str:
-        """What the model writes; `show` gets the prompt, and then the text piece by piece.
+        """What the model writes; `show` gets it piece by piece, after the prompt if it goes on.
 
         Raises RequestError for a prompt that is too long.
         """
         ids = self._encode(prompt, "the prompt")
-        if show is not None:
+        if show is not None and self.spec.is_packed:
             show(prompt)
         torch.manual_seed(seed)
         return self._write([ids], decoding, show)[0]

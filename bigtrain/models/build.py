@@ -29,6 +29,10 @@ def build_model(recipe: Recipe, prepared: PreparedData, shard: Shard | None = No
         from bigtrain.models.prune import prune_model
 
         prune_model(model, recipe.model.prune)
+    if recipe.model.qat and not on_meta():
+        from bigtrain.models.qat import train_quantization_aware
+
+        train_quantization_aware(model, recipe.model.qat)
     if shard is not None:
         shard(list(model.parameters()))
     return model

@@ -41,6 +41,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """On the CPU."""
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Of the tensor that `read` returns; None: the model's own."""
+
 
 class WeightsInMemory:
     """All of them at once."""
@@ -53,6 +56,10 @@ class WeightsInMemory:
 
     def read(self, name: str) -> Tensor:
         return self.weights[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """ZeRO's weights are bf16 where the run's are."""
+        return self.weights[name].dtype
 
 
 class Stored(NamedTuple):
@@ -128,7 +135,7 @@ def write_export(
         model = build_model(recipe, prepared)
     hashes = _write_weights(model, source, folder, stored)
     if hasattr(model, "save_pretrained"):
-        _write_transformers_config(model, folder, stored)
+        _write_transformers_config(model, folder, _dtype_in_file(model, source, stored))
     else:
         config = _own_config(model, recipe, prepared)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -181,7 +188,11 @@ def _write_weights(
     layers = []
     converts = _has_conversions(model)
     for names in _layers(list(stored_names)) if converts else [[name] for name in stored_names]:
-        layers.append({name: state[name].detach() for name in names})
+        layer = {}
+        for name in names:
+            own = state[name].detach()
+            layer[name] = own.to(source.dtype(stored_names[name]) or own.dtype)
+        layers.append(layer)
 
     def cast(name: str, tensor: Tensor) -> Tensor:
         is_number = tensor.is_floating_point() and isinstance(state[name], nn.Parameter)
@@ -255,9 +266,17 @@ def _as_transformers_saves(model: nn.Module, tensors: Tensors) -> Tensors:
     return dict(revert_weight_conversion(model, tensors))  # type: ignore[arg-type]
 
 
-def _write_transformers_config(model: Any, folder: Path, stored: Stored) -> None:
+def _dtype_in_file(model: Any, source: WeightSource, stored: Stored) -> torch.dtype:
+    """Of the parameters as they are written."""
+    if stored.dtype:
+        return DTYPES[stored.dtype]
+    available = source.names()
+    name = next(name for name, _ in model.named_parameters() if name in available)
+    return source.dtype(name) or model.dtype
+
+
+def _write_transformers_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """As its `save_pretrained` does."""
-    dtype = DTYPES[stored.dtype] if stored.dtype else model.dtype
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -94,7 +94,7 @@ def _shown(recipe: Recipe) -> str:
 
 def _data_in_words(recipe: Recipe) -> str:
     train = recipe.data.train
-    return train if isinstance(train, str) else json.dumps(train)
+    return train if isinstance(train, str) else json.dumps(train.model_dump())
 
 
 def _table(first: str, second: str, rows: list[str]) -> str:

@@ -54,6 +54,13 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return pairs.flatten(1).to(torch.int8) - 8
 
 
+def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` [..., width], fp32 → whole numbers from -127 to 127, and a scale for each row."""
+    largest = rows.abs().amax(-1, keepdim=True)  # torch's vector_norm is slower
+    scale = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (rows / scale).round_(), scale
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights, whose input is rounded to int8 row by row."""
 
@@ -87,9 +94,8 @@ class Int8Linear(nn.Module):
 
     def _int8_product(self, rows: Tensor) -> Tensor:
         """`rows` [rows, in_features], fp32 → [rows, out_features], fp32."""
-        largest = rows.abs().amax(1, keepdim=True)  # torch's vector_norm is slower
-        row_scale = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        int_rows = (rows / row_scale).round_().to(torch.int8)
+        int_rows, row_scale = round_rows(rows)
+        int_rows = int_rows.to(torch.int8)
         outputs = rows.new_empty(len(rows), self.out_features)
         step = max(1, len(rows))
         if not rows.is_cuda:

@@ -1,6 +1,7 @@
 """A parallel corpus in two sets of text files: line i of the one belongs to line i of the other."""
 
 import glob
+import re
 from collections.abc import Iterable
 from functools import partial
 from itertools import zip_longest
@@ -14,7 +15,7 @@ from bigtrain.sources.records import Record, Source, file_stamp
 def open_parallel_text(key: str, corpus: ParallelText) -> Source:
     """The source of `corpus`, the value of `key` (data.train, data.eval).
 
-    Raises RequestError for files that do not pair: what the asterisks stand for must be the same on
+    Raises RequestError for files that do not pair: what the wildcards stand for must be the same on
     both sides, unless there is one file on each.
     """
     sources = _files(f"{key}.source", corpus.source)
@@ -30,9 +31,9 @@ def open_parallel_text(key: str, corpus: ParallelText) -> Source:
 
 
 def _files(key: str, pattern: str) -> dict[str, Path]:
-    """What the asterisks of `pattern` stand for → the file, in the order of these names."""
-    head, _, rest = pattern.partition("*")
-    tail = rest.rpartition("*")[2]
+    """What the wildcards of `pattern` stand for → the file, in the order of these names."""
+    head = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    tail = re.split(r"[*?\]]", pattern)[-1]
     files: dict[str, Path] = {}
     for path in glob.glob(pattern, recursive=True):
         if Path(path).is_file():
@@ -50,7 +51,7 @@ def _read(key: str, files: list[Path]) -> Iterable[Record]:
     half = len(files) // 2
     for pair in zip(files[:half], files[half:], strict=True):
         # Lines end with a line feed alone: other separators may be part of a text.
-        source, target = (path.open(encoding="utf-8", newline="\n") for path in pair)
+        source, target = (path.open(encoding="utf-8-sig", newline="\n") for path in pair)
         try:
             with source, target:
                 for number, lines in enumerate(zip_longest(source, target, fillvalue=""), 1):

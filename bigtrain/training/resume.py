@@ -9,7 +9,7 @@ from bigtrain.checkpoint.format import committed_checkpoints
 from bigtrain.checkpoint.reader import Restored, load_checkpoint, newest_checkpoint
 from bigtrain.checkpoint.state import TrainState
 from bigtrain.config.loader import load_recipe
-from bigtrain.config.recipe import DistillConfig, Recipe
+from bigtrain.config.recipe import Recipe
 from bigtrain.config.resume_policy import diff_recipes
 from bigtrain.engine.base import Engine
 from bigtrain.errors import RequestError, TrainingFailed
@@ -18,7 +18,6 @@ from bigtrain.runs.directory import RunDir, run_directory
 from bigtrain.runs.metrics_file import read_metrics
 from bigtrain.training.settings import Settings, with_origin
 
-_TEACHER_HASH = "train.distill.weights"  # in effective.json
 _FRUITLESS_STARTS = 3  # from one step, of a job that Slurm restarts, until it must fail
 
 
@@ -42,25 +41,45 @@ def recipe_changes(recipe: Recipe, fresh: bool, allow_change: Sequence[str]) -> 
         return {}
     begun = load_recipe(str(run.recipe)).recipe
     changes = diff_recipes(begun, recipe, list(allow_change))
-    if recipe.train.distill and not any(name.startswith("train") for name in allow_change):
-        _refuse_another_teacher(run, recipe.train.distill)
+    refuse_other_weights(recipe, run, allow_change)
     return changes
 
 
-def teacher_setting(distill: DistillConfig) -> Settings:
-    """The hash of the teacher's weights, which a run keeps."""
-    digest = weights_hash(teacher_folder(distill.teacher))
-    return with_origin("teacher", {_TEACHER_HASH: digest})
+def outside_weights(recipe: Recipe) -> Settings:
+    """The hashes of weights outside of the run that all its steps depend on; a run keeps them.
+
+    A teacher's, and those that pruning's zeros or frozen parameters are taken from at every start.
+    """
+    folders: dict[str, Path] = {}
+    if recipe.train.distill is not None:
+        folders["train.distill"] = teacher_folder(recipe.train.distill.teacher)
+    is_partly_frozen = any(group.frozen for group in recipe.optim.groups.values())
+    pretrained = Path(recipe.model.pretrained or "")
+    if recipe.model.pretrained and (recipe.model.prune or is_partly_frozen):
+        folders["model.pretrained"] = pretrained
+    hashes = {}
+    for key, folder in folders.items():
+        if folder.is_dir():  # no hub id
+            hashes[f"{key}.weights"] = weights_hash(folder)
+    return with_origin("outside of the run", hashes)
 
 
-def _refuse_another_teacher(run: RunDir, distill: DistillConfig) -> None:
-    began_with = run.settings().get(_TEACHER_HASH)
-    if began_with != teacher_setting(distill)[_TEACHER_HASH]["value"]:
-        raise RequestError(
-            f"the weights of the teacher {distill.teacher} have changed since this run began",
-            "the same teacher, to continue the same curve",
-            "--allow-change train.distill, or --fresh to start a new run",
-        )
+def refuse_other_weights(recipe: Recipe, run: RunDir, allow_change: Sequence[str] = ()) -> None:
+    """Raises RequestError if weights that the run depends on have changed since it began."""
+    began_with = run.settings()
+    for key, setting in outside_weights(recipe).items():
+        source = key.removesuffix(".weights")
+        is_allowed = any(f"{source}.".startswith(f"{name}.") for name in allow_change)
+        whose = f"model.pretrained {recipe.model.pretrained}"
+        if source == "train.distill" and recipe.train.distill is not None:
+            whose = f"the teacher {recipe.train.distill.teacher}"
+        known = began_with.get(key, setting["value"])  # a run of an earlier version has no hash
+        if known != setting["value"] and not is_allowed:
+            raise RequestError(
+                f"the weights of {whose} have changed since this run began",
+                "the weights that it began with, which are a part of its model",
+                f"put them back; or train with --allow-change {source}, or --fresh",
+            )
 
 
 def load_resume_point(engine: Engine, run: RunDir, train_samples: int) -> ResumePoint:

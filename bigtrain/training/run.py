@@ -67,9 +67,9 @@ from bigtrain.training.preflight import (
 from bigtrain.training.resume import (
     ResumePoint,
     load_resume_point,
+    outside_weights,
     recipe_changes,
     refuse_fruitless_restarts,
-    teacher_setting,
 )
 from bigtrain.training.settings import (
     Settings,
@@ -137,7 +137,7 @@ def run_recipe(
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
         settings |= group_settings(engine, recipe.optim)
-        settings |= _settle_loss(engine, task, recipe.train.distill)
+        settings |= outside_weights(recipe) | _settle_loss(engine, task, recipe.train.distill)
 
         run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)
@@ -172,7 +172,7 @@ def _settle_loss(engine: Engine, task: Task, distill: DistillConfig | None) -> S
     if distill is None:
         return loss_setting(without_logits=use_output_loss(engine, task))
     take_teacher(engine, task, distill)
-    return teacher_setting(distill)
+    return {}
 
 
 def _leave_group(engine: Engine, kind: type[BaseException] | None, *_: object) -> None:
