@@ -174,7 +174,8 @@ def damaged_weight_files(folder: Path) -> list[str]:
         hashes[path.name] = file_hash(path) if path.is_file() else "missing"
     if not identity or identity.endswith(_weights_in_identity(hashes)):
         return []
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card_file = folder / "README.md"
+    card = card_file.read_text(encoding="utf-8") if card_file.is_file() else ""
     damaged = [name for name, digest in hashes.items() if f"`{digest}`" not in card]
     return damaged or list(hashes) or [WEIGHTS]
 
