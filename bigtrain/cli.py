@@ -186,6 +186,8 @@ def compress(
     from bigtrain.compression.request import parse_request
 
     request = parse_request(prune, scope, structure, int8, int4, distill, steps, qat)
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise RequestError(f"--html {html}", "a file in a folder that exists", "--html page.html")
     directory = find_finished_run(run)
     from bigtrain.compression.compress import compress_run
     from bigtrain.compression.views import html_page, show

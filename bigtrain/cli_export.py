@@ -25,6 +25,7 @@ Sign = Annotated[
     Path | None, typer.Option(metavar="KEY.pem", help="sign it with an Ed25519 private key")
 ]
 Push = Annotated[str | None, typer.Option(metavar="HUB_ID", help="upload it afterwards")]
+_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -42,7 +43,7 @@ def export(
         Literal["hf", "onnx"], typer.Option("--format", help="Hugging Face's, or ONNX")
     ] = "hf",
     dtype: Dtype = None,
-    shard_size: ShardSize = "5GB",
+    shard_size: ShardSize = _SHARD_SIZE,
     sign: Sign = None,
     push: Push = None,
     as_json: Json = False,
@@ -56,6 +57,10 @@ def export(
         raise RequestError(f"--step {step}", "a step's number, best or last", "--step last")
     if form == "onnx" and dtype not in (None, "fp32"):
         raise RequestError(f"--format onnx with --dtype {dtype}", "fp32", "leave --dtype out")
+    if form == "onnx" and shard_size != _SHARD_SIZE:
+        raise RequestError(
+            f"--format onnx with --shard-size {shard_size}", "one file", "leave --shard-size out"
+        )
     from bigtrain.exporting.export import refuse_used_folder, write_model
     from bigtrain.models.export import Stored, whole_folder
 
@@ -78,7 +83,7 @@ def average(
     out: Annotated[Path | None, typer.Argument(help="default: average/ in the run")] = None,
     last: Annotated[int, typer.Option(min=2, help="how many of the newest checkpoints")] = 5,
     dtype: Dtype = None,
-    shard_size: ShardSize = "5GB",
+    shard_size: ShardSize = _SHARD_SIZE,
     sign: Sign = None,
     push: Push = None,
     as_json: Json = False,
@@ -146,7 +151,8 @@ def _verify_signature(folder: Path, key: Path | None, as_json: bool) -> None:
         raise RequestError(f"{folder} is no folder", "a folder that was exported with --sign")
     problems = verify_folder(folder, None if key is None else load_public_key(key))
     if as_json:
-        _print_json({str(folder): problems})
+        is_authenticated = key is not None and not problems
+        _print_json({str(folder): problems, "authenticated": is_authenticated})
     else:
         for problem in problems:
             print(problem)

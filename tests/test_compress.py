@@ -80,9 +80,14 @@ def test_one_table_of_all_variants_from_their_files(
     small = rows["int8"]["bytes"] / rows["original"]["bytes"]
     assert small < 0.45, "of a model as small as this the file's header is a part"
     assert rows["int4"]["bytes"] < rows["int8"]["bytes"]
+    less = compress_run(find_run("cnn"), Request(quantize=["int8"]), quiet=True)
+    names = [row.model for row in less.rows]
+    assert names[:2] == ["original", "int8"] and set(names) == set(rows)
+    assert json.loads(Path("runs/cnn/compressed/table.json").read_text()) == less.as_dict()
     for kind in ("int8", "int4"):
         assert rows[f"{kind}-qat"]["bytes"] == rows[kind]["bytes"]
-        trained = json.loads((folder / f"runs/cnn-{kind}-qat/summary.json").read_text())
+        (summary_file,) = (folder / "runs").glob(f"cnn-{kind}-qat-*/summary.json")
+        trained = json.loads(summary_file.read_text())
         assert rows[f"{kind}-qat"]["value"] == pytest.approx(trained["accuracy"]), (
             "training measures the model as it will be quantized"
         )
@@ -97,7 +102,8 @@ def test_what_is_there_is_kept_and_not_overwritten(folder: Path) -> None:
     for _ in range(2):
         done = bigtrain(*command, cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert [row["model"] for row in json.loads(done.stdout)["rows"]] == ["original", "int4"]
+        names = [row["model"] for row in json.loads(done.stdout)["rows"]]
+        assert names[:2] == ["original", "int4"]
         file = folder / "runs/cnn/compressed/int4/quantized.safetensors"
         times.append(file.stat().st_mtime_ns)
     assert times[0] == times[1]
@@ -235,6 +241,7 @@ def test_whole_channels_are_pruned_of_convolutions_alone() -> None:
         (["--prune", "1.5"], "--prune 1.5: not a part of the weights"),
         (["--prune", "half"], "--prune half: not a part of the weights"),
         ([], "nothing is asked for"),
+        (["--int8", "--html", "nowhere/page.html"], "--html nowhere/page.html"),
         (["--prune", "0.5", "--qat"], "--qat: to which integers?"),
     ],
 )
@@ -276,3 +283,30 @@ def test_pruning_needs_something_to_prune() -> None:
     case = {"model": "cnn", "kind": "ddp", "precision": "fp32", "micro_batch": 1}
     with pytest.raises(ValueError, match="prune needs pretrained"):
         recipe_for(case | {"start": {"prune": {"amount": 0.5}}})
+
+
+def test_another_models_training_run_is_not_taken_for_this_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same name, with more steps behind it; a variant that was stopped goes on."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(measure, "SECONDS_PER_TIMING", 0.01)
+    done = bigtrain("train", "digits-cnn", "name=again", *SMALL, "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    run = find_run("again")
+    request = Request(prune=[0.7], steps=2)
+    compress_run(run, request, quiet=True)
+    (first,) = Path("runs").glob("again-prune-0.7-*")
+    shutil.rmtree(run.path)
+    done = bigtrain("train", "digits-cnn", "name=again", *SMALL, "seed=7", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    compress_run(run, request, quiet=True)
+    (second,) = set(Path("runs").glob("again-prune-0.7-*")) - {first}
+    made = load_file(run.path / "compressed/prune-0.7/model.safetensors")
+    for path, same in ((first, False), (second, True)):
+        trained = load_file(path / "export/model.safetensors")
+        assert all(made[name].equal(trained[name]) for name in made) == same
+    # As after a kill between the training and the variant: the run is continued, not begun anew.
+    shutil.rmtree(run.path / "compressed/prune-0.7")
+    compress_run(run, request, quiet=True)
+    assert set(Path("runs").glob("again-prune-0.7-*")) == {first, second}

@@ -1,6 +1,7 @@
 """Exports of checkpoints that two ranks wrote under ZeRO-3: strict, whole, and the same model."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,8 @@ def test_onnx_computes_the_same_on_batches_of_any_size(
     (computed,) = session.run(None, {key: value.numpy() for key, value in BATCHES[name].items()})
     torch.testing.assert_close(torch.from_numpy(computed), expected, rtol=0, atol=1e-4)
     assert not weight_files(out)
+    with pytest.raises(RequestError, match="holds an ONNX model"):
+        package.load_model(out)
 
 
 def test_an_rnn_without_packing_is_the_same() -> None:
@@ -195,6 +198,16 @@ def test_an_onnx_that_differs_leaves_nothing(
         write_model(run_of(trained, "digits-resnet"), folder, None, AS_TRAINED)
         replace_by_onnx(folder)
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_in_one_trial_of_an_onnx_is_a_difference(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = iter([0.0, float("nan")])
+    monkeypatch.setattr("bigtrain.exporting.onnx_export._difference", lambda *_: next(differences))
+    shutil.copytree(run_of(trained, "digits-resnet").export, tmp_path / "out")
+    with pytest.raises(TrainingFailed, match="by up to nan"):
+        replace_by_onnx(tmp_path / "out")
 
 
 def test_a_missing_or_surplus_weight_is_named_and_nothing_is_left(
@@ -236,6 +249,7 @@ def test_the_command_line_says_what_it_wrote_and_refuses_what_it_cannot(trained:
         (["new", "--step", "best"], "train.keep_best"),
         (["new", "--shard-size", "big"], "5GB"),
         (["new", "--push", "a b"], "OWNER/NAME"),
+        (["new", "--format", "onnx", "--shard-size", "1GB"], "leave --shard-size out"),
         (["new", "--sign", "key.pem"], "openssl genpkey -algorithm ed25519"),
     ):
         refused = bigtrain("export", "digits-resnet", *arguments, cwd=trained)
@@ -259,6 +273,62 @@ def test_an_unfinished_run_without_checkpoints_and_a_broken_one_are_refused(
         choose_checkpoint(run, "last")
 
 
+def test_a_finished_run_that_has_gone_on_exports_its_last_checkpoint(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "digits-resnet")
+    shutil.copytree(trained / "runs" / "digits-resnet", run.path)
+    summary = json.loads(run.summary.read_text())
+    summary["exported_step"] = 2
+    run.write_json(run.summary, summary)
+    for number, stored in enumerate((AS_TRAINED, Stored("bf16"))):
+        with whole_folder(tmp_path / f"best-{number}") as folder:
+            found = write_model(run, folder, None, stored)
+        assert found == {"weights": "checkpoint step-00000002, the best", "step": 2}
+    assert (
+        "of checkpoint step-00000002, the best" in (folder.parent / "best-1/README.md").read_text()
+    )
+    run.write_json(run.summary, summary | {"step": 2})
+    for number, stored in enumerate((AS_TRAINED, Stored("bf16"))):
+        with whole_folder(tmp_path / f"last-{number}") as folder:
+            found = write_model(run, folder, None, stored)
+        assert found == {"weights": "checkpoint step-00000004", "step": 4}
+
+
+def test_a_damaged_export_is_neither_copied_nor_converted(trained: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "digits-resnet")
+    shutil.copytree(trained / "runs" / "digits-resnet", run.path)
+    weights = run.export / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for stored in (AS_TRAINED, Stored("bf16")):
+        with (
+            pytest.raises(RequestError, match=r"model\.safetensors is not as it was written"),
+            whole_folder(tmp_path / "out") as folder,
+        ):
+            write_model(run, folder, None, stored)
+    weights.unlink()
+    with pytest.raises(RequestError, match=r"model\.safetensors is not as"):
+        write_model(run, tmp_path / "none", None, AS_TRAINED)
+
+
+def test_nobody_elses_folder_is_deleted_and_the_users_own_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "model").touch()
+    assert (tmp_path / "out.partial" / "mine").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with whole_folder(Path()) as folder:
+        (folder / "model").touch()
+    assert [path.name for path in Path().iterdir()] == ["model"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_the_average_is_the_mean_with_statistics_of_its_own(trained: Path, tmp_path: Path) -> None:
     run = run_of(trained, "digits-resnet")
     result = average_checkpoints(run, tmp_path / "mean", 2, AS_TRAINED, lambda _: None)
@@ -274,5 +344,11 @@ def test_the_average_is_the_mean_with_statistics_of_its_own(trained: Path, tmp_p
         mean = (both[0].read(name).double() + both[1].read(name).double()) / 2
         torch.testing.assert_close(tensor, mean.float(), rtol=0, atol=1e-7)
     assert [path.name for path in tmp_path.iterdir()] == ["mean"]
+    keeps_best = RunDir(tmp_path / "digits-resnet")
+    shutil.copytree(run.path, keeps_best.path)
+    text = re.sub(r"keep_last: \d+", "keep_last: 1", keeps_best.recipe.read_text())
+    keeps_best.recipe.write_text(text.replace("keep_best: null", "keep_best: loss"))
+    with pytest.raises(RequestError, match="1 checkpoints, not 2: step-00000004"):
+        average_checkpoints(keeps_best, tmp_path / "row", 2, AS_TRAINED, lambda _: None)
     with pytest.raises(RequestError, match=r"(?s)2 checkpoints, not 3.*train\.keep_last=3"):
         average_checkpoints(run, tmp_path / "more", 3, AS_TRAINED, lambda _: None)

@@ -431,7 +431,10 @@ def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
         f"step-{best:08d}",
         "step-00000012",
     ]
-    assert summary["best_step"] == best
+    assert summary["best_step"] == summary["exported_step"] == best
+    weights = f"checkpoint step-{best:08d}, the best"
+    assert f"those of {weights}" in (run.export / "README.md").read_text().replace("\n", " ")
+    assert weights in json.loads((run.export / "bigtrain.json").read_text())["export"]
     assert summary["loss"] == pytest.approx(evaluations[best], rel=1e-6)
     found = json.loads(bigtrain("evaluate", "digits-cnn", "--json", cwd=tmp_path).stdout)
     assert found["loss"] == pytest.approx(evaluations[best], rel=1e-5)

@@ -93,8 +93,22 @@ def test_the_command_line_verifies_and_refuses(tmp_path: Path) -> None:
     changed = bigtrain("verify", "export", "--key", str(public), "--json", cwd=tmp_path)
     assert changed.returncode == 1
     assert json.loads(changed.stdout) == {
-        "export": ["config.json: content does not match its signed hash"]
+        "export": ["config.json: content does not match its signed hash"],
+        "authenticated": False,
     }
+    sign_folder(export, load_private_key(key))
+    for options, authenticated in ((["--key", str(public)], True), ([], False)):
+        done = bigtrain("verify", "export", "--json", *options, cwd=tmp_path)
+        assert json.loads(done.stdout) == {"export": [], "authenticated": authenticated}
+    surrogate = {"files": {"\ud800": {}}, "export": "one"}
+    for manifest, said in (
+        ({"files": ["config.json"], "export": "one"}, "cannot be read"),
+        (surrogate, "missing"),
+    ):
+        signed = {"manifest": manifest, "signature": "", "public_key": ""}
+        (export / SIGNATURE).write_text(json.dumps(signed))
+        done = bigtrain("verify", "export", cwd=tmp_path)
+        assert done.returncode == 1 and said in done.stdout and "Traceback" not in done.stderr
 
 
 def test_what_is_no_ed25519_key_is_refused(tmp_path: Path) -> None:
@@ -104,6 +118,7 @@ def test_what_is_no_ed25519_key_is_refused(tmp_path: Path) -> None:
     for path, said in ((rsa, "RSA"), (public, "private key"), (tmp_path / "no.pem", "No such")):
         with pytest.raises(RequestError, match=said) as refused:
             load_private_key(path)
-        assert "openssl genpkey -algorithm ed25519" in str(refused.value)
+        # Its command would overwrite a key that is there.
+        assert ("openssl genpkey -algorithm ed25519" in str(refused.value)) != path.exists()
     with pytest.raises(RequestError, match="public key"):
         load_public_key(key)

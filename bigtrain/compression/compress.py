@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bigtrain.models.qat import train_quantization_aware
 from bigtrain.models.quantized import Quantization
 from bigtrain.models.teacher import load_teacher, weights_hash
 from bigtrain.runs.directory import RunDir, write_atomic
+from bigtrain.runs.hashes import text_hash
 
 _SETTINGS = "compressed.json"  # in a variant's folder: how it was made
 
@@ -50,10 +51,11 @@ class _Variant:
 
 
 def compress_run(run: RunDir, request: Request, quiet: bool = False) -> Table:
-    """Make what is asked for of a finished run's model, in runs/NAME/compressed/, and measure it.
+    """Make what is asked for of a finished run's model, in runs/NAME/compressed/.
 
-    What is there already with the same settings is kept, so that a compression that was stopped
-    goes on. Raises RequestError, before anything is written, for what cannot be made.
+    Measured is that, and all else that was made of this model before. What is there already with
+    the same settings is kept, so that a compression that was stopped goes on. Raises
+    RequestError, before anything is written, for what cannot be made.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError(
@@ -76,11 +78,23 @@ def compress_run(run: RunDir, request: Request, quiet: bool = False) -> Table:
             _make(run, variant, folder / variant.name, quiet)
     bench = Bench(recipe, prepared, run.export)
     rows = [bench.measure("original", run.export)]
-    rows += [bench.measure(variant.name, folder / variant.name) for variant in variants]
+    names = [variant.name for variant in variants]
+    names += _made_before(folder, names, weights_hash(run.export))
+    rows += [bench.measure(name, folder / name) for name in names]
     table = Table(run.name, bench.device_name, rows)
     if variants:
         write_atomic(folder / "table.json", json.dumps(table.as_dict(), indent=2) + "\n")
     return table
+
+
+def _made_before(folder: Path, asked_for: list[str], model: str) -> list[str]:
+    """The other variants of the model whose weights have the hash `model`."""
+    names = []
+    for path in sorted(folder.glob(f"[!.]*/{_SETTINGS}")):
+        name = path.parent.name
+        if name not in asked_for and _made_with(path.parent).get("model") == model:
+            names.append(name)
+    return names
 
 
 def _with_export_data(run: RunDir) -> list[str]:
@@ -189,16 +203,20 @@ def _refuse_other_settings(folder: Path, variant: _Variant) -> None:
     """Raises RequestError if the variant is there, made in another way."""
     if not folder.exists():
         return
-    try:
-        made_with = json.loads((folder / _SETTINGS).read_text())
-    except (OSError, ValueError):
-        made_with = None
-    if made_with != json.loads(json.dumps(variant.settings)):
+    if _made_with(folder) != json.loads(json.dumps(variant.settings)):
         raise RequestError(
             f"{folder} was made of another model, or with other settings",
             "the same, or no such folder: nothing is overwritten",
             f"mv {folder} {folder}-before",
         )
+
+
+def _made_with(folder: Path) -> dict[str, Any]:
+    """A variant's settings; empty if they cannot be read."""
+    try:
+        return dict(json.loads((folder / _SETTINGS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _make(run: RunDir, variant: _Variant, folder: Path, quiet: bool) -> None:
@@ -208,11 +226,22 @@ def _make(run: RunDir, variant: _Variant, folder: Path, quiet: bool) -> None:
     unfinished.parent.mkdir(exist_ok=True)
     source = run
     if variant.recipe is not None:
-        train(variant.recipe, quiet=quiet)
-        source = find_finished_run(variant.recipe.recipe.name)
+        loaded = _named_by_settings(variant.recipe, variant.settings)
+        train(loaded, quiet=quiet)
+        source = find_finished_run(loaded.recipe.name)
     if variant.quantization is not None:
         write_quantized(source.export, load_model(source.path), variant.quantization, unfinished)
     else:
         shutil.copytree(source.export, unfinished)
     write_atomic(unfinished / _SETTINGS, json.dumps(variant.settings, indent=2) + "\n")
     unfinished.rename(folder)
+
+
+def _named_by_settings(loaded: LoadedRecipe, settings: dict[str, Any]) -> LoadedRecipe:
+    """The recipe under a name that another model, or other settings, would not have.
+
+    A run of that name is then the same one, stopped, and is continued.
+    """
+    digest = text_hash(json.dumps(settings, sort_keys=True))[:8]
+    recipe = loaded.recipe.model_copy(update={"name": f"{loaded.recipe.name}-{digest}"})
+    return replace(loaded, recipe=recipe)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigtrain.checkpoint.format import committed_checkpoints
+from bigtrain.config.loader import load_recipe
 from bigtrain.data.datasets import prepare
 from bigtrain.errors import BigtrainError, RequestError
 from bigtrain.evaluation.evaluate import evaluate_run
@@ -74,6 +75,10 @@ def average_checkpoints(
 
 def _last_checkpoints(run: RunDir, last: int) -> list[Path]:
     committed = committed_checkpoints(run)
+    settings = load_recipe(str(run.recipe)).recipe.train
+    if settings.keep_best:
+        # One that is older than these was kept because it is the best, not as one of the last.
+        committed = committed[-settings.keep_last :]
     if len(committed) < last:
         names = ", ".join(path.name for path in committed) or "none"
         fewer = f"--last {len(committed)}; or " if len(committed) > 1 else ""

@@ -21,8 +21,8 @@ from bigtrain.data.examples import PreparedData
 from bigtrain.errors import RequestError
 from bigtrain.exporting.weights import CheckpointWeights, ExportedWeights
 from bigtrain.models.build import build_model
-from bigtrain.models.export import AS_TRAINED, Stored, write_export
-from bigtrain.models.model_card import ExportOrigin
+from bigtrain.models.export import AS_TRAINED, Stored, damaged_weight_files, write_export
+from bigtrain.models.model_card import ExportOrigin, end_of_run
 from bigtrain.models.model_inputs import read_model_inputs
 from bigtrain.runs.directory import RunDir
 from bigtrain.training.parameter_groups import make_groups
@@ -42,24 +42,45 @@ def write_model(run: RunDir, folder: Path, step: str | None, stored: Stored) -> 
 
     `step`: a number, `best` or `last`; None for the model that a finished run has exported, and
     for the last checkpoint of another run. Raises RequestError for a checkpoint that is not there
-    or does not verify, TrainingFailed for one that is not of the recipe's model.
+    or does not verify and for a damaged export, TrainingFailed for a checkpoint that is not of the
+    recipe's model.
     """
-    is_finished = (run.export / "bigtrain.json").is_file()
-    if step is None and is_finished and stored == AS_TRAINED:
-        shutil.copytree(run.export, folder, dirs_exist_ok=True)
-        return {"weights": "the run's end"}
+    summary = _summary_of_end(run)
+    if step is None and summary is not None:
+        _refuse_damaged(run)
+        origin = end_of_run(summary, run)
+        if stored == AS_TRAINED:
+            shutil.copytree(run.export, folder, dirs_exist_ok=True)
+        else:
+            exported = ExportedWeights(run.export)
+            write_export(exported, *model_of(run), folder, origin, stored)
+        return {"weights": origin.weights, "step": summary.get("exported_step", summary["step"])}
     model = model_of(run)
-    if step is None and is_finished:
-        summary = json.loads(run.summary.read_text())
-        exported = ExportedWeights(run.export)
-        origin = ExportOrigin(summary, run)
-        write_export(exported, model.recipe, model.prepared, folder, origin, stored)
-        return {"weights": origin.weights, "step": summary["step"]}
     checkpoint = choose_checkpoint(run, step or "last")
     weights = checkpoint_weights(checkpoint, model)
     origin = origin_of(run, checkpoint)
     write_export(weights, model.recipe, model.prepared, folder, origin, stored)
     return {"weights": origin.weights, "step": origin.results["step"]}
+
+
+def _summary_of_end(run: RunDir) -> dict[str, Any] | None:
+    """The summary of a finished run; None if there is none, or if it has gone on since."""
+    if not (run.export / "bigtrain.json").is_file() or not run.summary.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(run.summary.read_text())
+    committed = committed_checkpoints(run)
+    has_gone_on = committed and read_state(committed[-1]).step > summary["step"]
+    return None if has_gone_on else summary
+
+
+def _refuse_damaged(run: RunDir) -> None:
+    damaged = damaged_weight_files(run.export)
+    if damaged:
+        raise RequestError(
+            f"{run.export}: {', '.join(damaged)} is not as it was written",
+            "the weights whose hashes the export has recorded",
+            f"bigtrain export {run.name} OUT --step last",
+        )
 
 
 def refuse_used_folder(out: Path) -> None:
@@ -131,13 +152,15 @@ def choose_checkpoint(run: RunDir, step: str) -> Path:
 
 def _best(run: RunDir, newest: Path) -> Path:
     best_step = read_state(newest).best_step
-    if not best_step:
+    path = run.checkpoints / f"step-{best_step:08d}"
+    if not path.is_dir():
+        of_step = f" (step {best_step})" if best_step else ""
         raise RequestError(
-            f"{run.path} has not kept a best checkpoint",
+            f"{run.path} has not kept a best checkpoint{of_step}",
             "a recipe with train.keep_best",
             "--step last",
         )
-    return run.checkpoints / f"step-{best_step:08d}"
+    return path
 
 
 def read_state(checkpoint: Path) -> TrainState:

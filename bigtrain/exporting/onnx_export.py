@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from bigtrain.config.task_specs import TASK_SPECS
 from bigtrain.errors import RequestError, TrainingFailed
+from bigtrain.models.export import ONNX_MODEL as MODEL
 from bigtrain.models.export import load_exported
 from bigtrain.models.unpacked_rnn import without_packing
 from bigtrain.models.weight_files import INDEX, weight_files
 from bigtrain.runs.hashes import file_hash
 from bigtrain.tasks.base import outputs
 
-MODEL = "model.onnx"
 _TOLERANCE = 1e-4
 # Batch and length that the graph is made with; and those that it is tried with.
 _EXAMPLE = (3, 7)
@@ -55,7 +55,7 @@ def replace_by_onnx(folder: Path) -> dict[str, Any]:
     try:
         _write(positional, example, folder / MODEL)
         trials = [_random_batch(folder, about, model, *size) for size in _TRIALS]
-        worst = max(_difference(positional, trial, folder / MODEL) for trial in trials)
+        differences = [_difference(positional, trial, folder / MODEL) for trial in trials]
     except Exception as problem:  # of torch's exporter, of onnxruntime
         cause = problem.__cause__ or problem
         reason = str(cause).strip().split("\n")[0] or type(cause).__name__
@@ -64,6 +64,7 @@ def replace_by_onnx(folder: Path) -> dict[str, Any]:
             "a model that torch.onnx.export and onnxruntime can take",
             "leave --format out",
         ) from None
+    worst = float(torch.tensor(differences).max())  # NaN if one of them is
     if not worst <= _TOLERANCE:
         raise TrainingFailed(
             f"onnxruntime's outputs differ from torch's by up to {worst:.2g}",

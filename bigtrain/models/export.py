@@ -15,20 +15,21 @@ from bigtrain.config.recipe import Recipe
 from bigtrain.config.secrets import redact
 from bigtrain.config.task_specs import TaskName
 from bigtrain.data.examples import PreparedData
-from bigtrain.errors import TrainingFailed
+from bigtrain.errors import RequestError, TrainingFailed
 from bigtrain.models import quantized
 from bigtrain.models.build import build_model
-from bigtrain.models.model_card import ExportOrigin, model_card
+from bigtrain.models.model_card import ExportOrigin, end_of_run, model_card
 from bigtrain.models.model_inputs import describe_inputs
 from bigtrain.models.own import MODELS, load_own, model_class
-from bigtrain.models.weight_files import Tensors, write_weight_files
+from bigtrain.models.weight_files import WEIGHTS, Tensors, weight_files, write_weight_files
 from bigtrain.runs.directory import RunDir
-from bigtrain.runs.hashes import text_hash
+from bigtrain.runs.hashes import file_hash, text_hash
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # In front of our models' names in config.json, where transformers' have their type.
 OWN_TYPE = "bigtrain_"
+ONNX_MODEL = "model.onnx"
 
 
 class WeightSource(Protocol):
@@ -88,20 +89,29 @@ def export_model(
     """
     with whole_folder(folder, replace=True) as partial_folder:
         source = WeightsInMemory(weights)
-        write_export(source, recipe, prepared, partial_folder, ExportOrigin(summary, run))
+        write_export(source, recipe, prepared, partial_folder, end_of_run(summary, run))
 
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to write in, which becomes `folder` if nothing fails, and goes if anything does."""
-    partial_folder = folder.with_name(f"{folder.name}.partial")
+    """A folder to write in, which becomes `folder` if nothing fails, and goes if anything does.
+
+    One that is there and empty is filled: it may be the one that the user is in.
+    """
+    folder = folder.resolve()
+    partial_folder = folder.with_name(f".{folder.name}.bigtrain-partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     try:
         yield partial_folder
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
+        if folder.is_dir() and not replace:
+            for path in list(partial_folder.iterdir()):
+                path.rename(folder / path.name)
+            partial_folder.rmdir()
+        else:
+            partial_folder.rename(folder)
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
@@ -145,8 +155,29 @@ def write_card(folder: Path, recipe: Recipe, origin: ExportOrigin, hashes: dict[
 
 def _identity(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> str:
     """Which export it is: for people, and a hash of all its weights."""
-    weights = text_hash(json.dumps(hashes, sort_keys=True))[:16]
-    return f"{recipe.name}, {origin.weights}, weights {weights}"
+    return f"{recipe.name}, {origin.weights}, {_weights_in_identity(hashes)}"
+
+
+def _weights_in_identity(hashes: dict[str, str]) -> str:
+    return f"weights {text_hash(json.dumps(hashes, sort_keys=True))[:16]}"
+
+
+def damaged_weight_files(folder: Path) -> list[str]:
+    """The names of an export's weight files that are not as they were written.
+
+    By the hash of all in bigtrain.json, which exports of the first versions do not have, and those
+    of each in the model card.
+    """
+    identity = json.loads((folder / "bigtrain.json").read_text()).get("export", "")
+    hashes = {}
+    for path in weight_files(folder):
+        hashes[path.name] = file_hash(path) if path.is_file() else "missing"
+    if not identity or identity.endswith(_weights_in_identity(hashes)):
+        return []
+    card_file = folder / "README.md"
+    card = card_file.read_text(encoding="utf-8") if card_file.is_file() else ""
+    damaged = [name for name, digest in hashes.items() if f"`{digest}`" not in card]
+    return damaged or list(hashes) or [WEIGHTS]
 
 
 def _write_weights(
@@ -267,7 +298,16 @@ def _own_config(model: nn.Module, recipe: Recipe, prepared: PreparedData) -> dic
 
 
 def load_exported(folder: Path, task: TaskName) -> nn.Module:
-    """The model that a run has exported, or that was made smaller from one."""
+    """The model that a run has exported, or that was made smaller from one.
+
+    Raises RequestError for a folder that holds ONNX instead of weights.
+    """
+    if (folder / ONNX_MODEL).is_file() and not weight_files(folder):
+        raise RequestError(
+            f"{folder} holds an ONNX model, {ONNX_MODEL}, and no weights",
+            "a folder that was exported without --format onnx",
+            f"onnxruntime.InferenceSession({str(folder / ONNX_MODEL)!r})",
+        )
     config = json.loads((folder / "config.json").read_text())
     if (folder / quantized.FILE_NAME).is_file():
         return quantized.load_quantized(folder, _unfilled(folder, task, config))

@@ -40,6 +40,14 @@ class ExportOrigin(NamedTuple):
     """The step of the metrics, where it is another."""
 
 
+def end_of_run(summary: dict[str, Any], run: RunDir | None) -> ExportOrigin:
+    """Of what a finished run exports: its last weights, or those of its best checkpoint."""
+    exported = summary.get("exported_step", summary.get("step"))
+    if exported == summary.get("step"):
+        return ExportOrigin(summary, run)
+    return ExportOrigin(summary, run, f"checkpoint step-{exported:08d}, the best", exported)
+
+
 def model_card(recipe: Recipe, origin: ExportOrigin, hashes: dict[str, str]) -> str:
     """`hashes`: of the weight files, by name."""
     results = origin.results

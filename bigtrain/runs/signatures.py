@@ -19,14 +19,17 @@ MAKE_PUBLIC_KEY = "openssl pkey -in {key} -pubout -out {public}"
 
 
 def load_private_key(path: Path) -> Any:
-    """An Ed25519 private key. Raises RequestError, with the command that makes one."""
+    """An Ed25519 private key. Raises RequestError, with the command that makes one if missing.
+
+    A file that is there would be overwritten by it.
+    """
     public = path.with_suffix(".pub.pem")
     make = f"{MAKE_KEY.format(key=path)} && {MAKE_PUBLIC_KEY.format(key=path, public=public)}"
     return _load_key(path, "private", make)
 
 
 def load_public_key(path: Path) -> Any:
-    """An Ed25519 public key. Raises RequestError, with the command that makes one."""
+    """An Ed25519 public key. Raises RequestError, with the command that makes one if missing."""
     return _load_key(path, "public", MAKE_PUBLIC_KEY.format(key="KEY.pem", public=path))
 
 
@@ -49,13 +52,15 @@ def _load_key(path: Path, kind: str, make: str) -> Any:
         else:
             key = serialization.load_pem_public_key(pem)
             is_right = isinstance(key, ed25519.Ed25519PublicKey)
-    except OSError as problem:
+    except FileNotFoundError as problem:
         raise RequestError(f"{path}: {problem.strerror}", expected, make) from None
+    except OSError as problem:
+        raise RequestError(f"{path}: {problem.strerror}", expected) from None
     except (ValueError, TypeError) as problem:
         found = f"{path} holds no {kind} key that can be read ({problem})"
-        raise RequestError(found, expected, make) from None
+        raise RequestError(found, expected) from None
     if not is_right:
-        raise RequestError(f"{path} holds a {type(key).__name__}", expected, make)
+        raise RequestError(f"{path} holds a {type(key).__name__}", expected)
     return key
 
 
@@ -83,18 +88,20 @@ def verify_folder(folder: Path, public_key: Any | None) -> list[str]:
         identity = manifest["export"]
         signature = base64.b64decode(signed["signature"], validate=True)
         signer = signed["public_key"]
+        if not isinstance(files, dict):
+            raise TypeError
     except FileNotFoundError:
         raise RequestError(
             f"{folder} has no {SIGNATURE}: it was never signed",
             "a folder that was exported with --sign",
             "bigtrain export RUN OUT --sign KEY.pem",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         return [f"{SIGNATURE}: cannot be read ({type(problem).__name__})"]
     if public_key is not None:
         problem_with_key = _problem_with_signature(public_key, signature, manifest, signer)
         if problem_with_key:
-            return [problem_with_key]
+            return [_printable(problem_with_key)]
     found = _entries(folder)
     problems = [f"{name}: missing" for name in files if name not in found]
     for name, entry in found.items():
@@ -105,7 +112,12 @@ def verify_folder(folder: Path, public_key: Any | None) -> list[str]:
     ours = _identity(folder)
     if identity != ours:
         problems.insert(0, f"{SIGNATURE}: it is of another export ({identity}; this is {ours})")
-    return problems
+    return [_printable(problem) for problem in problems]
+
+
+def _printable(text: str) -> str:
+    """Without what no terminal and no file takes: half of a pair of UTF-16."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _problem_with_signature(

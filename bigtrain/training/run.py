@@ -347,13 +347,17 @@ def _train_and_export(ctx: TrainContext, run: RunDir, summary: dict[str, Any]) -
     try:
         results = train(ctx)
         ctx.watchdog.enter("end")
-        if ctx.recipe.train.keep_best:
-            results = _load_best(ctx, run) or results
+        exported_step = ctx.state.step
+        best_results = _load_best(ctx, run) if ctx.recipe.train.keep_best else None
+        if best_results is not None:
+            results = best_results
+            exported_step = ctx.state.best_step
         state = asdict(ctx.state)
         finished = {
             **summary,
             "status": "finished",
             **{key: value for key, value in state.items() if isinstance(value, int)},
+            "exported_step": exported_step,
             **results,
             "baselines": ctx.task.data.baselines,
         }
