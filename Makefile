@@ -2,17 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types size docs reference golden faults course browser slurm soak bench gpu clean
+.PHONY: demo test check lint types size docs reference golden faults trained course browser slurm soak bench gpu clean
 
 demo: .venv/installed  ## install, train tiny-lm, and let it write
 	$(BIN)/bigtrain train tiny-lm
 	$(BIN)/bigtrain generate tiny-lm "def "
 
-test: .venv/installed-dev  ## every test that needs neither a GPU, Slurm nor a browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed and not course"
+test: .venv/installed-dev  ## training: every test that needs neither a GPU, Slurm nor a browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slurm and not browser and not timed and not course and not trained"
 	$(BIN)/python -m pytest -m timed
 
-check: lint types size docs test course faults browser slurm  ## what CI runs
+check: lint types size docs test trained course faults browser slurm  ## what CI runs
+
+trained: .venv/installed-dev  ## what is done with a trained model, and with tables and translations
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "trained and not browser"
 
 course: .venv/installed-dev  ## every command of docs/course.md, shortened: three minutes
 	$(BIN)/python -m pytest -m course

@@ -25,6 +25,8 @@ from bigtrain.models.qat import QatLinear, round_weight, train_quantization_awar
 from bigtrain.models.quantized import Int8Linear, Quantized, pack_int4, unpack_int4
 from bigtrain.runs.directory import find_run
 
+pytestmark = pytest.mark.trained
+
 SMALL = [
     "model.args={channels: [8, 16]}",
     "track.wandb=off",

@@ -16,6 +16,8 @@ from bigtrain.config.recipe import DistillConfig
 from bigtrain.errors import RequestError
 from bigtrain.models.teacher import Teacher
 
+pytestmark = pytest.mark.trained
+
 DIGITS = ["track.wandb=off", "train.eval_every=4", "train.checkpoint_every=2", "train.steps=4"]
 SMALL = ["digits-cnn", "model.args={channels: [8]}", "engine.global_batch=16", *DIGITS]
 

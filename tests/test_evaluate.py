@@ -20,6 +20,8 @@ from bigtrain.evaluation.report_metrics import ClassRow, Report, make_report, va
 from bigtrain.evaluation.views import html_page
 from bigtrain.evaluation.worst_examples import WorstExample
 
+pytestmark = pytest.mark.trained
+
 QUIET = ("track.wandb=off", "-q")
 # A micro-batch that divides none of their held-out sets.
 RECIPES = {

@@ -34,6 +34,8 @@ from bigtrain.runs.directory import RunDir
 from bigtrain.runs.metrics_file import read_metrics
 from bigtrain.tasks.base import outputs
 
+pytestmark = pytest.mark.trained
+
 SMALL = {
     "tiny-lm": (
         "model.args={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,"

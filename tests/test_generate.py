@@ -13,6 +13,8 @@ from bigtrain.errors import RequestError
 from bigtrain.inference.decoding import Decoding, TextWriter, _choose
 from bigtrain.inference.generate import Generator, read_prompts
 
+pytestmark = pytest.mark.trained
+
 PROMPTS = ["def f(x):", "a", "", "import os, sys, re", "class Ärger:", "x" * 60, "def g"]
 
 

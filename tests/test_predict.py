@@ -25,6 +25,8 @@ from bigtrain.inference.predict import Predictor
 from bigtrain.inference.predict_files import Request, predict_files
 from bigtrain.sources.builtin import BUILT_IN
 
+pytestmark = pytest.mark.trained
+
 SHORT = ["train.eval_every=60", "train.checkpoint_every=60", "track.wandb=off", "--quiet"]
 BERT = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
 

@@ -20,6 +20,8 @@ from bigtrain.runs.signatures import (
     verify_folder,
 )
 
+pytestmark = pytest.mark.trained
+
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
     """With the commands that bigtrain tells people to type."""

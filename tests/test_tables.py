@@ -24,6 +24,8 @@ from bigtrain.errors import RequestError
 from bigtrain.inference.inputs import Usable, find_inputs, make_encoder, table_columns
 from bigtrain.models.build import build_model
 
+pytestmark = pytest.mark.trained
+
 ROWS = 344
 SPECIES: dict[str, tuple[float, float, float, list[str]]] = {
     "Adelie": (38.8, 18.3, 190, ["Torgersen", "Biscoe", "Dream"]),

@@ -21,6 +21,8 @@ from bigtrain.models.greedy import write_targets
 from bigtrain.runs.metrics_file import read_metrics
 from bigtrain.sources.parallel_text import open_parallel_text
 
+pytestmark = pytest.mark.trained
+
 SIDES = {"source": "en", "target": "de"}
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ZAHLEN = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
