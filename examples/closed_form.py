@@ -39,7 +39,8 @@ def columns(run: RunDir) -> list[NDArray[Any]]:
     prepared: Any = prepare(load_recipe(str(run.recipe)).recipe)
     found = []
     for part in (prepared.train.fields, prepared.eval.fields):
-        features = part["features"].astype(np.float64)
+        rows = [part["features"][row] for row in range(len(part["target"]))]
+        features = np.stack(rows).astype(np.float64)
         found += [np.column_stack([features, np.ones(len(features))]), part["target"]]
     return found
 
