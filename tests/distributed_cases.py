@@ -713,9 +713,9 @@ def run_groups(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         train_step(training)
     _finish_previous_step(training)
     after = engine.whole_weights()
-    updated_by = {}
+    updated_by, groups = {}, engine.groups_by_flat()
     for fragment in engine.fragments():
-        group = engine.group_of(fragment)
+        group = groups[id(fragment.flat)]
         updated_by[fragment.name] = [group["lr"], group["weight_decay"]]
     return {
         "lines": collect.lines,

@@ -21,9 +21,9 @@ from bigtrain.data.datasets import prepare
 from bigtrain.errors import RequestError
 from bigtrain.models.qat import train_quantization_aware
 from bigtrain.models.quantized import Quantization
-from bigtrain.models.teacher import load_teacher, weights_hash
+from bigtrain.models.teacher import load_teacher
 from bigtrain.runs.directory import RunDir, write_atomic
-from bigtrain.runs.hashes import text_hash
+from bigtrain.runs.hashes import text_hash, weights_hash
 
 _SETTINGS = "compressed.json"  # in a variant's folder: how it was made
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from bigtrain.engine.fragments import BUFFER, WEIGHT, Fragment, Piece, name_of_piece
 from bigtrain.engine.plan import Plan
 from bigtrain.engine.weight_samples import WeightSample, representatives, sample_weights
-from bigtrain.errors import TrainingFailed
 
 Context = AbstractContextManager[Any]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -339,17 +338,12 @@ class Engine(ABC):
             time.sleep(0.1)
             torch.distributed.destroy_process_group()
 
-    def group_of(self, fragment: Fragment) -> dict[str, Any]:
-        """The optimizer's group by which this rank's part of a parameter is updated.
-
-        Raises TrainingFailed if there is none.
-        """
+    def groups_by_flat(self) -> dict[int, dict[str, Any]]:
+        """id() of a fragment's flat tensor → the optimizer's group that updates it."""
+        groups: dict[int, dict[str, Any]] = {}
         for group in self._base().param_groups:
-            if any(flat is fragment.flat for flat in group["params"]):
-                return group
-        raise TrainingFailed(
-            f"the engine's optimizer does not train {fragment.name}", "all that is not frozen"
-        )
+            groups |= {id(flat): group for flat in group["params"]}
+        return groups
 
     def set_rate(self, rate: float) -> None:
         """Give each group of parameters the rate, times the group's own `lr_scale`."""

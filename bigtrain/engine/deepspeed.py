@@ -175,16 +175,15 @@ class DeepSpeedEngine(Engine):
             fragments.append(Fragment(name, flat_range(start, size), master, flat, offset))
         return fragments
 
-    def group_of(self, fragment: Fragment) -> dict[str, Any]:
+    def groups_by_flat(self) -> dict[int, dict[str, Any]]:
         if self.plan.kind != "zero3":
-            return super().group_of(fragment)
+            return super().groups_by_flat()
         # Its groups are empty but for the moment of their update.
         zero = self.model.optimizer
+        groups: dict[int, dict[str, Any]] = {}
         for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            if flat is fragment.flat:
-                group: dict[str, Any] = zero.param_groups[zero.sub_group_to_group_id[number]]
-                return group
-        return super().group_of(fragment)
+            groups[id(flat)] = zero.param_groups[zero.sub_group_to_group_id[number]]
+        return groups
 
     def _zero12_fragments(self) -> list[Fragment]:
         """ZeRO-1 and 2 cut a group's parameters, laid end to end, into one range per rank."""

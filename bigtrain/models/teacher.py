@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from blake3 import blake3
 from torch import Tensor, nn
 
 from bigtrain.config.recipe import DistillConfig
@@ -75,14 +74,6 @@ def teacher_folder(name: str) -> Path:
             f"bigtrain train {folder.parent / 'recipe.yaml'}",
         )
     return folder
-
-
-def weights_hash(folder: Path) -> str:
-    """A hash of an export's weights: the same weights, the same teacher."""
-    digest = blake3()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update_mmap(path)
-    return digest.hexdigest()
 
 
 def load_teacher(settings: DistillConfig, task: TaskName, data: PreparedData) -> Teacher:

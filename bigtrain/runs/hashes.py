@@ -16,3 +16,11 @@ def file_hash(path: Path) -> str:
 
 def text_hash(text: str) -> str:
     return blake3(text.encode()).hexdigest()
+
+
+def weights_hash(folder: Path) -> str:
+    """Of the weights in a folder (safetensors), whatever else is in it."""
+    digest = blake3()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update_mmap(path)
+    return digest.hexdigest()

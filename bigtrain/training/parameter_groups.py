@@ -96,15 +96,16 @@ def groups_in_force(engine: Engine, optim: OptimConfig) -> list[dict[str, Any]]:
     """
     engine.set_rate(optim.lr)
     parameters = dict(engine.module.named_parameters())
+    groups = engine.groups_by_flat()
     for fragment in engine.fragments():
         shape = engine.whole_shape(parameters[fragment.name])
         wanted = _settings_of(fragment.name, shape, optim)
-        group = engine.group_of(fragment)
         expected = (optim.lr * wanted.lr_scale, wanted.weight_decay)
+        group = groups.get(id(fragment.flat), {"lr": None, "weight_decay": None})
         if (group["lr"], group["weight_decay"]) != expected:
             raise TrainingFailed(
                 f"{fragment.name} has rate and decay ({group['lr']}, {group['weight_decay']})"
-                " in the engine",
+                " in the engine's optimizer",
                 f"{expected}, as the recipe says",
             )
     counted: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -13,8 +13,9 @@ from bigtrain.config.recipe import Recipe
 from bigtrain.config.resume_policy import diff_recipes
 from bigtrain.engine.base import Engine
 from bigtrain.errors import RequestError, TrainingFailed
-from bigtrain.models.teacher import teacher_folder, weights_hash
+from bigtrain.models.teacher import teacher_folder
 from bigtrain.runs.directory import RunDir, run_directory
+from bigtrain.runs.hashes import weights_hash
 from bigtrain.runs.metrics_file import read_metrics
 from bigtrain.training.settings import Settings, with_origin
 

@@ -137,7 +137,7 @@ def run_recipe(
         settings = settings_in_force(loaded, *planned, launcher.source)
         settings |= model_facts(model, flops, engine, device)
         settings |= group_settings(engine, recipe.optim)
-        settings |= outside_weights(recipe) | _settle_loss(engine, task, recipe.train.distill)
+        settings |= _settle_loss(engine, task, recipe.train.distill)
 
         run = _open_run(recipe.name, engine, fresh, cleanup)
         stop = StopFlag(run, engine.main)
@@ -145,7 +145,7 @@ def run_recipe(
         refuse_fruitless_restarts(engine, run, resume.state.step)
         keep_warnings(run, engine.rank)
         if engine.main:
-            settings |= with_origin("where it runs", provenance())
+            settings |= outside_weights(recipe) | with_origin("where it runs", provenance())
         tracker = _start_tracking(recipe, engine, task, run, settings, resume, screen)
         _report_start(tracker, engine, task, settings, resume, changes)
         flops_per_target = settings["flops_per_unit"]["value"]
