@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from bigtrain.cli_export import average, export, verify
-from bigtrain.cli_use import Json, generate, predict
+from bigtrain.cli_shared import Json, RunArgument, print_json
+from bigtrain.cli_use import generate, predict
 from bigtrain.errors import RequestError, TrainingFailed
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ app = typer.Typer(
 )
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped recipe's name")
-]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run's name below runs/, or its directory")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -71,7 +69,7 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         _print_summary(summary)
 
@@ -126,7 +124,7 @@ def evaluate(
 
         scores = run_harness(directory, harness.split(","), harness_path, harness_shots)
         if as_json:
-            _print_json(scores)
+            print_json(scores)
         else:
             show_harness(scores)
         return
@@ -139,7 +137,7 @@ def evaluate(
     if evaluation.is_main:
         report = report_evaluation(evaluation, html)
         if as_json:
-            _print_json(report.as_dict())
+            print_json(report.as_dict())
         else:
             show_report(report)
 
@@ -199,7 +197,7 @@ def compress(
         html.write_text(html_page(table), encoding="utf-8")
         print(f"{html} written", file=sys.stderr)
     if as_json:
-        _print_json(table.as_dict())
+        print_json(table.as_dict())
     else:
         show(table)
 
@@ -231,7 +229,7 @@ def prove(
 
     proof = make_proof(loaded, recipe, overrides or [], ranks, steps, launcher)
     if as_json:
-        _print_json(proof)
+        print_json(proof)
     else:
         print(f"against {proof['steps']} steps straight through on {proof['ranks']} ranks:")
         for row in proof["rows"]:
@@ -259,13 +257,13 @@ def submit(
     if dry_run:
         script = render_script(loaded.recipe, recipe, overrides or [])
         if as_json:
-            _print_json({"script": script})
+            print_json({"script": script})
         else:
             print(script, end="")
         return
     job = submit_job(loaded, recipe, overrides or [])
     if as_json:
-        _print_json(job)
+        print_json(job)
     else:
         print(f"job {job['job']} is to train {job['run']}; its script is {job['script']}")
         print("  bigtrain status shows its state")
@@ -285,7 +283,7 @@ def status(
     runs = [find_run(run, submitted=True)] if run else all_runs()
     statuses = [status_or_why_not(each) for each in runs]
     if as_json:
-        _print_json([each.as_dict() for each in statuses])
+        print_json([each.as_dict() for each in statuses])
     else:
         show(statuses)
 
@@ -318,7 +316,7 @@ def compare(
     if csv:
         print(to_csv(comparison.results), end="")
     elif as_json:
-        _print_json(comparison.as_dict())
+        print_json(comparison.as_dict())
     else:
         show(comparison)
 
@@ -352,14 +350,14 @@ def sweep(
     elif dry_run:
         commands = [[recipe, *run.overrides] for run in runs]
         if as_json:
-            _print_json(commands)
+            print_json(commands)
         else:
             for command in commands:
                 print(shlex.join(["bigtrain", "train", *command]))
     elif slurm:
         job = submit_sweep(base(recipe, axes), recipe, runs)
         if as_json:
-            _print_json(job)
+            print_json(job)
         else:
             print(f"job {job['job']} is to train {len(runs)} runs; its script is {job['script']}")
             print("  bigtrain status shows them all")
@@ -377,7 +375,7 @@ def _train_and_compare(recipe: str, runs: "list[SweepRun]", launcher: str, as_js
     if len(failed) < len(runs):
         comparison = compare_runs([run.name for run in runs])
         if as_json:
-            _print_json(comparison.as_dict())
+            print_json(comparison.as_dict())
         else:
             show(comparison)
     if failed:
@@ -409,7 +407,7 @@ def doctor(
     if not rows:
         return  # not rank 0, which reports for all
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             print(f"{'ok   ' if row['ok'] else 'WRONG'}  {row['check']:<16}  {row['found']}")
@@ -442,7 +440,7 @@ def recipes(as_json: Json = False) -> None:
     for name, path in shipped_recipes().items():
         titles[name] = path.read_text().splitlines()[0].lstrip("# ")
     if as_json:
-        _print_json(titles)
+        print_json(titles)
     else:
         _print_table(titles)
 
@@ -474,12 +472,6 @@ def schema() -> None:
     from bigtrain.config.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
-
-
-def _print_json(result: Any) -> None:
-    from bigtrain.runs.directory import to_json
-
-    print(to_json(result))
 
 
 def _print_table(rows: dict[str, Any]) -> None:

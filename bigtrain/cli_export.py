@@ -9,12 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bigtrain.cli_shared import Json, RunArgument, print_json
 from bigtrain.errors import RequestError
 
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run's name below runs/, or its directory")
-]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Dtype = Annotated[
     Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of parameters; default: fp32")
 ]
@@ -134,7 +131,7 @@ def verify(
     checkpoints = committed_checkpoints(find_run(run))
     problems = {path.name: verify_checkpoint(path) for path in checkpoints}
     if as_json:
-        _print_json(problems)
+        print_json(problems)
     elif not problems:
         print("no checkpoints")
     else:
@@ -152,7 +149,7 @@ def _verify_signature(folder: Path, key: Path | None, as_json: bool) -> None:
     problems = verify_folder(folder, None if key is None else load_public_key(key))
     if as_json:
         is_authenticated = key is not None and not problems
-        _print_json({str(folder): problems, "authenticated": is_authenticated})
+        print_json({str(folder): problems, "authenticated": is_authenticated})
     else:
         for problem in problems:
             print(problem)
@@ -201,12 +198,6 @@ def _bytes(size: str) -> int:
 
 def _report(result: dict[str, Any], out: Path, as_json: bool, text: str) -> None:
     if as_json:
-        _print_json({"out": str(out), **result})
+        print_json({"out": str(out), **result})
     else:
         print(text)
-
-
-def _print_json(result: Any) -> None:
-    from bigtrain.runs.directory import to_json
-
-    print(to_json(result))

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from bigtrain.cli_shared import Json
 from bigtrain.errors import RequestError
 
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 ModelArgument = Annotated[
     str,
     typer.Argument(
